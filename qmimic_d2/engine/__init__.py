@@ -1,0 +1,25 @@
+"""Training and evaluation: what train_net.py and the command line are made of."""
+
+from qmimic_d2.engine.preflight import check_run
+from qmimic_d2.engine.setup import (
+    argument_parser,
+    describe_error,
+    launch_processes,
+    load_config,
+    num_processes,
+    set_up_process,
+)
+from qmimic_d2.engine.trainer import Trainer, build_checkpointer, build_evaluator
+
+__all__ = [
+    "Trainer",
+    "argument_parser",
+    "build_checkpointer",
+    "build_evaluator",
+    "check_run",
+    "describe_error",
+    "launch_processes",
+    "load_config",
+    "num_processes",
+    "set_up_process",
+]

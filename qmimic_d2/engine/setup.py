@@ -1,0 +1,217 @@
+"""From command-line arguments to a checked config, and from there to running processes."""
+
+import argparse
+import logging
+import multiprocessing
+import os
+import signal
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
+
+from qmimic_d2.config import add_qmimic_config
+from qmimic_d2.config_files import find_config_file
+from qmimic_d2.modeling.teacher_config import load_teacher_config
+
+__all__ = [
+    "argument_parser",
+    "describe_error",
+    "launch_processes",
+    "load_config",
+    "num_processes",
+    "set_up_process",
+]
+
+_TEACHER_COPY = "teacher_config"
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's arguments and ``--num-processes``."""
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--num-processes",
+        type=int,
+        default=0,
+        help="train on the CPU with this many processes per machine (0 = use --num-gpus)",
+    )
+    return parser
+
+
+def describe_error(error: Exception) -> str:
+    """One message for a person; a KeyError's own text would be quoted."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return f"{type(error).__name__}: {text}"
+
+
+def num_processes(args: argparse.Namespace) -> int:
+    """Processes of the whole run, all machines together; at least 1."""
+    return max(args.num_processes or args.num_gpus, 1) * args.num_machines
+
+
+def load_config(
+    config_file: str,
+    opts: Sequence[str] = (),
+    *,
+    eval_only: bool = False,
+    resume: bool = False,
+    device: str = "",
+) -> CfgNode:
+    """
+    Reads a config with this project's keys and completes what depends on the machine.
+
+    The teacher's config is looked up beside ``config_file`` and then where
+    :func:`find_config_file` looks. ``MODEL.DEVICE`` "cuda" becomes "cpu" where there is no GPU. A
+    negative ``SEED`` becomes a drawn one (the earlier one of the output folder when resuming), so that
+    the saved config repeats the run.
+
+    Args:
+        config_file: path of a YAML, or a name below this package's ``configs``; "" = Detectron2's
+            defaults.
+        opts: KEY VALUE pairs that override it.
+        eval_only: forget the teacher; an evaluation needs none of its files.
+        resume: the run continues the one in OUTPUT_DIR.
+        device: overrides MODEL.DEVICE; "" leaves it.
+
+    Returns:
+        A frozen config.
+
+    Raises:
+        KeyError, ValueError: an unknown key or a value of another type (yacs names the key).
+        FileNotFoundError: the config, or the teacher's, is not there.
+    """
+    cfg = get_cfg()
+    add_qmimic_config(cfg)
+    if config_file:
+        config_file = find_config_file(config_file, "--config-file")
+        cfg.merge_from_file(config_file)
+    cfg.merge_from_list(list(opts))
+    if device:
+        cfg.MODEL.DEVICE = device
+    teacher = cfg.MODEL.QMIMIC.TEACHER
+    if eval_only:
+        teacher.CONFIG_FILE = ""
+    if teacher.CONFIG_FILE:
+        beside = [os.path.dirname(config_file)] if config_file else []
+        teacher.CONFIG_FILE = find_config_file(
+            teacher.CONFIG_FILE, "MODEL.QMIMIC.TEACHER.CONFIG_FILE", beside
+        )
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logging.getLogger(__name__).warning(
+            "MODEL.DEVICE is %r and PyTorch sees no GPU here: using the CPU", cfg.MODEL.DEVICE
+        )
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.SEED < 0:
+        earlier = _earlier_seed(cfg.OUTPUT_DIR) if resume else None
+        cfg.SEED = int.from_bytes(os.urandom(3), "little") if earlier is None else earlier
+    cfg.freeze()
+    return cfg
+
+
+def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """
+    Logging, seeds, and for a training the output folder with its ``config.yaml``.
+
+    That file repeats the run by itself: the teacher's config is copied beside it
+    (``teacher_config.yaml``) and its weights are named by absolute path.
+    """
+    if args.eval_only:
+        # Detectron2's set-up would overwrite the training's config.yaml.
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fvcore")
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="qmimic_d2")
+        seed_all_rng(cfg.SEED + comm.get_rank())
+        return
+    setup_logger(
+        cfg.OUTPUT_DIR if comm.is_main_process() else None,
+        distributed_rank=comm.get_rank(),
+        name="qmimic_d2",
+    )
+    default_setup(cfg, args)
+    if comm.is_main_process() and cfg.OUTPUT_DIR:
+        for name, text in _run_files(cfg).items():
+            path = os.path.join(cfg.OUTPUT_DIR, name)
+            with open(path + ".part", "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(path + ".part", path)
+
+
+def launch_processes(
+    main: Callable[..., object], args: argparse.Namespace, main_args: Tuple[object, ...]
+) -> None:
+    """
+    Runs ``main(*main_args)`` in as many processes as the arguments ask for.
+
+    ``--num-processes`` trains on the CPU over gloo, through Detectron2's own launcher. A SIGTERM that
+    reaches the launching process is passed on, so that the training saves before it stops.
+
+    Raises:
+        SystemExit: a signal stopped the run; status 128 + its number.
+    """
+    per_machine = max(args.num_processes or args.num_gpus, 1)
+    if args.num_processes:
+        # Detectron2's launcher takes NCCL wherever it sees a GPU.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    received: List[int] = []
+    if per_machine * args.num_machines > 1:
+        _pass_signals_on(received)
+    try:
+        launch(
+            main,
+            per_machine,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=main_args,
+        )
+    except torch.multiprocessing.ProcessExitedException:
+        if not received:
+            raise
+        raise SystemExit(128 + received[0]) from None
+
+
+def _pass_signals_on(received: List[int]) -> None:
+    def on_signal(number: int, frame) -> None:
+        received.append(number)
+        if number == signal.SIGTERM:  # Ctrl-C reaches the children by itself
+            for child in multiprocessing.active_children():
+                child.terminate()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+
+def _earlier_seed(output_dir: str) -> Optional[int]:
+    path = os.path.join(output_dir, "config.yaml")
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        seed = yaml.safe_load(file).get("SEED", -1)
+    return seed if seed >= 0 else None
+
+
+def _run_files(cfg: CfgNode) -> Dict[str, str]:
+    """Contents of the files in OUTPUT_DIR that repeat the run, by name."""
+    saved = cfg.clone()
+    saved.defrost()
+    files = {}
+    if cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE:
+        teacher = load_teacher_config(cfg)
+        node = saved.MODEL.QMIMIC.TEACHER
+        node.WEIGHTS = _absolute(node.WEIGHTS or teacher.weights)
+        if teacher.dump:
+            files[f"{_TEACHER_COPY}.yaml"] = teacher.dump
+            node.CONFIG_FILE = f"{_TEACHER_COPY}.yaml"
+            node.OPTS = []
+    saved.MODEL.WEIGHTS = _absolute(saved.MODEL.WEIGHTS)
+    files["config.yaml"] = saved.dump()
+    return files
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(path) if path and os.path.exists(path) else path

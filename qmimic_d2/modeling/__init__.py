@@ -1,0 +1,28 @@
+"""Models and their parts; importing it registers them with Detectron2."""
+
+from qmimic_d2.modeling import backbone  # noqa: F401  (registers the backbones)
+from qmimic_d2.modeling.mimic import RoIMimicLoss
+from qmimic_d2.modeling.quant_mimic_rcnn import QuantMimicRCNN
+from qmimic_d2.modeling.quant_rcnn import QuantRCNN
+from qmimic_d2.modeling.quantizer import (
+    QUANTIZER_REGISTRY,
+    ClampQuantizer,
+    PowerOfTwoQuantizer,
+    UniformQuantizer,
+    build_quantizer,
+)
+from qmimic_d2.modeling.quantizer_hook import attach_quantizer
+from qmimic_d2.modeling.teacher import FrozenTeacher
+
+__all__ = [
+    "QUANTIZER_REGISTRY",
+    "ClampQuantizer",
+    "FrozenTeacher",
+    "PowerOfTwoQuantizer",
+    "QuantMimicRCNN",
+    "QuantRCNN",
+    "RoIMimicLoss",
+    "UniformQuantizer",
+    "attach_quantizer",
+    "build_quantizer",
+]

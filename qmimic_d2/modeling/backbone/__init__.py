@@ -1,0 +1,38 @@
+"""Tiny backbones: VGG and ResNet whose every channel count is divided by one number.
+
+Importing this package registers, in Detectron2's ``BACKBONE_REGISTRY``:
+``build_vgg_backbone``, ``build_vgg_fpn_backbone``, ``build_divided_resnet_backbone`` and
+``build_divided_resnet_fpn_backbone``. Their keys come from :func:`add_backbone_config`.
+"""
+
+from qmimic_d2.modeling.backbone.config import add_backbone_config
+from qmimic_d2.modeling.backbone.imagenet_names import (
+    convert_torchvision_names,
+    converted_imagenet_weights,
+    is_torchvision_checkpoint,
+)
+from qmimic_d2.modeling.backbone.resnet import (
+    build_divided_resnet_backbone,
+    build_divided_resnet_fpn_backbone,
+    make_divided_resnet,
+)
+from qmimic_d2.modeling.backbone.vgg import (
+    VGG,
+    VGGStage,
+    build_vgg_backbone,
+    build_vgg_fpn_backbone,
+)
+
+__all__ = [
+    "VGG",
+    "VGGStage",
+    "add_backbone_config",
+    "build_divided_resnet_backbone",
+    "build_divided_resnet_fpn_backbone",
+    "build_vgg_backbone",
+    "build_vgg_fpn_backbone",
+    "convert_torchvision_names",
+    "converted_imagenet_weights",
+    "is_torchvision_checkpoint",
+    "make_divided_resnet",
+]

@@ -1,0 +1,169 @@
+"""
+What the VGG and the ResNet share when they are built: width, norm, stage strides, FPN.
+
+Every check here raises before a module exists, and names the key to change.
+"""
+
+import math
+from typing import Callable, List, Sequence, Tuple, Union
+
+from detectron2.config import CfgNode
+from detectron2.modeling.backbone import FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from torch import nn
+
+NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN")
+
+# Groups of Detectron2's "GN" (detectron2.layers.get_norm).
+_MAX_GROUPS = 32
+
+Norm = Union[str, Callable[[int], nn.Module]]
+
+
+def check_choice(key: str, value, options: Sequence) -> None:
+    """
+    Raises:
+        ValueError: if ``value`` is not one of ``options``; names ``key``, value and options.
+    """
+    if value not in options:
+        listed = ", ".join(repr(option) for option in options)
+        raise ValueError(f"{key} is {value!r}, which is not supported; use one of {listed}.")
+
+
+def check_out_features(key: str, names: Sequence[str], options: Sequence[str]) -> Tuple[str, ...]:
+    """
+    Args:
+        key: the configuration key the names come from, for the error message.
+        names: feature names asked for.
+        options: feature names the backbone has.
+
+    Returns:
+        the names as a tuple.
+
+    Raises:
+        ValueError: if there is none, or if one is unknown.
+    """
+    listed = ", ".join(repr(option) for option in options)
+    if isinstance(names, str) or len(names) == 0:
+        raise ValueError(f"{key} is {names!r}; give a list with at least one of {listed}.")
+    for name in names:
+        if name not in options:
+            raise ValueError(f"{key} is {list(names)!r}: {name!r} is not a feature; use {listed}.")
+    return tuple(names)
+
+
+def check_stage_strides(key: str, strides: Sequence[int], num_stages: int) -> Tuple[int, ...]:
+    """
+    Args:
+        key: the configuration key the strides come from, for the error message.
+        strides: one downsampling factor per stage.
+        num_stages: how many stages the network has.
+
+    Returns:
+        the strides as a tuple.
+
+    Raises:
+        ValueError: unless ``strides`` holds ``num_stages`` integers, each at least 1.
+    """
+    is_list = isinstance(strides, (list, tuple)) and len(strides) == num_stages
+    # bool is a subclass of int, and True would pass as a stride of 1.
+    if not is_list or any(type(s) is not int or s < 1 for s in strides):
+        raise ValueError(f"{key} is {strides!r}; give {num_stages} integers of at least 1, one per stage.")
+    return tuple(strides)
+
+
+def divide_width(channels: int, divisor: int, *, key: str) -> int:
+    """
+    Channel count of a layer in the divided network.
+
+    Args:
+        channels: channel count in the undivided network.
+        divisor: what every channel count is divided by.
+        key: the configuration key of the divisor, for the error message.
+
+    Raises:
+        ValueError: if ``divisor`` is not a positive integer that divides ``channels``.
+    """
+    if type(divisor) is not int or divisor < 1:
+        raise ValueError(f"{key} is {divisor!r}; give an integer of at least 1.")
+    if channels % divisor != 0:
+        raise ValueError(
+            f"{key} is {divisor}, which does not divide the network's {channels} channels; "
+            f"use a divisor of {channels}, such as a power of two up to it."
+        )
+    return channels // divisor
+
+
+def num_norm_groups(channels: int) -> int:
+    """
+    Groups of a GroupNorm over ``channels`` channels.
+
+    It is 32, as Detectron2 has it, from 64 channels on (powers of two). Below that 32 would not
+    divide the width, or would leave one channel in each group, which is instance normalization:
+    it removes from every channel how strongly it responds to the image as a whole. So a group
+    holds at least two channels: 2 channels make 1 group, 4 make 2, 32 make 16.
+    """
+    groups = math.gcd(_MAX_GROUPS, channels)
+    return groups // 2 if groups == channels and channels > 1 else groups
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(num_norm_groups(channels), channels)
+
+
+def resolve_norm(key: str, norm: str) -> Norm:
+    """
+    Args:
+        key: the configuration key the name comes from, for the error message.
+        norm: one of ``NORMS``.
+
+    Returns:
+        what ``detectron2.layers.get_norm`` takes: the name itself, except that "GN" becomes a
+        function that fits the number of groups to the width (see :func:`num_norm_groups`).
+
+    Raises:
+        ValueError: if ``norm`` is unknown.
+    """
+    check_choice(key, norm, NORMS)
+    return _group_norm if norm == "GN" else norm
+
+
+def build_fpn(cfg: CfgNode, bottom_up: Backbone, *, strides_key: str) -> FPN:
+    """
+    Detectron2's FPN over ``bottom_up``, with one more level by subsampling the last.
+
+    It reads ``MODEL.FPN.*`` as ``build_resnet_fpn_backbone`` does. Levels are named after their
+    stride, "p3" for stride 8, so which names there are depends on the stage strides. The added
+    level follows the coarsest one; in Detectron2 it always follows "p5", which a VGG, with its
+    strides up to 16, does not have.
+
+    Args:
+        cfg: the configuration.
+        bottom_up: backbone that returns every feature of ``MODEL.FPN.IN_FEATURES``.
+        strides_key: the key that sets the bottom-up's strides, for the error message.
+
+    Raises:
+        ValueError: if an input feature is missing from the bottom-up, if the strides do not double
+            from one input feature to the next, or if a norm or fuse type is unknown.
+    """
+    shapes = bottom_up.output_shape()
+    in_features = check_out_features("MODEL.FPN.IN_FEATURES", cfg.MODEL.FPN.IN_FEATURES, tuple(shapes))
+    check_choice("MODEL.FPN.FUSE_TYPE", cfg.MODEL.FPN.FUSE_TYPE, ("sum", "avg"))
+    strides: List[int] = [shapes[name].stride for name in in_features]
+    doubles = all(fine * 2 == coarse for fine, coarse in zip(strides, strides[1:]))
+    if not doubles or not math.log2(strides[0]).is_integer():
+        raise ValueError(
+            f"MODEL.FPN.IN_FEATURES {list(in_features)} have strides {strides}; an FPN needs "
+            f"powers of two, each twice the one before. Change {strides_key} or "
+            f"MODEL.FPN.IN_FEATURES."
+        )
+    top_block = LastLevelMaxPool()
+    top_block.in_feature = f"p{int(math.log2(strides[-1]))}"
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=list(in_features),
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=resolve_norm("MODEL.FPN.NORM", cfg.MODEL.FPN.NORM),
+        top_block=top_block,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

@@ -1,0 +1,278 @@
+"""
+The RoI mimic loss: adapter, pooling of both maps, L_m, and the RoI match ratio.
+
+Shape letters:
+    N: number of images.
+    M: number of regions of all images (the paper's N).
+    C, T: channels of the student's and of the teacher's map.
+    P: pooler resolution, in bins.
+
+With f_t and f_s the features of a region in teacher and student, r the adapter and Q the quantizer::
+
+    L_m = 1 / (2M) * sum_i || Q(f_t^i) - Q(r(f_s^i)) ||_2^2
+
+Source: Wei et al., "Quantization Mimic", ECCV 2018, section 3.3
+(https://arxiv.org/abs/1805.02152v3); without Q it is the plain mimic of Li et al., "Mimicking Very
+Efficient Network for Object Detection", CVPR 2017, equation 2, which divides by the region's number
+of elements as well (``normalize_by="element"``).
+"""
+
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import fvcore.nn.weight_init as weight_init
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.structures import Boxes
+from detectron2.utils.events import get_event_storage, has_event_storage
+from torch import Tensor, nn
+
+from qmimic_d2.modeling.quantizer import Quantizer, build_code_quantizer, build_quantizer
+from qmimic_d2.modeling.roi_pooling import LevelPooler
+
+__all__ = ["ADAPTERS", "NORMALIZERS", "RoIMimicLoss", "match_ratio"]
+
+# Values of MODEL.QMIMIC.MIMIC.ADAPTER.
+ADAPTERS = ("conv1x1", "conv1x1_relu", "")
+
+# Values of MODEL.QMIMIC.MIMIC.NORMALIZE_BY.
+NORMALIZERS = ("roi", "element", "target")
+
+
+def match_ratio(student: Tensor, teacher: Tensor, quantizer: Quantizer) -> Tuple[float, float]:
+    """
+    Share of entries on which student and teacher have the same code.
+
+    Args:
+        student, teacher: features of equal shape (*), in units of the feature.
+        quantizer: the dictionary both are put on.
+
+    Returns:
+        The share among all entries, and among those where either code is not zero (zeros are most of
+        a ReLU map, so that two maps agree on much that says nothing). In 0..1; NaN where there is no
+        such entry.
+    """
+    student, teacher = quantizer.quantize(student), quantizer.quantize(teacher)
+    same = student == teacher
+    occupied = (student != 0).logical_or_(teacher != 0)
+    num_occupied = int(occupied.sum())
+    num_same = int(same.sum())
+    num_same_occupied = int(same.logical_and_(occupied).sum())
+    return (
+        num_same / same.numel() if same.numel() else float("nan"),
+        num_same_occupied / num_occupied if num_occupied else float("nan"),
+    )
+
+
+class RoIMimicLoss(nn.Module):
+    """
+    Compares the student's with the teacher's features inside regions of interest.
+
+    The student's map is pooled first and the adapter applied to the pooled features: the equation's
+    own order, r(f_s^i), and the cheap one, since the student has few channels. (A 1x1 convolution
+    commutes with ROIAlign's averaging, so for the linear adapter the order makes no difference.)
+
+    Maps that a teacher's hook has quantized leave ROIAlign between the codes; they are quantized
+    again after it, so that both sides of the difference stand on the dictionary.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student_shapes: Dict[str, ShapeSpec],
+        teacher_shapes: Dict[str, ShapeSpec],
+        pooler_type: str = "ROIAlignV2",
+        pooler_resolution: int = 7,
+        pooler_sampling_ratio: int = 0,
+        adapter: str = "conv1x1",
+        normalize_by: str = "roi",
+        student_quantizer: Optional[Quantizer] = None,
+        teacher_quantizer: Optional[Quantizer] = None,
+        code_quantizer: Optional[Quantizer] = None,
+    ):
+        """
+        Args:
+            student_shapes: channels and stride of the compared student maps, by name, in order.
+            teacher_shapes: the same of the teacher's maps, in the same order; strides in pixels of
+                the student's input image.
+            pooler_type, pooler_resolution, pooler_sampling_ratio: see :class:`LevelPooler`.
+            adapter: one of :data:`ADAPTERS`.
+            normalize_by: one of :data:`NORMALIZERS`.
+            student_quantizer: Q around r(f_s); None for none.
+            teacher_quantizer: Q around f_t; None for none.
+            code_quantizer: dictionary of the match ratio; None: the match ratio cannot be asked for.
+
+        Raises:
+            ValueError: an unknown option, or maps whose number, strides or channels do not fit; names
+                the maps and the fix.
+        """
+        super().__init__()
+        _check_option("ADAPTER", adapter, ADAPTERS)
+        _check_option("NORMALIZE_BY", normalize_by, NORMALIZERS)
+        _check_shapes(student_shapes, teacher_shapes, has_adapter=bool(adapter))
+        self.student_features = list(student_shapes)
+        self.teacher_features = list(teacher_shapes)
+        self.pooler = LevelPooler(
+            student_shapes, pooler_type, pooler_resolution, pooler_sampling_ratio
+        )
+        self.normalize_by = normalize_by
+        self.student_quantizer = student_quantizer
+        self.teacher_quantizer = teacher_quantizer
+        self.code_quantizer = code_quantizer
+        self.adapters = nn.ModuleDict()
+        for student_name, teacher_name in zip(self.student_features, self.teacher_features):
+            self.adapters[student_name] = _build_adapter(
+                adapter, student_shapes[student_name].channels, teacher_shapes[teacher_name].channels
+            )
+
+    @classmethod
+    def from_config(
+        cls,
+        cfg: CfgNode,
+        student_shapes: Dict[str, ShapeSpec],
+        teacher_shapes: Dict[str, ShapeSpec],
+    ):
+        quantizer = build_quantizer(cfg)
+        node = cfg.MODEL.QMIMIC
+        return {
+            "student_shapes": student_shapes,
+            "teacher_shapes": teacher_shapes,
+            "pooler_type": node.MIMIC.POOLER_TYPE,
+            "pooler_resolution": node.MIMIC.POOLER_RESOLUTION,
+            "pooler_sampling_ratio": node.MIMIC.POOLER_SAMPLING_RATIO,
+            "adapter": node.MIMIC.ADAPTER,
+            "normalize_by": node.MIMIC.NORMALIZE_BY,
+            "student_quantizer": quantizer if "mimic" in node.QUANTIZER.STUDENT_AT else None,
+            "teacher_quantizer": quantizer if node.QUANTIZER.TEACHER_ON else None,
+            "code_quantizer": build_code_quantizer(cfg),
+        }
+
+    def forward(
+        self,
+        student_maps: Dict[str, Tensor],
+        teacher_maps: Dict[str, Tensor],
+        boxes: List[Boxes],
+        *,
+        student_pooled: Optional[Tensor] = None,
+        measure_match: bool = False,
+    ) -> Dict[str, Tensor]:
+        """
+        Args:
+            student_maps: the student's maps before any quantizer, by name, shape (N, C, H, W).
+            teacher_maps: the teacher's maps, by name, shape (N, T, H', W'); no gradient flows back.
+            boxes: N Boxes in pixels of the student's input image.
+            student_pooled: the student's only map pooled at ``boxes`` with this loss's own pooler
+                settings, shape (M, C, P, P), when somebody has it already.
+            measure_match: also write ``qmimic/match_ratio`` and ``qmimic/match_ratio_nonzero`` to the
+                event storage (with the level's name behind it where there are several).
+
+        Returns:
+            L_m, unweighted, as ``loss_mimic``, or as ``loss_mimic_<map>`` for each of several levels,
+            each divided by the M regions of all levels. Without a region it is a zero that still
+            reaches every parameter.
+        """
+        rois_of_level = self.pooler.assign(boxes)
+        num_rois = sum(len(rois) for rois in rois_of_level)
+        losses = {}
+        for level, rois in enumerate(rois_of_level):
+            name = self.student_features[level]
+            suffix = self._suffix(name)
+            student_map = student_maps[name]
+            if len(rois) == 0:
+                losses[f"loss_mimic{suffix}"] = self._zero(name, student_map)
+                continue
+            target = self._target(level, teacher_maps[self.teacher_features[level]], rois)
+            pooled = student_pooled
+            if pooled is None:
+                pooled = self.pooler.pool(level, student_map, rois)
+            adapted = self.adapters[name](pooled)
+            if measure_match:
+                self._write_match(adapted.detach(), target, suffix)
+            if self.student_quantizer is not None:
+                adapted = self.student_quantizer(adapted)
+            losses[f"loss_mimic{suffix}"] = self._distance(adapted, target, num_rois)
+        return losses
+
+    def zeros(self, student_maps: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """The losses of a step in which lambda is 0: zeros that still reach every parameter."""
+        return {
+            f"loss_mimic{self._suffix(name)}": self._zero(name, student_maps[name])
+            for name in self.student_features
+        }
+
+    def _suffix(self, name: str) -> str:
+        return f"_{name}" if len(self.student_features) > 1 else ""
+
+    def _zero(self, name: str, student_map: Tensor) -> Tensor:
+        # Reaches the adapter, so that under DDP every process uses every parameter in every step.
+        zero = student_map.flatten()[:0].sum()
+        return sum((parameter.sum() * 0.0 for parameter in self.adapters[name].parameters()), zero)
+
+    @torch.no_grad()
+    def _target(self, level: int, teacher_map: Tensor, rois: Tensor) -> Tensor:
+        target = self.pooler.pool(level, teacher_map, rois)
+        if self.teacher_quantizer is not None:
+            target = self.teacher_quantizer.quantize(target)
+        return target
+
+    def _distance(self, adapted: Tensor, target: Tensor, num_rois: int) -> Tensor:
+        # float32 throughout: a sum of a million squares leaves the range of 16 bits
+        target = target.float()
+        squares = F.mse_loss(adapted.float(), target, reduction="sum")
+        if self.normalize_by == "roi":
+            return squares / (2 * num_rois)
+        if self.normalize_by == "element":
+            return squares / (2 * num_rois * target[0].numel())
+        # A batch in which the teacher is silent everywhere has nothing to relate to.
+        return squares / (2 * target.square().sum().clamp(min=1e-6))
+
+    def _write_match(self, adapted: Tensor, target: Tensor, suffix: str) -> None:
+        if self.code_quantizer is None or not has_event_storage():
+            return
+        storage = get_event_storage()
+        overall, nonzero = match_ratio(adapted, target.to(adapted.dtype), self.code_quantizer)
+        storage.put_scalar(f"qmimic/match_ratio{suffix}", overall, smoothing_hint=False)
+        storage.put_scalar(f"qmimic/match_ratio_nonzero{suffix}", nonzero, smoothing_hint=False)
+
+
+def _build_adapter(kind: str, in_channels: int, out_channels: int) -> nn.Module:
+    if not kind:
+        return nn.Identity()
+    convolution = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+    weight_init.c2_xavier_fill(convolution)
+    return nn.Sequential(convolution, nn.ReLU()) if kind == "conv1x1_relu" else convolution
+
+
+def _check_option(key: str, value: str, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(f"MODEL.QMIMIC.MIMIC.{key} is {value!r}; choose one of {list(options)}")
+
+
+def _check_shapes(
+    student_shapes: Dict[str, ShapeSpec], teacher_shapes: Dict[str, ShapeSpec], has_adapter: bool
+) -> None:
+    if len(student_shapes) != len(teacher_shapes) or not student_shapes:
+        raise ValueError(
+            f"MODEL.QMIMIC.MIMIC.IN_FEATURES gives {len(student_shapes)} student maps "
+            f"{list(student_shapes)} and MIMIC.TEACHER_IN_FEATURES {len(teacher_shapes)} teacher maps "
+            f"{list(teacher_shapes)}; give one teacher map for each student map"
+        )
+    for (student_name, student), (teacher_name, teacher) in zip(
+        student_shapes.items(), teacher_shapes.items()
+    ):
+        if student.stride != teacher.stride:
+            raise ValueError(
+                f"the student's map {student_name!r} has stride {student.stride} and the teacher's "
+                f"{teacher_name!r} has {teacher.stride:g} in pixels of the student's image; set "
+                "MODEL.QMIMIC.TEACHER.INPUT_SCALE to the teacher's own stride divided by the "
+                "student's, or name other maps in MODEL.QMIMIC.MIMIC.IN_FEATURES and "
+                "TEACHER_IN_FEATURES"
+            )
+        if not has_adapter and student.channels != teacher.channels:
+            raise ValueError(
+                f"the student's map {student_name!r} has {student.channels} channels and the teacher's "
+                f"{teacher_name!r} has {teacher.channels}, and MODEL.QMIMIC.MIMIC.ADAPTER is ''; set it "
+                "to 'conv1x1' (or 'conv1x1_relu')"
+            )

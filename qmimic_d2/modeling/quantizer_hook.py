@@ -1,0 +1,85 @@
+"""The forward hook that quantizes the features of any Detectron2 backbone."""
+
+from typing import Dict, List, Optional, Sequence
+
+from torch import Tensor, nn
+
+from qmimic_d2.modeling.quantizer import Quantizer
+
+__all__ = ["QuantizerHook", "attach_quantizer", "attached_quantizer"]
+
+
+class QuantizerHook:
+    """
+    Replaces the named features of a backbone by their codes.
+
+    It lives in the backbone's forward hooks and not among its modules, so that names and number of
+    the entries of ``state_dict()`` stay what they are, and ``copy.deepcopy`` and
+    ``torch.jit.trace`` carry it along.
+    """
+
+    def __init__(self, quantizer: Quantizer, features: Sequence[str]):
+        self.quantizer = quantizer
+        self.features: List[str] = list(features)
+        self._handle = None
+
+    def __call__(self, backbone: nn.Module, inputs, output: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        return {
+            name: self.quantizer(feature) if name in self.features else feature
+            for name, feature in output.items()
+        }
+
+    def remove(self) -> None:
+        """Detaches the hook; the backbone gives full-precision features again. Harmless twice."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+def attached_quantizer(backbone: nn.Module) -> Optional[QuantizerHook]:
+    """The hook that quantizes this backbone's features, or None."""
+    for hook in backbone._forward_hooks.values():
+        if isinstance(hook, QuantizerHook):
+            return hook
+    return None
+
+
+def attach_quantizer(
+    backbone: nn.Module,
+    quantizer: Quantizer,
+    features: Sequence[str],
+    key: str = "MODEL.QMIMIC.QUANTIZER.IN_FEATURES",
+) -> QuantizerHook:
+    """
+    Quantizes features of a backbone from now on.
+
+    A backbone has one such hook: attaching again puts the new quantizer in the old one's place.
+
+    Args:
+        backbone: a Detectron2 backbone, whose forward returns maps (N, C, H, W) by name.
+        quantizer: applied to every named map.
+        features: names among ``backbone.output_shape()``.
+        key: config key that the names came from, for the error.
+
+    Returns:
+        The hook, whose ``remove()`` undoes this.
+
+    Raises:
+        ValueError: a name is not among the backbone's features.
+    """
+    check_features(features, backbone.output_shape(), key)
+    previous = attached_quantizer(backbone)
+    if previous is not None:
+        previous.remove()
+    hook = QuantizerHook(quantizer, features)
+    hook._handle = backbone.register_forward_hook(hook)
+    return hook
+
+
+def check_features(features: Sequence[str], available: Dict[str, object], key: str) -> None:
+    """Raises a ValueError that names ``key`` where a feature is not among the available ones."""
+    unknown = [name for name in features if name not in available]
+    if unknown:
+        raise ValueError(
+            f"{key} names {unknown}, which the backbone does not have; it gives {sorted(available)}"
+        )

@@ -1,0 +1,254 @@
+"""
+The frozen teacher.
+
+Shape letters:
+    N: number of images.
+    T: channels of a teacher's map.
+    H, W: height and width, of an image in pixels or of a map in cells.
+"""
+
+import math
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from torch import Tensor
+
+from qmimic_d2.checkpoint import load_audited, read_checkpoint
+from qmimic_d2.modeling.quantizer import Quantizer, build_quantizer
+from qmimic_d2.modeling.quantizer_hook import attach_quantizer, check_features
+from qmimic_d2.modeling.teacher_config import TeacherConfig, load_teacher_config
+
+__all__ = ["FrozenTeacher", "teacher_feature_names", "teacher_shapes"]
+
+_WEIGHTS_KEY = "MODEL.QMIMIC.TEACHER.WEIGHTS"
+
+
+class FrozenTeacher:
+    """
+    The backbone of a trained detector, which gives features and never changes.
+
+    Not an ``nn.Module``, so that whoever holds it as an attribute does not take it into its
+    parameters, ``state_dict``, optimizer, DDP buckets, or ``train()``. ``copy.deepcopy`` of a holder
+    (a moving average of the student, say) shares the teacher.
+
+    Construct it from a student's config, ``FrozenTeacher(cfg)``, which loads the weights and audits
+    them; the explicit arguments are for a backbone that is loaded already.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        features: Sequence[str],
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        input_format: str,
+        student_input_format: str,
+        input_scale: float = 1.0,
+        quantizer: Optional[Quantizer] = None,
+        digest: str = "",
+    ):
+        """
+        Args:
+            backbone: the teacher's backbone with its trained weights.
+            features: the maps to give, among ``backbone.output_shape()``.
+            pixel_mean, pixel_std: the teacher's own, one number per channel.
+            input_format: the teacher's channel order, "BGR" or "RGB" (others must equal the student's).
+            student_input_format: channel order of the images it will be given.
+            input_scale: factor by which these images are enlarged first.
+            quantizer: put on the named features; None for full-precision ones.
+            digest: of the loaded weights, for whoever wants to name them.
+
+        Raises:
+            ValueError: an unknown feature, an input scale that is not positive, or channel orders that
+                no flip turns into each other.
+        """
+        _check_input_scale(input_scale)
+        key = "MODEL.QMIMIC.MIMIC.TEACHER_IN_FEATURES"
+        check_features(features, backbone.output_shape(), key)
+        self._flip_channels = _needs_flip(student_input_format, input_format)
+        self._backbone = backbone.eval().requires_grad_(False)
+        self._features = tuple(features)
+        self._input_scale = float(input_scale)
+        self.digest = digest
+        if quantizer is not None:
+            attach_quantizer(backbone, quantizer, features, key)
+        self._device = next(backbone.parameters()).device
+        column = (-1, 1, 1)
+        self._pixel_mean = torch.tensor(pixel_mean, device=self._device).view(column)
+        self._pixel_std = torch.tensor(pixel_std, device=self._device).view(column)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode):
+        config = load_teacher_config(cfg)
+        node = cfg.MODEL.QMIMIC
+        key = _WEIGHTS_KEY
+        weights = node.TEACHER.WEIGHTS
+        if not weights:
+            weights = config.weights
+            key = f"{_WEIGHTS_KEY} is '' and MODEL.WEIGHTS of {config.path}"
+        state = read_checkpoint(weights, key=key)
+        backbone = _build_backbone(config)
+        digest = load_audited(
+            backbone,
+            state,
+            prefix="backbone.",
+            source=f"{weights} (teacher of {config.path})",
+            key=key,
+        )
+        return {
+            "backbone": backbone.to(cfg.MODEL.DEVICE),
+            "features": teacher_feature_names(cfg),
+            "pixel_mean": config.pixel_mean,
+            "pixel_std": config.pixel_std,
+            "input_format": config.input_format,
+            "student_input_format": cfg.INPUT.FORMAT,
+            "input_scale": node.TEACHER.INPUT_SCALE,
+            "quantizer": build_quantizer(cfg) if node.QUANTIZER.TEACHER_ON else None,
+            "digest": digest,
+        }
+
+    def __deepcopy__(self, memo) -> "FrozenTeacher":
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the teacher computes."""
+        return self._device
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of the backbone's parameters."""
+        return sum(parameter.numel() for parameter in self._backbone.parameters())
+
+    def to(self, device: torch.device) -> "FrozenTeacher":
+        """Moves the teacher; its dtype stays. Returns itself."""
+        device = torch.device(device)
+        if device != self._device:
+            self._backbone.to(device)
+            self._pixel_mean = self._pixel_mean.to(device)
+            self._pixel_std = self._pixel_std.to(device)
+            self._device = device
+        return self
+
+    @torch.inference_mode()
+    def features(self, batched_inputs: List[Dict[str, Tensor]]) -> Dict[str, Tensor]:
+        """
+        The teacher's (quantized) maps of the student's images.
+
+        Images of different size are not padded to each other: each goes through the backbone padded
+        to the teacher's own size divisibility alone, so that its features do not depend on what else
+        is in the batch.
+
+        Args:
+            batched_inputs: N dicts as Detectron2's ``DatasetMapper`` makes them; "image" has shape
+                (3, H, W) and values 0 to 255.
+
+        Returns:
+            Maps of shape (N, T, H', W') by name, inference tensors. Smaller maps are continued to the
+            right and below by their last column and row, as ROIAlign itself continues them.
+        """
+        images = [self._preprocess(each["image"]) for each in batched_inputs]
+        groups: Dict[Tuple[int, ...], List[int]] = {}
+        for index, image in enumerate(images):
+            groups.setdefault(tuple(image.shape), []).append(index)
+        if len(groups) == 1:
+            maps = self._backbone(torch.stack(images))
+            return {name: maps[name] for name in self._features}
+        maps_of_image: List[Dict[str, Tensor]] = [{} for _ in images]
+        for members in groups.values():
+            maps = self._backbone(torch.stack([images[index] for index in members]))
+            for position, index in enumerate(members):
+                maps_of_image[index] = {name: maps[name][position] for name in self._features}
+        return {name: _stack([maps[name] for maps in maps_of_image]) for name in self._features}
+
+    def _preprocess(self, image: Tensor) -> Tensor:
+        """Shape (3, H, W) of the student's input to (3, H', W') of the teacher's."""
+        image = image.to(self._device, torch.float32, non_blocking=True)
+        if self._flip_channels:
+            image = image.flip(0)
+        if self._input_scale != 1.0:
+            size = [max(1, round(length * self._input_scale)) for length in image.shape[-2:]]
+            image = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
+        image = (image - self._pixel_mean) / self._pixel_std
+        height, width = image.shape[-2:]
+        square = getattr(self._backbone, "padding_constraints", {}).get("square_size", 0)
+        multiple = max(getattr(self._backbone, "size_divisibility", 0), 1)
+        padded_height = math.ceil(max(height, square) / multiple) * multiple
+        padded_width = math.ceil(max(width, square) / multiple) * multiple
+        return F.pad(image, (0, padded_width - width, 0, padded_height - height))
+
+
+def teacher_feature_names(cfg: CfgNode) -> Tuple[str, ...]:
+    """Names of the teacher's compared maps, in the order of the student's."""
+    node = cfg.MODEL.QMIMIC.MIMIC
+    names = node.TEACHER_IN_FEATURES or node.IN_FEATURES or cfg.MODEL.ROI_HEADS.IN_FEATURES
+    return tuple(names)
+
+
+def teacher_shapes(cfg: CfgNode) -> Dict[str, ShapeSpec]:
+    """
+    Channels and stride of the teacher's compared maps, from its config alone.
+
+    Returns:
+        By name, in order; strides in pixels of the student's input image.
+
+    Raises:
+        FileNotFoundError, ValueError: the teacher's config, or a feature name, is not there.
+    """
+    scale = cfg.MODEL.QMIMIC.TEACHER.INPUT_SCALE
+    _check_input_scale(scale)
+    shapes = _build_backbone(load_teacher_config(cfg)).output_shape()
+    names = teacher_feature_names(cfg)
+    check_features(names, shapes, "MODEL.QMIMIC.MIMIC.TEACHER_IN_FEATURES")
+    return {
+        name: ShapeSpec(channels=shapes[name].channels, stride=shapes[name].stride / scale)
+        for name in names
+    }
+
+
+def _build_backbone(config: TeacherConfig) -> Backbone:
+    # The teacher's initial weights are overwritten; drawing them must not change the student's.
+    with torch.random.fork_rng(devices=[]):
+        return config.build_backbone()
+
+
+def _check_input_scale(input_scale: float) -> None:
+    if not (math.isfinite(input_scale) and input_scale > 0.0):
+        raise ValueError(
+            f"MODEL.QMIMIC.TEACHER.INPUT_SCALE is {input_scale!r}; give a positive finite factor, 1.0 "
+            "for the student's own image"
+        )
+
+
+def _needs_flip(student_format: str, teacher_format: str) -> bool:
+    if student_format == teacher_format:
+        return False
+    if sorted([student_format, teacher_format]) == ["BGR", "RGB"]:
+        return True
+    raise ValueError(
+        f"INPUT.FORMAT is {student_format!r} for the student and {teacher_format!r} for the teacher; only "
+        "BGR and RGB can be turned into each other. Train one of the two with the other's format"
+    )
+
+
+def _stack(maps: List[Tensor]) -> Tensor:
+    height = max(each.shape[-2] for each in maps)
+    width = max(each.shape[-1] for each in maps)
+    return torch.stack(
+        [
+            F.pad(
+                each[None],
+                (0, width - each.shape[-1], 0, height - each.shape[-2]),
+                mode="replicate",
+            )[0]
+            for each in maps
+        ]
+    )
+
+

@@ -1,0 +1,112 @@
+"""The teacher's own config, YAML or LazyConfig, read into what a frozen teacher is built from."""
+
+import logging
+from dataclasses import dataclass
+from typing import Callable, List, Sequence, Tuple
+
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.modeling import Backbone, build_backbone
+
+from qmimic_d2.config import add_qmimic_config
+from qmimic_d2.config_files import find_config_file
+
+__all__ = ["TeacherConfig", "load_teacher_config"]
+
+_KEY = "MODEL.QMIMIC.TEACHER.CONFIG_FILE"
+
+
+@dataclass
+class TeacherConfig:
+    """
+    What of a teacher's config matters to the mimic.
+
+    Attributes:
+        path: absolute path of the config file.
+        build_backbone: builds the backbone with random weights.
+        weights: checkpoint that the config names; "" when it names none.
+        pixel_mean, pixel_std: of the teacher's own preprocessing, in units of the pixel values.
+        input_format: channel order, for example "BGR".
+        dump: the whole config as YAML, OPTS applied; "" for a LazyConfig, whose Python is its only form.
+    """
+
+    path: str
+    build_backbone: Callable[[], Backbone]
+    weights: str
+    pixel_mean: Tuple[float, ...]
+    pixel_std: Tuple[float, ...]
+    input_format: str
+    dump: str = ""
+
+
+def load_teacher_config(cfg: CfgNode) -> TeacherConfig:
+    """
+    Reads the teacher's config that a student's ``cfg.MODEL.QMIMIC.TEACHER`` names.
+
+    Raises:
+        FileNotFoundError: the file does not exist; names the key and where it was looked for.
+        ValueError: it cannot be read, or an entry of TEACHER.OPTS does not fit it.
+    """
+    node = cfg.MODEL.QMIMIC.TEACHER
+    path = find_config_file(node.CONFIG_FILE, _KEY)
+    read = _read_lazy if path.endswith(".py") else _read_yaml
+    try:
+        return read(path, list(node.OPTS), cfg)
+    except Exception as error:
+        raise ValueError(
+            f"{_KEY} is {path!r}, which cannot be read as a Detectron2 config with "
+            f"MODEL.QMIMIC.TEACHER.OPTS {list(node.OPTS)}: {type(error).__name__}: {error}. Give the YAML "
+            "or LazyConfig .py that the teacher was trained with"
+        ) from error
+
+
+def _read_yaml(path: str, opts: List[str], student_cfg: CfgNode) -> TeacherConfig:
+    teacher = get_cfg()
+    add_qmimic_config(teacher)
+    teacher.merge_from_file(path)
+    teacher.merge_from_list(opts)
+    _warn_of_other_codes(path, teacher, student_cfg)
+    teacher.MODEL.DEVICE = student_cfg.MODEL.DEVICE
+    teacher.freeze()
+    return TeacherConfig(
+        path=path,
+        build_backbone=lambda: build_backbone(teacher),
+        weights=teacher.MODEL.WEIGHTS,
+        pixel_mean=tuple(teacher.MODEL.PIXEL_MEAN),
+        pixel_std=tuple(teacher.MODEL.PIXEL_STD),
+        input_format=teacher.INPUT.FORMAT,
+        dump=teacher.dump(),
+    )
+
+
+def _read_lazy(path: str, opts: List[str], student_cfg: CfgNode) -> TeacherConfig:
+    teacher = LazyConfig.load(path)
+    teacher = LazyConfig.apply_overrides(teacher, opts)
+    model = teacher.model
+    return TeacherConfig(
+        path=path,
+        build_backbone=lambda: instantiate(model.backbone),
+        weights=str(teacher.get("train", {}).get("init_checkpoint", "") or ""),
+        pixel_mean=tuple(_numbers(model.pixel_mean)),
+        pixel_std=tuple(_numbers(model.pixel_std)),
+        input_format=model.get("input_format", None) or "BGR",
+    )
+
+
+def _numbers(values: Sequence[float]) -> List[float]:
+    return [float(value) for value in values]
+
+
+def _warn_of_other_codes(path: str, teacher: CfgNode, student: CfgNode) -> None:
+    """The student's node decides on codes; a teacher that was trained with others should be known."""
+    if teacher.MODEL.META_ARCHITECTURE not in ("QuantRCNN", "QuantMimicRCNN"):
+        return
+    theirs, ours = teacher.MODEL.QMIMIC.QUANTIZER, student.MODEL.QMIMIC.QUANTIZER
+    names = ("NAME", "STRIDE", "NUM_CODES", "SIGNED")
+    differing = {name: (theirs[name], ours[name]) for name in names if theirs[name] != ours[name]}
+    if differing:
+        logging.getLogger(__name__).warning(
+            "MODEL.QMIMIC.QUANTIZER of the teacher's config %s differs from the student's, which is in "
+            "force (teacher's value, student's value): %s",
+            path,
+            differing,
+        )

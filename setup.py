@@ -1,0 +1,87 @@
+"""Packages qmimic_d2. Environments for `make demo` and `make test` are tools/setup_environment.py's job."""
+
+import os
+import shutil
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+
+# Detectron2 is not among these: under its own name it is not on the package index, and an installed one,
+# however it was built, is used as it is. docs/install.md says how to get it.
+INSTALL_REQUIRES = [
+    "torch>=2.1",
+    "torchvision>=0.16",
+    "numpy",
+    "opencv-python",
+    "pycocotools",
+    "fvcore",
+    "iopath",
+    "yacs",
+    "scikit-learn",  # its 1,797 embedded digits are the images of the Digits configs
+    "tensorboard",
+    # Detectron2's model_zoo imports pkg_resources, which setuptools 81 warns of and 82 no longer has.
+    "setuptools<81",
+]
+
+EXTRAS_REQUIRE = {
+    "dev": ["pytest", "pytest-cov", "ruff"],
+    "export": ["onnx", "onnxruntime"],
+    "report": ["matplotlib", "jinja2"],
+}
+
+# What the package reads at run time besides its own code, wherever it stands below qmimic_d2/.
+DATA_SUFFIXES = ("css", "csv", "html", "j2", "jinja", "js", "json", "npz", "svg", "txt", "yaml")
+
+
+class BuildWithConfigs(build_py):
+    """
+    Copies configs/ into the built package, so that a wheel finds what a checkout has beside the package.
+    An editable install needs no copy, and none is ever left in the source tree.
+    """
+
+    def run(self):
+        super().run()
+        if getattr(self, "editable_mode", False):
+            return
+        target = os.path.join(self.build_lib, "qmimic_d2", "configs")
+        shutil.rmtree(target, ignore_errors=True)  # an earlier build may hold configs that are gone
+        shutil.copytree(os.path.join(ROOT, "configs"), target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+
+
+def readme():
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        return file.read()
+
+
+setup(
+    name="qmimic_d2",
+    version="0.1.0",
+    description="Quantization Mimic for Detectron2: very tiny object detectors that imitate a quantized teacher",
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    author="The qmimic_d2 authors",
+    license="Apache-2.0",
+    packages=find_packages(include=["qmimic_d2", "qmimic_d2.*"]),
+    package_data={"qmimic_d2": [f"**/*.{suffix}" for suffix in DATA_SUFFIXES]},
+    python_requires=">=3.9,<3.14",
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    cmdclass={"build_py": BuildWithConfigs},
+    zip_safe=False,
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: Apache Software License",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.9",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)

@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""
+Trains and evaluates the detectors of this project: teachers, quantized teachers and students.
+
+    python train_net.py --config-file configs/Digits/student_vgg_1_16_qmimic.yaml [KEY VALUE ...]
+    python train_net.py --config-file ... --resume
+    python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
+"""
+
+import sys
+
+from detectron2.evaluation.testing import verify_results
+from detectron2.utils import comm
+
+from qmimic_d2.engine import (
+    Trainer,
+    argument_parser,
+    build_checkpointer,
+    check_run,
+    describe_error,
+    launch_processes,
+    load_config,
+    num_processes,
+    set_up_process,
+)
+
+
+def main(args, cfg):
+    set_up_process(cfg, args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = build_checkpointer(model, cfg.OUTPUT_DIR)
+        resumes = args.resume and checkpointer.has_checkpoint()
+        path = checkpointer.get_checkpoint_file() if resumes else cfg.MODEL.WEIGHTS
+        checkpointer.load(path, checkpointables=[], complete=True)
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    args = argument_parser().parse_args()
+    try:
+        cfg = load_config(
+            args.config_file,
+            args.opts,
+            eval_only=args.eval_only,
+            resume=args.resume,
+            device="cpu" if args.num_processes else "",
+        )
+        check_run(cfg, num_processes(args), eval_only=args.eval_only)
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        sys.exit(describe_error(error))
+    launch_processes(main, args, (args, cfg))
