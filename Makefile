@@ -5,10 +5,12 @@ PYTHON ?=
 PYTEST_ARGS ?=
 
 PY = $(or $(PYTHON),$(VENV)/bin/python)
-# Any Python from 3.9 on can run the set-up, which then picks the one to use. A name on PATH may not run.
-SETUP = for p in python3 python3.11 python3.12 python3.13 python3.10 python3.9 $(PYTHON); do \
+
+# $(call setup,EXTRAS): any Python from 3.9 on can run the set-up, which then picks the one to use; a name on
+# PATH may not run. EXTRAS are those of setup.py that PYTHON must have; VENV gets them all.
+setup = @for p in python3 python3.11 python3.12 python3.13 python3.10 python3.9 $(PYTHON); do \
 	  "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null && exec "$$p" \
-	    tools/setup_environment.py $(if $(PYTHON),--python '$(PYTHON)',--venv '$(VENV)'); \
+	    tools/setup_environment.py --extras $(1) $(if $(PYTHON),--python '$(PYTHON)',--venv '$(VENV)'); \
 	done; echo 'set-up: no Python from 3.9 to 3.13 runs here; install one' >&2; exit 1
 
 # A user's environment does not get this project installed: it runs from here.
@@ -25,13 +27,15 @@ help:
 	@echo 'PYTHON=EXE   an environment that you have, instead: only what is missing there is installed'
 
 setup:
-	@$(SETUP)
+	$(call setup,dev export report)
 
-demo: setup
+demo:
+	$(call setup,export report)
 	$(PY) demo/run.py
 
 test: export OMP_NUM_THREADS = 2
-test: setup
+test:
+	$(call setup,dev export report)
 	$(PY) -m pytest tests --cov=qmimic_d2 --cov-report=term-missing:skip-covered --cov-fail-under=90 $(PYTEST_ARGS)
 
 clean:

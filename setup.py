@@ -21,7 +21,7 @@ INSTALL_REQUIRES = [
     "yacs",
     "scikit-learn",  # its 1,797 embedded digits are the images of the Digits configs
     "tensorboard",
-    # Detectron2's model_zoo imports pkg_resources, which setuptools 81 warns of and 82 no longer has.
+    # Detectron2's model_zoo imports pkg_resources, which setuptools announced to drop from 81 on.
     "setuptools<81",
 ]
 

@@ -99,7 +99,7 @@ def load_audited(
     for name, _, _ in shapes:
         del entries[name[len(prefix) :]]
 
-    # Only load_state_dict knows what modules accept by rules of their own: it is asked, and undone if need be.
+    # Only load_state_dict knows what modules accept by their own rules: it is asked, and undone if need be.
     before = copy.deepcopy(own)
     try:
         result = module.load_state_dict(entries, strict=False)
@@ -334,7 +334,7 @@ def _zoo_layout(content: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _without_counters(names: Iterable[str]) -> List[str]:
-    """Sorted, without BatchNorm's count of batches, which checkpoints have or not and no output depends on."""
+    """Sorted, without BatchNorm's count of batches: not every checkpoint has it, no output needs it."""
     return sorted(name for name in names if name.rpartition(".")[2] != "num_batches_tracked")
 
 
@@ -366,7 +366,7 @@ def _log_loaded(filled: Mapping[str, Tensor], model: str, source: str, digest: s
 
 @contextmanager
 def _replacing(target: str, mode: str) -> Iterator[IO[Any]]:
-    """A file that takes the place of ``target`` when the block ends; a block that raises leaves it as it was."""
+    """A file that replaces ``target`` when the block ends; a block that raises leaves ``target`` alone."""
     partial = target + ".partial"  # does not end in .pth, so a leftover is never listed as a checkpoint
     try:
         with open(partial, mode) as file:

@@ -76,10 +76,15 @@ def _scalar(dtype: _Dtype, raw: Union[bytes, str]) -> np.generic:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """The one use that pickle makes of ``_codecs.encode``: bytes, in protocols below 3."""
+    """The one use that pickle makes of ``_codecs.encode``: bytes that are not empty, in protocols below 3."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"GLOBAL _codecs.encode to {encoding!r} is not admitted")
     return text.encode("latin1")
+
+
+def _empty_bytes() -> bytes:
+    """The one use that pickle makes of ``bytes``, in protocols below 3."""
+    return b""
 
 
 _ADMITTED: Dict[Tuple[str, str], Any] = {
@@ -94,6 +99,7 @@ for _core in ("numpy.core", "numpy._core"):  # numpy 1 and numpy 2
     _ADMITTED[_core + ".multiarray", "scalar"] = _scalar
     _ADMITTED[_core + ".numeric", "_frombuffer"] = _frombuffer
 for _builtins in ("builtins", "__builtin__"):  # Python 3 and Python 2
+    _ADMITTED[_builtins, "bytes"] = _empty_bytes
     _ADMITTED[_builtins, "set"] = set
     _ADMITTED[_builtins, "frozenset"] = frozenset
 
@@ -163,8 +169,8 @@ def local_path(path: str, key: str) -> str:
     if not os.path.isfile(local):
         found = "is a folder" if os.path.isdir(local) else "does not exist"
         raise FileNotFoundError(
-            f"{subject(key, path)} {found}; looked for {os.path.abspath(local)!r}. Give the path of the file, "
-            "absolute or from the working directory."
+            f"{subject(key, path)} {found}; looked for {os.path.abspath(local)!r}. Give the path of the "
+            "file, absolute or from the working directory."
         )
     return local
 
@@ -179,12 +185,12 @@ def read_mapping(local: str, path: str, key: str) -> Mapping[str, Any]:
                 content = _WeightsUnpickler(file, encoding="latin1").load()
             else:
                 content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes can mean anything to an unpickler, so they can raise anything
+    except Exception as error:  # damaged bytes can make an unpickler raise anything
         refused = _REFUSED_GLOBAL.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
             raise UnsafeCheckpointError(
-                f"{subject(key, path)} holds {refused.group(1)}, which is no tensor, array of numbers or plain "
-                "container: it was not read, since reading it could run code. Save model.state_dict() alone."
+                f"{subject(key, path)} holds {refused.group(1)}, which is no tensor, array of numbers or "
+                "plain container: it was not read, since that could run code. Save model.state_dict() alone."
             ) from error
         raise ValueError(
             f"{subject(key, path)} is unreadable or cut short ({os.path.getsize(local)} bytes in {local!r}; "
@@ -192,8 +198,8 @@ def read_mapping(local: str, path: str, key: str) -> Mapping[str, Any]:
         ) from error
     if not isinstance(content, Mapping):
         raise ValueError(
-            f"{subject(key, path)} holds a {type(content).__name__}, where a state dict is needed. Save it as "
-            "torch.save({'model': model.state_dict()}, path)."
+            f"{subject(key, path)} holds a {type(content).__name__}, where a state dict is needed. Save it "
+            "as torch.save({'model': model.state_dict()}, path)."
         )
     return content
 
@@ -224,7 +230,7 @@ def flat_state(entries: Any, path: str, key: str) -> Dict[str, Tensor]:
 
 
 def entries_below(state: Mapping[str, Tensor], prefix: str) -> Dict[str, Tensor]:
-    """The entries below ``prefix``, without it, in a new dict, with the module versions that belong to them."""
+    """The entries below ``prefix``, without it, in a new dict, with the module versions that belong there."""
     cut = len(prefix)
     entries: Dict[str, Tensor] = OrderedDict((n[cut:], t) for n, t in state.items() if n.startswith(prefix))
     metadata = getattr(state, "_metadata", None)

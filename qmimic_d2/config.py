@@ -2,8 +2,6 @@
 
 from detectron2.config import CfgNode as CN
 
-from qmimic_d2.modeling.backbone.config import add_backbone_config
-
 __all__ = ["add_qmimic_config"]
 
 
@@ -16,10 +14,12 @@ def add_qmimic_config(cfg: CN) -> None:
     Args:
         cfg: a Detectron2 config that is not frozen.
     """
-    if "QMIMIC" not in cfg.MODEL:
-        cfg.MODEL.QMIMIC = _qmimic_node()
-        _add_solver_keys(cfg)
-    add_backbone_config(cfg)
+    if "QMIMIC" in cfg.MODEL:
+        return
+    cfg.MODEL.QMIMIC = _qmimic_node()
+    cfg.MODEL.VGG = _vgg_node()
+    _add_resnet_keys(cfg)
+    _add_solver_keys(cfg)
 
 
 def _qmimic_node() -> CN:
@@ -97,8 +97,65 @@ def _qmimic_node() -> CN:
     return node
 
 
+def _vgg_node() -> CN:
+    node = CN()
+
+    # Which VGG, by its count of layers with weights, the three fully connected ones (absent here)
+    # included. Options: 11, 13, 16.
+    node.DEPTH = 16
+
+    # Every channel count (64, 128, 256, 512, 512) is divided by this: 32 makes VGG-1-32, whose
+    # stages are 2, 4, 8, 16 and 16 channels wide. 1 = the full network, which ImageNet weights
+    # fit. Must divide 64.
+    node.WIDTH_DIVISOR = 1
+
+    # Normalization between each convolution and its ReLU. Options: "" (plain VGG; the convolutions
+    # have a bias), "BN", "SyncBN", "FrozenBN", "GN". "GN" has 32 groups as in Detectron2 where
+    # the width allows, else as many as leave at least two channels in each. "FrozenBN" normalizes
+    # nothing until trained statistics are loaded.
+    node.NORM = ""
+
+    # Whether the last convolution of the network carries the norm too. False leaves the scale of
+    # the last feature free, as in a VGG without normalization; that convolution then has a bias.
+    # No effect with NORM "". With FPN, "last" is the last of the bottom-up network.
+    node.LAST_NORM = True
+
+    # Features to return, from "conv1" to "conv5": each stage's output behind its last ReLU and
+    # before the next pooling. Stages after the last one named are not built.
+    node.OUT_FEATURES = ["conv5"]
+
+    # How much each of the five stages downsamples. The first number is the stride of the very
+    # first convolution; each other is kernel and stride of the max pooling before that stage, 1 =
+    # no pooling. The stride of a feature, in pixels of the input, is the product up to its stage:
+    # the default gives conv5 at 16, [2, 2, 2, 1, 1] gives it at 8.
+    node.STAGE_STRIDES = [1, 2, 2, 2, 2]
+
+    # Freeze the first stages: 0 = none, 1 = conv1, 2 = conv1 and conv2, up to 5. Their parameters
+    # get no gradient and their BatchNorm becomes FrozenBN. Takes the place of
+    # MODEL.BACKBONE.FREEZE_AT, whose default (2) would freeze random weights in a network that is
+    # trained from scratch; the VGG does not read that one.
+    node.FREEZE_AT = 0
+    return node
+
+
+def _add_resnet_keys(cfg: CN) -> None:
+    # The two keys below are read by build_divided_resnet_backbone and
+    # build_divided_resnet_fpn_backbone only, never by Detectron2's own build_resnet_backbone.
+
+    # Every channel count is divided by this, the stem's and the bottlenecks' included: DEPTH 18
+    # with 16 makes ResNet18-1-16, 4 channels in the stem and 4, 8, 16, 32 in res2 to res5.
+    # 1 = the full network. A divided network has no ImageNet weights, so set
+    # MODEL.BACKBONE.FREEZE_AT 0 and MODEL.RESNETS.NORM "BN" to train it from scratch.
+    cfg.MODEL.RESNETS.WIDTH_DIVISOR = 1
+
+    # Stride of the first block of res2, res3, res4, res5; the stem before them has stride 4. The
+    # default gives res5 at stride 32, [1, 2, 2, 1] at 16. The first must be 1 with DEPTH 18 and
+    # 34, whose first block has no projection that could follow a stride. RES5_DILATION 2 sets
+    # res5's stride to 1, as it does in Detectron2.
+    cfg.MODEL.RESNETS.STAGE_STRIDES = [1, 2, 2, 2]
+
+
 def _add_solver_keys(cfg: CN) -> None:
     # Optimizer of train_net.py: "SGD" (Detectron2's own, with SOLVER.MOMENTUM and NESTEROV) or
     # "AdamW" (with SOLVER.BASE_LR and SOLVER.WEIGHT_DECAY).
-    if "OPTIMIZER" not in cfg.SOLVER:
-        cfg.SOLVER.OPTIMIZER = "SGD"
+    cfg.SOLVER.OPTIMIZER = "SGD"

@@ -13,8 +13,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.modeling.backbone import (
-    add_backbone_config,
     convert_torchvision_names,
     converted_imagenet_weights,
     is_torchvision_checkpoint,
@@ -28,7 +28,7 @@ def num_parameters(model):
 
 def make_cfg(*options):
     cfg = get_cfg()
-    add_backbone_config(cfg)
+    add_qmimic_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.BACKBONE.NAME = "build_divided_resnet_backbone"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0

@@ -10,9 +10,9 @@ from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone
 from torch import nn
 
+from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.modeling.backbone import (
     VGG,
-    add_backbone_config,
     convert_torchvision_names,
     is_torchvision_checkpoint,
 )
@@ -27,7 +27,7 @@ def num_parameters(model):
 
 def make_cfg(*options):
     cfg = get_cfg()
-    add_backbone_config(cfg)
+    add_qmimic_config(cfg)
     cfg.MODEL.BACKBONE.NAME = "build_vgg_backbone"
     cfg.merge_from_list(list(options))
     return cfg
@@ -56,27 +56,6 @@ def randomize_norms(model):
 
 
 # ------------------------------------------------------------------------------------ configuration
-
-
-def test_add_backbone_config_changes_no_other_key():
-    cfg = get_cfg()
-    before = flatten(copy.deepcopy(cfg))
-    add_backbone_config(cfg)
-    after = flatten(cfg)
-    added = {key for key in after if key not in before}
-    assert {key: after[key] for key in before} == before
-    assert added == {
-        "MODEL.VGG.DEPTH",
-        "MODEL.VGG.WIDTH_DIVISOR",
-        "MODEL.VGG.NORM",
-        "MODEL.VGG.LAST_NORM",
-        "MODEL.VGG.OUT_FEATURES",
-        "MODEL.VGG.STAGE_STRIDES",
-        "MODEL.VGG.FREEZE_AT",
-        "MODEL.RESNETS.WIDTH_DIVISOR",
-        "MODEL.RESNETS.STAGE_STRIDES",
-    }
-    assert all(after[key] is not None for key in added)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ OLDEST, NEWEST = (3, 9), (3, 13)
 # Python for a new environment: what this project was tested with comes first.
 INTERPRETERS = ("python3.11", "python3.12", "python3.13", "python3.10", "python3.9", "python3")
 
-# (module, requirement, extra of setup.py or "" for always)
+# (module, requirement, extra of setup.py or "" for always). What no `make` target runs, ruff, is not here.
 REQUIREMENTS = (
     ("torch", "torch>=2.1", ""),
     ("torchvision", "torchvision>=0.16", ""),
@@ -45,7 +45,6 @@ REQUIREMENTS = (
     ("jinja2", "jinja2", "report"),
     ("pytest", "pytest", "dev"),
     ("pytest_cov", "pytest-cov", "dev"),
-    ("ruff", "ruff", "dev"),
 )
 EXTRAS = ("dev", "export", "report")
 
@@ -56,15 +55,18 @@ DETECTRON2_WHEEL_PYTHON = "3.10"
 # Imported for the final check besides the modules above: they fail where versions do not fit together.
 DEEPER_IMPORTS = ("torchvision.ops", "pycocotools.mask", "sklearn.datasets", "detectron2.engine")
 
-# Files in the environment. OWNED_* say that this script made it; VERIFIED stands in a user's own.
+# Files in an environment that this set-up makes: each says that it is its own.
 OWNED_UNFINISHED = ".qmimic_d2-setup-unfinished"
 OWNED_STAMP = ".qmimic_d2-setup-"
-VERIFIED_STAMP = ".qmimic_d2-verified-"
+# Files in site-packages of a user's environment.
+USERS_UNFINISHED = ".qmimic_d2-installing"
+USERS_STAMP = ".qmimic_d2-verified-"
+USERS_LOCK = ".qmimic_d2-setup.lock"
 
 # Runs in the environment's interpreter, and must at least parse in any other.
 PROBE = r"""
 import json, os, sys
-answer = {"version": list(sys.version_info[:3]), "prefix": sys.prefix, "executable": sys.executable}
+answer = {"version": list(sys.version_info[:3]), "prefix": sys.prefix}
 if sys.version_info >= (3, 9):
     import importlib.metadata, importlib.util, sysconfig
     sys.path[:] = [p for p in sys.path if p not in ("", os.getcwd())]
@@ -74,6 +76,8 @@ if sys.version_info >= (3, 9):
         except (ImportError, ValueError):
             return False
         return spec is not None and spec.origin is not None  # a folder without code has no origin
+    # Of an environment's interpreter: the one it was made with.
+    answer["base"] = getattr(sys, "_base_executable", None) or sys.executable
     answer["found"] = dict((name, found(name)) for name in sys.argv[1:])
     answer["installed"] = installed = {}
     for distribution in importlib.metadata.distributions():
@@ -185,17 +189,23 @@ def constraints_of(installed, pins):
 
 def missing_shared_library(error):
     """The library that an import error names, or None: "ImportError: libGL.so.1: cannot open ..."."""
-    match = re.match(r"ImportError: (lib[^\s:]+\.so[^\s:]*): ", error)
+    match = re.match(r"ImportError: (?:/\S*/)?(lib[^\s:]+\.so[^\s:]*): ", error)
     return match and match.group(1)
 
 
-def digest(state, extras):
+def digest(state):
     """Changes with whatever could make a finished set-up wrong."""
-    parts = [ROOT, state["prefix"], version_text(state["version"]), " ".join(sorted(extras))]
+    parts = [str(ROOT), state["prefix"], version_text(state["version"])]
     parts += [f"{name}=={version}" for name, version in sorted(state["installed"].items())]
+    parts += sorted(module for module, is_there in state["found"].items() if is_there)
     files = [CONSTRAINTS, ROOT / "setup.py", *sorted((ROOT / "tools").glob("*environment*.py"))]
     parts += [path.read_text(encoding="utf-8") for path in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def distribution_of(info):
+    """ "scikit_learn-1.9.1.dist-info" -> "scikit-learn"."""
+    return info.name.partition("-")[0].lower().replace("_", "-").replace(".", "-")
 
 
 def is_owned(folder):
@@ -225,11 +235,22 @@ def damaged_distributions(site_packages):
     return damaged
 
 
-def find_python(search_path=None):
-    """The interpreter to make an environment with. A name on PATH proves nothing: it has to run."""
+def find_python(search_path):
+    """
+    The interpreter to make an environment with. A name on PATH proves nothing: it has to run.
+
+    Args:
+        search_path: as in PATH.
+
+    Returns:
+        Its path and its version.
+
+    Raises:
+        SetupError: there is none; says what was seen and why it does not serve.
+    """
     unsuitable = []
     for name in INTERPRETERS:
-        for folder in (search_path or os.environ.get("PATH", "")).split(os.pathsep):
+        for folder in search_path.split(os.pathsep):
             candidate = os.path.join(folder, name)
             state = probe(candidate) if os.access(candidate, os.X_OK) else None
             if state is None:
@@ -241,7 +262,7 @@ def find_python(search_path=None):
                 minor = version_text(state["version"][:2])
                 unsuitable.append(f"{candidate} lacks the venv module (on Debian: apt install python{minor}-venv)")
             else:
-                return state["executable"] or candidate, version
+                return state["base"] or candidate, version
     raise SetupError(
         f"no suitable Python on PATH; {version_text(OLDEST)} to {version_text(NEWEST)} with its venv module is "
         "needed. " + ("Seen: " + "; ".join(dict.fromkeys(unsuitable)) + "." if unsuitable else "None was seen.")

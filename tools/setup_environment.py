@@ -12,8 +12,8 @@ A run that was killed is taken up by the next one. A run that finds its stamp ch
 import argparse
 import contextlib
 import fcntl
+import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -21,191 +21,27 @@ from pathlib import Path
 
 from environment_state import (
     CONSTRAINTS,
-    DEEPER_IMPORTS,
-    DETECTRON2_WHEEL,
-    DETECTRON2_WHEEL_PYTHON,
     EXTRAS,
-    NEWEST,
-    OLDEST,
-    OWNED_STAMP,
     OWNED_UNFINISHED,
     ROOT,
-    VERIFIED_STAMP,
+    USERS_LOCK,
+    USERS_UNFINISHED,
     SetupError,
     constraints_of,
     damaged_distributions,
-    digest,
+    distribution_of,
     find_python,
     is_owned,
     is_supported,
-    last_json,
     missing_requirements,
-    missing_shared_library,
     probe,
     release,
+    requirement_name,
     run,
     too_old,
-    version_text,
     wanted,
 )
-
-IMPORT_CHECK = r"""
-import importlib, json, sys
-failed = {}
-for name in sys.argv[1:]:
-    try:
-        importlib.import_module(name)
-    except BaseException as error:
-        failed[name] = "%s: %s" % (type(error).__name__, error)
-print(json.dumps(failed))
-"""
-
-
-def say(message):
-    print(f"set-up: {message}", flush=True)
-
-
-class Environment:
-    """
-    One environment and the steps that both kinds have in common.
-
-    Args:
-        python: its interpreter.
-        owned: whether this script made it and may replace what is in it.
-        extras: extras of setup.py that are wanted.
-        name: how the user calls it.
-    """
-
-    def __init__(self, python, owned, extras, name):
-        self.python = python
-        self.owned = owned
-        self.extras = extras
-        self.name = name
-        self.lock = None
-
-    def look(self):
-        state = probe(self.python)
-        if state is None:
-            raise SetupError(f"{self.name} does not run as a Python interpreter.")
-        if not is_supported(state["version"]):
-            raise SetupError(
-                f"{self.name} is Python {version_text(state['version'])}; this project runs on "
-                f"{version_text(OLDEST)} to {version_text(NEWEST)}."
-            )
-        return state
-
-    def pip(self, *arguments):
-        """Runs pip; raises with its output where it fails."""
-        status, output = self.try_pip(*arguments)
-        if status:
-            raise SetupError(f"pip failed in {self.name} with this output:\n{output}\nset-up: run it again to go on.")
-
-    def try_pip(self, *arguments):
-        return run([self.python, "-m", "pip", "--disable-pip-version-check", *arguments], self.lock)
-
-    def stamp(self, state):
-        prefix = OWNED_STAMP if self.owned else VERIFIED_STAMP
-        return Path(state["prefix"]) / (prefix + digest(state, self.extras))
-
-    def is_done(self, state):
-        return self.stamp(state).is_file() and state["found"]["detectron2"]
-
-    def finish(self):
-        """Leaves the stamp; only after `verify`."""
-        state = self.look()
-        stamp = self.stamp(state)
-        try:
-            for old in stamp.parent.glob((OWNED_STAMP if self.owned else VERIFIED_STAMP) + "*"):
-                if old.name != OWNED_UNFINISHED:
-                    old.unlink()
-            stamp.write_text("Left by tools/setup_environment.py of qmimic_d2 after every import was seen to work.\n")
-            with contextlib.suppress(FileNotFoundError):
-                (stamp.parent / OWNED_UNFINISHED).unlink()
-        except OSError:
-            if self.owned:
-                raise
-            # A user's environment that is read-only only costs the check again next time.
-        self.report_ready(state)
-
-    def report_ready(self, state):
-        detectron2 = next((n for n in ("detectron2", "sal-detectron2") if n in state["installed"]), "")
-        detectron2 = f"{detectron2 or 'detectron2'} {state['installed'].get(detectron2, '(not from pip)')}"
-        torch = f"torch {state['installed'].get('torch', '(not from pip)')}"
-        say(f"{self.name} is ready: Python {version_text(state['version'])}, {torch}, {detectron2}")
-
-    def install_detectron2(self, state):
-        """
-        Installs the wheel beside site-packages first and moves it there last, so that an interruption leaves
-        either no Detectron2 or a whole one.
-        """
-        say(f"installing Detectron2 ({DETECTRON2_WHEEL}) into {self.name}")
-        site_packages = Path(state["site_packages"])
-        staging = site_packages / ".qmimic_d2-detectron2"
-        shutil.rmtree(staging, ignore_errors=True)
-        self.pip(
-            *("install", "--no-deps", "--only-binary=:all:", "--python-version", DETECTRON2_WHEEL_PYTHON),
-            *("--target", staging, DETECTRON2_WHEEL),
-        )
-        keep_python_part(staging)
-        for item in sorted(staging.iterdir(), key=lambda path: path.name == "detectron2"):
-            target = site_packages / item.name
-            if target.exists() and (self.owned or item.name.endswith(".dist-info")):
-                shutil.rmtree(target)
-            if target.exists():
-                raise SetupError(f"{target} is in the way: it holds no Detectron2. Remove it and run this again.")
-            os.rename(item, target)
-        shutil.rmtree(staging)
-
-    def verify(self, installed_here):
-        """
-        Imports everything in a process of its own.
-
-        Args:
-            installed_here: requirements that this run installed. OpenCV among them may be replaced by its
-                headless build, where a machine lacks the libraries of the other.
-        """
-        failed = self.failing_imports()
-        library = missing_shared_library(failed.get("cv2", ""))
-        if library and "opencv-python" in installed_here:
-            version = self.look()["installed"]["opencv-python"]
-            say(f"opencv-python needs {library}, which this machine lacks: using opencv-python-headless {version}")
-            self.pip("uninstall", "--yes", "opencv-python")
-            self.pip("install", "--no-deps", f"opencv-python-headless=={version}")
-            failed = self.failing_imports()
-        if failed:
-            lines = "".join(f"\n  import {name}: {error}" for name, error in failed.items())
-            remedy = (
-                f"Remove {self.name} and run this again."
-                if self.owned
-                else (
-                    "What was there before was not touched; repair it, or leave out PYTHON= for an environment of its own."
-                )
-            )
-            raise SetupError(f"not everything imports in {self.name}:{lines}\n{remedy}")
-
-    def failing_imports(self):
-        state = self.look()
-        modules = [module for module, _ in wanted(self.extras) if module != "pkg_resources" or state["found"][module]]
-        status, output = run([self.python, "-c", IMPORT_CHECK, *modules, *DEEPER_IMPORTS], self.lock)
-        failed = last_json(output)
-        if failed is None:
-            raise SetupError(f"{self.name} stopped with status {status} while importing:\n{output}")
-        return failed
-
-
-def keep_python_part(staging):
-    """
-    Takes out of the Detectron2 wheel what must not reach an environment: its extension, compiled against
-    another torch, and a top-level package with the name "tools".
-    """
-    unwanted = re.compile(r"(tools/|detectron2/_C\.)")
-    shutil.rmtree(staging / "tools", ignore_errors=True)
-    for extension in (staging / "detectron2").glob("_C.*"):
-        extension.unlink()
-    for record in staging.glob("*.dist-info/RECORD"):
-        lines = record.read_text(encoding="utf-8").splitlines(True)
-        record.write_text("".join(line for line in lines if not unwanted.match(line)), encoding="utf-8")
-
+from environment_steps import OR_OWN, Environment, say
 
 # --- An environment that this script makes -------------------------------------------------------------------
 
@@ -233,14 +69,16 @@ def prepare_owned(environment, folder):
 
 
 def working_state(environment):
-    """The state of an environment in which Python and pip run, else None."""
+    """The state of an environment in which Python runs and pip is whole, else None."""
     state = probe(environment.python)
-    works = state and is_supported(state["version"]) and environment.try_pip("--version")[0] == 0
-    return state if works else None
+    if not state or not is_supported(state["version"]) or "pip" not in state["installed"]:
+        return None
+    damaged = map(distribution_of, damaged_distributions(state["site_packages"]))
+    return None if "pip" in damaged else state
 
 
 def make_venv(environment, folder):
-    python, version = find_python()
+    python, version = find_python(os.pathsep.join([os.environ.get("PATH", ""), os.path.dirname(sys.executable)]))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / OWNED_UNFINISHED).touch()
     for item in folder.iterdir():
@@ -256,13 +94,17 @@ def make_venv(environment, folder):
         raise SetupError(f"{python} -m venv failed with this output:\n{output}")
 
 
-def remove_damaged(site_packages):
-    """Makes pip forget what an interruption left half-installed, so that it installs that again."""
+def remove_damaged(site_packages, spared=()):
+    """
+    Makes pip forget what an interruption left half-installed, so that it installs that again.
+
+    Args:
+        spared: names of distributions that are not this script's own.
+    """
     for info in damaged_distributions(site_packages):
-        say(f"{info.name[: -len('.dist-info')]} was left half-installed; installing it again")
-        shutil.rmtree(info)
-    for remains in Path(site_packages).glob("~*"):  # what pip had set aside while it replaced something
-        shutil.rmtree(remains, ignore_errors=True)
+        if distribution_of(info) not in spared:
+            say(f"{info.name[: -len('.dist-info')]} was left half-installed; installing it again")
+            shutil.rmtree(info)
 
 
 def install_owned(environment):
@@ -274,6 +116,8 @@ def install_owned(environment):
         f"installing {len(requirements)} packages and what they need into {environment.name}; "
         "the first time this takes minutes and gigabytes"
     )
+    for remains in Path(state["site_packages"]).glob("~*"):  # set aside by a pip that was killed while replacing
+        shutil.rmtree(remains, ignore_errors=True)
     # pip before 25 falls back to running setup.py itself where the wheel package is absent.
     build = ["--use-pep517"] if release(state["installed"].get("pip", "0")) < (25,) else []
     environment.pip("install", *build, "--constraint", CONSTRAINTS, *requirements)
@@ -296,13 +140,14 @@ def prepare_users(environment):
     old = too_old(state, environment.extras)
     if old:
         raise SetupError(
-            f"{environment.name} has {', '.join(old)}. Nothing there is replaced: upgrade it yourself, or leave "
-            "out PYTHON= for an environment of its own."
+            f"{environment.name} has {', '.join(old)}. Nothing there is replaced: upgrade it yourself. {OR_OWN}"
         )
-    lock = Path(state["prefix"]) / ".qmimic_d2-setup.lock"
-    with locked(lock, environment) if os.access(state["prefix"], os.W_OK) else contextlib.nullcontext():
-        state = environment.look()
+    lock = Path(state["site_packages"]) / USERS_LOCK
+    with locked(lock, environment) if state["writable"] else contextlib.nullcontext():
+        state, resumed = take_up(environment)
         missing = missing_requirements(state, environment.extras)
+        # Found, but its distribution is not: what an interruption left of it.
+        missing += [r for r in resumed if r not in missing and requirement_name(r) not in state["installed"]]
         if "setuptools<81" in missing and "setuptools" in state["installed"]:
             missing.remove("setuptools<81")
             say(
@@ -315,13 +160,36 @@ def prepare_users(environment):
             install_missing(environment, state, missing)
         if not state["found"]["detectron2"]:
             environment.install_detectron2(state)
-        environment.verify(installed_here=missing)
+        environment.verify(installed_here=missing + resumed)
         environment.finish()
+
+
+def take_up(environment):
+    """The state of a user's environment, and the requirements that an interrupted run was to install there."""
+    state = environment.look()
+    note = environment.home(state) / USERS_UNFINISHED
+    if not note.is_file():
+        return state, []
+    note = json.loads(note.read_text())
+    remove_damaged(state["site_packages"], spared=note["installed"])
+    return environment.look(), note["missing"]
+
+
+def leave_note(environment, state, missing):
+    """For `take_up`. What an earlier note says was installed stays: the rest is this script's doing."""
+    note = environment.home(state) / USERS_UNFINISHED
+    before = (
+        json.loads(note.read_text()) if note.is_file() else {"installed": sorted(state["installed"]), "missing": []}
+    )
+    before["missing"] = sorted({*before["missing"], *missing})
+    draft = note.with_suffix(".draft")
+    draft.write_text(json.dumps(before))
+    os.replace(draft, note)
 
 
 def refuse_where_pip_may_not(environment, state, missing):
     lacking = ", ".join(missing + ([] if state["found"]["detectron2"] else ["Detectron2"]))
-    remedy = "Leave out PYTHON= for an environment of its own, or name one made with `python3 -m venv`."
+    remedy = f"Name an environment made with `python3 -m venv`. {OR_OWN}"
     if state["externally_managed"]:
         raise SetupError(
             f"{environment.name} belongs to the operating system, which does not let pip install there (PEP 668). "
@@ -338,6 +206,7 @@ def refuse_where_pip_may_not(environment, state, missing):
 
 def install_missing(environment, state, missing):
     say(f"installing into {environment.name}, where they are missing: {', '.join(missing)}")
+    leave_note(environment, state, missing)
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
         arguments = ("install", "--constraint", constraints, *missing)
@@ -385,7 +254,7 @@ def prepare(venv, python, extras):
         say(f"{venv} was not made by this set-up: it is used as with PYTHON={venv}/bin/python")
         prepare_users(Environment(executable, False, extras, venv))
     else:
-        prepare_owned(Environment(executable, True, extras, venv), folder)
+        prepare_owned(Environment(executable, True, list(EXTRAS), venv), folder)
 
 
 def main(arguments=None):
@@ -393,14 +262,17 @@ def main(arguments=None):
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--venv", help="environment to make, or to complete where this made it")
     which.add_argument("--python", help="interpreter of an environment that is there; nothing in it is replaced")
-    parser.add_argument("--extras", default=",".join(EXTRAS), help="extras of setup.py (default: %(default)s)")
+    parser.add_argument(
+        "--extras",
+        nargs="*",
+        choices=EXTRAS,
+        default=list(EXTRAS),
+        help="extras of setup.py that --python must have; --venv has them all (default: all)",
+    )
     options = parser.parse_args(arguments)
-    extras = [extra for extra in options.extras.split(",") if extra]
-    if not set(extras) <= set(EXTRAS):
-        parser.error(f"--extras: known are {', '.join(EXTRAS)}")
     try:
-        prepare(options.venv, options.python, extras)
-    except SetupError as error:
+        prepare(options.venv, options.python, options.extras)
+    except (SetupError, OSError) as error:
         say(error)
         return 1
     except KeyboardInterrupt:

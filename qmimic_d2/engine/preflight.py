@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
-from qmimic_d2.engine.trainer import OPTIMIZERS, build_evaluator
+from qmimic_d2.engine.trainer import OPTIMIZERS, Trainer, build_evaluator
 from qmimic_d2.modeling.teacher import FrozenTeacher
 
 __all__ = ["check_run"]
@@ -43,7 +43,9 @@ def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False) -> N
     on_cpu.MODEL.DEVICE = "cpu"
     on_cpu.freeze()
     with torch.random.fork_rng(devices=[]):
-        build_model(on_cpu)
+        model = build_model(on_cpu)
+        if not eval_only:
+            Trainer.build_lr_scheduler(on_cpu, Trainer.build_optimizer(on_cpu, model))
         if cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE and not eval_only:
             FrozenTeacher(on_cpu)
 

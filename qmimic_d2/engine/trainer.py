@@ -1,8 +1,9 @@
 """The trainer of train_net.py: Detectron2's, with exact resuming and evaluators chosen by metadata."""
 
+import functools
 import os
 import weakref
-from typing import Dict, List, Optional
+from typing import List, Optional
 
 import torch
 from detectron2.config import CfgNode
@@ -20,14 +21,12 @@ from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from qmimic_d2.checkpoint import SafeCheckpointer
 from qmimic_d2.engine.data_order import build_resumable_train_loader
 from qmimic_d2.engine.hooks import ResumableBestCheckpointer, SaveOnInterrupt, SeedEachIteration
-from qmimic_d2.modeling.backbone.imagenet_names import (
-    convert_torchvision_names,
-    is_torchvision_checkpoint,
-)
+from qmimic_d2.modeling.backbone.imagenet_names import converted_imagenet_weights
 
 __all__ = ["Trainer", "build_checkpointer", "build_evaluator"]
 
@@ -138,14 +137,9 @@ def build_checkpointer(model: nn.Module, save_dir: str, **checkpointables) -> Sa
     Torchvision's ImageNet weights are renamed on the fly, and an adapter that an evaluation model does
     not have is passed over.
     """
+    unwrapped = model.module if isinstance(model, DistributedDataParallel) else model
+    network = getattr(unwrapped.backbone, "bottom_up", unwrapped.backbone)
+    rename = functools.partial(converted_imagenet_weights, model_keys=list(network.state_dict()))
     return SafeCheckpointer(
-        model,
-        save_dir,
-        name_converters=(_from_torchvision,),
-        ignored_prefixes=("mimic_loss.",),
-        **checkpointables,
+        model, save_dir, name_converters=(rename,), ignored_prefixes=("mimic_loss.",), **checkpointables
     )
-
-
-def _from_torchvision(state: Dict[str, torch.Tensor]) -> Optional[Dict[str, torch.Tensor]]:
-    return convert_torchvision_names(state) if is_torchvision_checkpoint(state) else None

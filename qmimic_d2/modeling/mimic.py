@@ -226,7 +226,8 @@ class RoIMimicLoss(nn.Module):
         if self.normalize_by == "element":
             return squares / (2 * num_rois * target[0].numel())
         # A batch in which the teacher is silent everywhere has nothing to relate to.
-        return squares / (2 * target.square().sum().clamp(min=1e-6))
+        energy = torch.dot(target.flatten(), target.flatten())
+        return squares / (2 * energy.clamp(min=1e-6))
 
     def _write_match(self, adapted: Tensor, target: Tensor, suffix: str) -> None:
         if self.code_quantizer is None or not has_event_storage():

@@ -18,6 +18,12 @@ from detectron2.structures import Boxes
 from torch import Tensor
 from torchvision.ops import RoIPool
 
+from qmimic_d2.modeling.dense_roi_align import dense_roi_align
+
+# Cells of a map up to which ROIAlign with a gradient is cheaper as matrix products on a CPU;
+# benchmarks/step_cost.py measures it.
+_DENSE_CELLS = 4096
+
 __all__ = ["POOLER_TYPES", "LevelPooler", "is_same_pooling"]
 
 # Values of MODEL.QMIMIC.MIMIC.POOLER_TYPE.
@@ -114,7 +120,26 @@ class LevelPooler:
         Returns:
             shape (M, C, P, P).
         """
-        return self._poolers[level](feature, rois.to(dtype=feature.dtype))
+        pooler = self._poolers[level]
+        if self._is_cheaper_dense(feature):
+            return dense_roi_align(
+                feature,
+                rois.to(feature.dtype),
+                self.resolution,
+                pooler.spatial_scale,
+                self.sampling_ratio,
+                pooler.aligned,
+            )
+        return pooler(feature, rois.to(feature.dtype))
+
+    def _is_cheaper_dense(self, feature: Tensor) -> bool:
+        return (
+            self.pooler_type != "ROIPool"
+            and feature.device.type == "cpu"
+            and feature.dtype in (torch.float32, torch.float64)
+            and feature.requires_grad
+            and feature.shape[-2] * feature.shape[-1] <= _DENSE_CELLS
+        )
 
 
 def is_same_pooling(pooler: LevelPooler, other: torch.nn.Module) -> bool:

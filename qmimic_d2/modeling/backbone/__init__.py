@@ -2,10 +2,9 @@
 
 Importing this package registers, in Detectron2's ``BACKBONE_REGISTRY``:
 ``build_vgg_backbone``, ``build_vgg_fpn_backbone``, ``build_divided_resnet_backbone`` and
-``build_divided_resnet_fpn_backbone``. Their keys come from :func:`add_backbone_config`.
+``build_divided_resnet_fpn_backbone``. Their keys come from :func:`qmimic_d2.add_qmimic_config`.
 """
 
-from qmimic_d2.modeling.backbone.config import add_backbone_config
 from qmimic_d2.modeling.backbone.imagenet_names import (
     convert_torchvision_names,
     converted_imagenet_weights,
@@ -26,7 +25,6 @@ from qmimic_d2.modeling.backbone.vgg import (
 __all__ = [
     "VGG",
     "VGGStage",
-    "add_backbone_config",
     "build_divided_resnet_backbone",
     "build_divided_resnet_fpn_backbone",
     "build_vgg_backbone",

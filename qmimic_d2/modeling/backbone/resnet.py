@@ -156,7 +156,7 @@ def build_divided_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNe
     preprocessing see ``imagenet_names.py``.
 
     Args:
-        cfg: configuration with the keys of ``add_backbone_config``.
+        cfg: configuration with the keys of ``add_qmimic_config``.
         input_shape: its ``channels`` are the input's.
 
     Raises:
@@ -214,7 +214,7 @@ def build_divided_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> F
     Detectron2's FPN over a divided ResNet, from ``MODEL.RESNETS`` and ``MODEL.FPN``.
 
     Args:
-        cfg: configuration with the keys of ``add_backbone_config``.
+        cfg: configuration with the keys of ``add_qmimic_config``.
         input_shape: its ``channels`` are the input's.
 
     Raises:

@@ -234,7 +234,7 @@ def build_vgg_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> VGG:
     A :class:`VGG` from ``MODEL.VGG``.
 
     Args:
-        cfg: configuration with the keys of ``add_backbone_config``.
+        cfg: configuration with the keys of ``add_qmimic_config``.
         input_shape: its ``channels`` are the input's.
     """
     return VGG(cfg, input_shape)
@@ -249,7 +249,7 @@ def build_vgg_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     ``MODEL.VGG.OUT_FEATURES`` as well) gives "p1" to "p4" at strides 2 to 16, and "p5" subsampled.
 
     Args:
-        cfg: configuration with the keys of ``add_backbone_config``.
+        cfg: configuration with the keys of ``add_qmimic_config``.
         input_shape: its ``channels`` are the input's.
 
     Raises:
