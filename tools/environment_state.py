@@ -81,9 +81,12 @@ if sys.version_info >= (3, 9):
     answer["found"] = dict((name, found(name)) for name in sys.argv[1:])
     answer["installed"] = installed = {}
     for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name and distribution.version:
-            installed.setdefault(name.lower().replace("_", "-").replace(".", "-"), distribution.version)
+        try:
+            name, version = distribution.metadata["Name"], distribution.version
+        except Exception:  # an interrupted pip left no metadata
+            continue
+        if name and version:
+            installed.setdefault(name.lower().replace("_", "-").replace(".", "-"), version)
     stdlib, purelib = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
     answer["site_packages"] = purelib
     answer["writable"] = os.access(purelib, os.W_OK)
@@ -99,8 +102,17 @@ class SetupError(Exception):
 
 
 def run(command, lock=None):
-    """Runs a command from the checkout; returns its exit status and output. Its process shares the lock: were
-    only this script killed, the next set-up would wait until that process has ended too."""
+    """
+    Runs a command from the checkout.
+
+    Args:
+        command: program and arguments.
+        lock: file descriptor that the process shares. Were only this script killed, the next set-up would wait
+            until that process has ended too.
+
+    Returns:
+        Exit status, and standard output and error together.
+    """
     process = subprocess.run(
         [str(part) for part in command],
         cwd=str(ROOT),
@@ -127,7 +139,8 @@ def probe(python):
         _, output = run([python, "-c", PROBE, *(module for module, _, _ in REQUIREMENTS), *PROBED_BESIDES])
     except OSError:
         return None
-    return last_json(output)
+    state = last_json(output)
+    return state if isinstance(state, dict) and "version" in state else None
 
 
 def is_supported(version):
@@ -213,26 +226,32 @@ def is_owned(folder):
 
 
 def damaged_distributions(site_packages):
+    """Distributions of which an interrupted pip left only a part: their .dist-info folders."""
+    return [info for info in sorted(Path(site_packages).glob("*.dist-info")) if not is_whole(info)]
+
+
+def is_whole(info):
     """
-    Distributions of which an interrupted pip left a part: their .dist-info folders. pip writes INSTALLER after
-    all of a wheel's files, and RECORD, with every file's size, last.
+    Whether a distribution was installed to its end: pip writes INSTALLER after all of a wheel's files, and RECORD,
+    with every file's size, last.
     """
-    damaged = []
-    for info in sorted(Path(site_packages).glob("*.dist-info")):
-        record = info / "RECORD"
-        if not record.is_file() or not (info / "INSTALLER").is_file():
-            damaged.append(info)
-            continue
-        with open(record, newline="", encoding="utf-8") as file:
-            for path, _, size in csv.reader(file):
-                try:
-                    actual = os.stat(os.path.join(site_packages, path)).st_size
-                except OSError:
-                    actual = None
-                if not path.endswith(".pyc") and (actual is None or size and int(size) != actual):
-                    damaged.append(info)
-                    break
-    return damaged
+    record = info / "RECORD"
+    if not record.is_file() or not (info / "INSTALLER").is_file():
+        return False
+    with open(record, newline="", encoding="utf-8") as file:
+        for row in csv.reader(file):
+            if len(row) != 3:
+                return False
+            path, _, size = row
+            if path.endswith(".pyc"):
+                continue
+            try:
+                actual = os.stat(info.parent / path).st_size
+            except OSError:
+                return False
+            if size and int(size) != actual:
+                return False
+    return True
 
 
 def find_python(search_path):

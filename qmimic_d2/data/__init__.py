@@ -1,8 +1,12 @@
-"""
-Data sets of this project. Importing this package registers them with Detectron2's catalogs and
-does no other work.
-"""
-from .digits import DIGITS_SPECS, DigitsSpec, prepare_digits, register_digits, verify_digits
+"""Data sets; importing it registers them with Detectron2's catalogs and does no other work."""
+
+from qmimic_d2.data.digits import (
+    DIGITS_SPECS,
+    DigitsSpec,
+    prepare_digits,
+    register_digits,
+    verify_digits,
+)
 
 __all__ = ["DIGITS_SPECS", "DigitsSpec", "prepare_digits", "register_digits", "verify_digits"]
 

@@ -2,6 +2,7 @@
 The embedded data sets ``digits_det_*``: made on the spot, so that training, evaluation and tests
 have real detection data without a download. docs/digits.md says what is in them.
 """
+
 import functools
 import logging
 import os
@@ -11,8 +12,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathHandler, PathManager
 
-from . import digits_files
-from .digits_render import DigitsSpec
+from qmimic_d2.data import digits_files
+from qmimic_d2.data.digits_render import DigitsSpec
 
 __all__ = ["DIGITS_SPECS", "DigitsSpec", "prepare_digits", "register_digits", "verify_digits"]
 

@@ -10,6 +10,7 @@ It is a directory ``<root>/<name>`` of ordinary COCO files::
 It is written under another name and renamed once it is whole, so an interrupted generation is
 never taken for a data set.
 """
+
 import hashlib
 import json
 import logging
@@ -24,7 +25,7 @@ import cv2
 import numpy as np
 from iopath.common.file_io import file_lock
 
-from .digits_render import DigitsPainter, DigitsSpec
+from qmimic_d2.data.digits_render import DigitsPainter, DigitsSpec
 
 __all__ = ["ANNOTATIONS", "IMAGES", "CLASS_NAMES", "prepare", "verify"]
 

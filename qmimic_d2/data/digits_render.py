@@ -11,6 +11,7 @@ Shape letters used in this module:
 
     H, W    height and width of an image or of one painted glyph, pixels
 """
+
 import hashlib
 import math
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import List, Tuple
 import cv2
 import numpy as np
 
-from .digits_glyphs import (
+from qmimic_d2.data.digits_glyphs import (
     GLYPH_SIZE,
     INK_MAX,
     load_photographs,

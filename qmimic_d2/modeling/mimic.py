@@ -170,8 +170,8 @@ class RoIMimicLoss(nn.Module):
 
         Returns:
             L_m, unweighted, as ``loss_mimic``, or as ``loss_mimic_<map>`` for each of several levels,
-            each divided by the M regions of all levels. Without a region it is a zero that still
-            reaches every parameter.
+            each divided by the M regions of all levels ("target": by the level's own energy). Without
+            a region it is a zero that still reaches every parameter.
         """
         rois_of_level = self.pooler.assign(boxes)
         num_rois = sum(len(rois) for rois in rois_of_level)
@@ -225,15 +225,15 @@ class RoIMimicLoss(nn.Module):
             return squares / (2 * num_rois)
         if self.normalize_by == "element":
             return squares / (2 * num_rois * target[0].numel())
-        # A batch in which the teacher is silent everywhere has nothing to relate to.
         energy = torch.dot(target.flatten(), target.flatten())
-        return squares / (2 * energy.clamp(min=1e-6))
+        # A teacher that is silent in every region has nothing to relate to: no loss, not a huge one.
+        return squares * torch.where(energy > 0.0, 0.5 / energy, 0.0)
 
     def _write_match(self, adapted: Tensor, target: Tensor, suffix: str) -> None:
         if self.code_quantizer is None or not has_event_storage():
             return
         storage = get_event_storage()
-        overall, nonzero = match_ratio(adapted, target.to(adapted.dtype), self.code_quantizer)
+        overall, nonzero = match_ratio(adapted.float(), target.float(), self.code_quantizer)
         storage.put_scalar(f"qmimic/match_ratio{suffix}", overall, smoothing_hint=False)
         storage.put_scalar(f"qmimic/match_ratio_nonzero{suffix}", nonzero, smoothing_hint=False)
 

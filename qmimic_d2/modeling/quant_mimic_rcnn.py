@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from qmimic_d2.modeling.mimic import RoIMimicLoss
 from qmimic_d2.modeling.quant_rcnn import QuantRCNN
-from qmimic_d2.modeling.quantizer_hook import attached_quantizer, check_features
-from qmimic_d2.modeling.rois import ROI_SOURCES, TrainingRegions, select_rois
+from qmimic_d2.modeling.quantizer_hook import check_features
 from qmimic_d2.modeling.roi_pooling import is_same_pooling
+from qmimic_d2.modeling.rois import ROI_SOURCES, TrainingRegions, select_rois
 from qmimic_d2.modeling.teacher import FrozenTeacher, teacher_shapes
 from qmimic_d2.modeling.weighting import MimicWeight
 
@@ -39,7 +39,8 @@ class _StepRecord:
     def clear(self) -> None:
         self.maps: Dict[str, Tensor] = {}
         self.regions = TrainingRegions()
-        self.box_pooled: Optional[Tensor] = None
+        # what the box head's pooler was given (maps, boxes of each image), and what it returned
+        self.box_pooling: Optional[Tuple[List[Tensor], List[Boxes], Tensor]] = None
 
     def __enter__(self) -> "_StepRecord":
         self.is_recording = True
@@ -64,8 +65,8 @@ class _StepRecord:
 
     def on_box_pooler(self, pooler: nn.Module, inputs, output) -> None:
         # a cascade pools once per stage; the first pools the sampled proposals
-        if self.is_recording and self.box_pooled is None:
-            self.box_pooled = output
+        if self.is_recording and self.box_pooling is None and len(inputs) == 2:
+            self.box_pooling = (*inputs, output)
 
 
 @META_ARCH_REGISTRY.register()
@@ -74,8 +75,9 @@ class QuantMimicRCNN(QuantRCNN):
     :class:`QuantRCNN` with a teacher beside it and ``loss_mimic`` among its losses.
 
     The teacher is no submodule (see :class:`FrozenTeacher`). It is built and audited when training
-    begins, that is by ``train()`` or at the latest by the first training forward; a model that only
-    evaluates never touches the teacher's files.
+    begins: by ``train()`` on a new model, as Detectron2's trainers call it, or at the latest by the first
+    training forward. A model that only evaluates never reads the teacher's weights and needs none of
+    its files.
 
     With ``MODEL.QMIMIC.TEACHER.CONFIG_FILE`` "" it is :class:`QuantRCNN`.
     """
@@ -104,10 +106,14 @@ class QuantMimicRCNN(QuantRCNN):
             kwargs: of :class:`QuantRCNN`.
 
         Raises:
-            ValueError: an option is unknown or out of range.
+            ValueError: an option is unknown or out of range, or ``mimic_loss`` has no teacher.
         """
         super().__init__(**kwargs)
-        _check_regions(roi_source, max_rois_per_image, self.roi_heads)
+        if mimic_loss is not None and build_teacher is None:
+            raise ValueError(f"{type(self).__name__} got a mimic_loss and no build_teacher; give both or none")
+        _check_regions(roi_source, max_rois_per_image)
+        if build_teacher is not None:
+            _check_keeps_regions(roi_source, self.roi_heads)
         if match_period < 0:
             raise ValueError(
                 f"MODEL.QMIMIC.MIMIC.MATCH_PERIOD is {match_period}; give iterations >= 0 (0 = never)"
@@ -121,7 +127,6 @@ class QuantMimicRCNN(QuantRCNN):
         self._teacher: Optional[FrozenTeacher] = None
         self._has_warned = False
         self._record = _StepRecord()
-        self._shares_box_pooling = mimic_loss is not None and self._can_share_box_pooling()
         if mimic_loss is not None:
             self._register_recording()
 
@@ -146,9 +151,11 @@ class QuantMimicRCNN(QuantRCNN):
         return self._teacher
 
     def train(self, mode: bool = True) -> "QuantMimicRCNN":
-        """As ``nn.Module.train``; entering training mode builds the teacher when there is none yet."""
+        """As ``nn.Module.train``; on a new model it builds the teacher, so that errors come early."""
+        # An evaluation that ends with train(), as Detectron2's does, is no beginning of a training.
+        begins = mode and self.training
         super().train(mode)
-        if mode:
+        if begins:
             self._prepare_training()
         return self
 
@@ -178,7 +185,13 @@ class QuantMimicRCNN(QuantRCNN):
                     "MODEL.QMIMIC.TEACHER.CONFIG_FILE is '': training without a teacher, the mimic is off"
                 )
         elif self._teacher is None:
-            self._teacher = self._build_teacher().to(self.device)
+            teacher = self._build_teacher().to(self.device)
+            if self.mimic_loss is None:
+                raise ValueError(
+                    "MODEL.QMIMIC.TEACHER.CONFIG_FILE was not found when this model was built, and is there "
+                    "now; build the model again to train it"
+                )
+            self._teacher = teacher
 
     def _mimic_losses(self, batched_inputs: List[Dict[str, Tensor]]) -> Dict[str, Tensor]:
         iteration = get_event_storage().iter
@@ -186,7 +199,7 @@ class QuantMimicRCNN(QuantRCNN):
         measure = self.match_period > 0 and iteration % self.match_period == 0
         losses = {}
         if weight > 0.0 or measure:
-            with torch.set_grad_enabled(weight > 0.0):
+            with torch.set_grad_enabled(weight > 0.0 and torch.is_grad_enabled()):
                 losses = self._compare(batched_inputs, measure)
         if weight > 0.0:
             return {name: loss * weight for name, loss in losses.items()}
@@ -198,38 +211,42 @@ class QuantMimicRCNN(QuantRCNN):
             self._record.maps,
             self._teacher.features(batched_inputs),
             boxes,
-            student_pooled=self._pooled_by_box_head(boxes) if self._shares_box_pooling else None,
+            student_pooled=self._pooled_by_box_head(boxes),
             measure_match=measure,
         )
 
     def _pooled_by_box_head(self, boxes: List[Boxes]) -> Optional[Tensor]:
-        """Rows of the box head's pooled tensor that belong to the chosen regions. (M, C, P, P)"""
-        pooled = self._record.box_pooled
-        counts = [len(instances) for instances in self._record.regions.sampled]
-        if pooled is None or len(pooled) != sum(counts):
+        """
+        Rows of the box head's pooled tensor that belong to the chosen regions, shape (M, C, P, P).
+
+        None where the box head pooled another map, other regions or otherwise than the mimic does.
+        """
+        names = self.mimic_loss.student_features
+        if self._record.box_pooling is None or self.roi_source != "sampled" or len(names) != 1:
             return None
+        maps, pooled_boxes, pooled = self._record.box_pooling
+        sampled = [instances.proposal_boxes for instances in self._record.regions.sampled]
+        is_same = (
+            len(maps) == 1
+            and maps[0] is self._record.maps[names[0]]
+            and len(pooled_boxes) == len(sampled)
+            and all(ours is theirs for ours, theirs in zip(sampled, pooled_boxes))
+            and is_same_pooling(self.mimic_loss.pooler, self.roi_heads.box_pooler)
+        )
+        if not is_same:
+            return None
+        counts = [len(each) for each in sampled]
         if counts == [len(each) for each in boxes]:
             return pooled
         return torch.cat([rows[: len(each)] for rows, each in zip(pooled.split(counts), boxes)])
-
-    def _can_share_box_pooling(self) -> bool:
-        """The box head's pooling serves the mimic where it pools the same map at the same regions."""
-        names = self.mimic_loss.student_features
-        return (
-            self.roi_source == "sampled"
-            and isinstance(getattr(self.roi_heads, "box_pooler", None), nn.Module)
-            and list(self.roi_heads.box_in_features) == names
-            and not getattr(self.roi_heads, "train_on_pred_boxes", False)
-            and not _quantizes(self.backbone, names)
-            and is_same_pooling(self.mimic_loss.pooler, self.roi_heads.box_pooler)
-        )
 
     def _register_recording(self) -> None:
         # In front of the quantizer's hook: the mimic compares r of the map as it was before.
         self.backbone.register_forward_hook(self._record.on_backbone, prepend=True)
         self.roi_heads.register_forward_hook(self._record.on_roi_heads)
-        if self._shares_box_pooling:
-            self.roi_heads.box_pooler.register_forward_hook(self._record.on_box_pooler)
+        box_pooler = getattr(self.roi_heads, "box_pooler", None)
+        if isinstance(box_pooler, nn.Module):
+            box_pooler.register_forward_hook(self._record.on_box_pooler)
 
 
 def _build_mimic_loss(cfg: CfgNode, backbone: Backbone) -> Optional[RoIMimicLoss]:
@@ -250,22 +267,20 @@ def _build_mimic_loss(cfg: CfgNode, backbone: Backbone) -> Optional[RoIMimicLoss
         return RoIMimicLoss(cfg, student_shapes, shapes)
 
 
-def _quantizes(backbone: nn.Module, names: List[str]) -> bool:
-    hook = attached_quantizer(backbone)
-    return hook is not None and any(name in hook.features for name in names)
-
-
-def _check_regions(roi_source: str, max_rois_per_image: int, roi_heads: ROIHeads) -> None:
+def _check_regions(roi_source: str, max_rois_per_image: int) -> None:
     if roi_source not in ROI_SOURCES:
         raise ValueError(
             f"MODEL.QMIMIC.MIMIC.ROI_SOURCE is {roi_source!r}; choose one of {sorted(ROI_SOURCES)}"
         )
+    if max_rois_per_image < 0:
+        raise ValueError(
+            f"MODEL.QMIMIC.MIMIC.MAX_ROIS_PER_IMAGE is {max_rois_per_image}; give a number >= 0 (0 = all)"
+        )
+
+
+def _check_keeps_regions(roi_source: str, roi_heads: ROIHeads) -> None:
     if roi_source == "sampled" and isinstance(roi_heads, Res5ROIHeads):
         raise ValueError(
             'MODEL.QMIMIC.MIMIC.ROI_SOURCE is "sampled", but Res5ROIHeads keeps its sampled proposals to '
             'itself; set it to "proposals" or "ground_truth"'
-        )
-    if max_rois_per_image < 0:
-        raise ValueError(
-            f"MODEL.QMIMIC.MIMIC.MAX_ROIS_PER_IMAGE is {max_rois_per_image}; give a number >= 0 (0 = all)"
         )

@@ -48,7 +48,8 @@ class QuantRCNN(GeneralizedRCNN):
     @classmethod
     def from_config(cls, cfg: CfgNode):
         args = super().from_config(cfg)
-        args["quantizer"] = build_quantizer(cfg) if "features" in _student_places(cfg) else None
+        quantizer = build_quantizer(cfg)
+        args["quantizer"] = quantizer if "features" in _student_places(cfg) else None
         node = cfg.MODEL.QMIMIC.QUANTIZER
         args["quantized_features"] = tuple(node.IN_FEATURES or cfg.MODEL.ROI_HEADS.IN_FEATURES)
         return args

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
+from detectron2.structures import ImageList
 from torch import Tensor
 
 from qmimic_d2.checkpoint import load_audited, read_checkpoint
@@ -80,8 +81,9 @@ class FrozenTeacher:
             attach_quantizer(backbone, quantizer, features, key)
         self._device = next(backbone.parameters()).device
         column = (-1, 1, 1)
-        self._pixel_mean = torch.tensor(pixel_mean, device=self._device).view(column)
-        self._pixel_std = torch.tensor(pixel_std, device=self._device).view(column)
+        numbers = {"dtype": torch.float32, "device": self._device}
+        self._pixel_mean = torch.tensor(pixel_mean, **numbers).view(column)
+        self._pixel_std = torch.tensor(pixel_std, **numbers).view(column)
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
@@ -176,12 +178,11 @@ class FrozenTeacher:
             size = [max(1, round(length * self._input_scale)) for length in image.shape[-2:]]
             image = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
         image = (image - self._pixel_mean) / self._pixel_std
-        height, width = image.shape[-2:]
-        square = getattr(self._backbone, "padding_constraints", {}).get("square_size", 0)
-        multiple = max(getattr(self._backbone, "size_divisibility", 0), 1)
-        padded_height = math.ceil(max(height, square) / multiple) * multiple
-        padded_width = math.ceil(max(width, square) / multiple) * multiple
-        return F.pad(image, (0, padded_width - width, 0, padded_height - height))
+        return ImageList.from_tensors(
+            [image],
+            self._backbone.size_divisibility,
+            padding_constraints=self._backbone.padding_constraints,
+        ).tensor[0]
 
 
 def teacher_feature_names(cfg: CfgNode) -> Tuple[str, ...]:
@@ -215,7 +216,14 @@ def teacher_shapes(cfg: CfgNode) -> Dict[str, ShapeSpec]:
 def _build_backbone(config: TeacherConfig) -> Backbone:
     # The teacher's initial weights are overwritten; drawing them must not change the student's.
     with torch.random.fork_rng(devices=[]):
-        return config.build_backbone()
+        try:
+            return config.build_backbone()
+        except Exception as error:
+            raise ValueError(
+                f"MODEL.QMIMIC.TEACHER.CONFIG_FILE is {config.path!r}, whose backbone cannot be built: "
+                f"{type(error).__name__}: {error}. Correct that config, or import the package that "
+                "registers its backbone before the model is built"
+            ) from error
 
 
 def _check_input_scale(input_scale: float) -> None:

@@ -6,6 +6,7 @@ from typing import Callable, List, Sequence, Tuple
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import Backbone, build_backbone
+from detectron2.utils.logger import log_first_n
 
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.config_files import find_config_file
@@ -43,7 +44,8 @@ def load_teacher_config(cfg: CfgNode) -> TeacherConfig:
     Reads the teacher's config that a student's ``cfg.MODEL.QMIMIC.TEACHER`` names.
 
     Raises:
-        FileNotFoundError: the file does not exist; names the key and where it was looked for.
+        FileNotFoundError: the file, or one it builds on, does not exist; names the key and where it
+            was looked for.
         ValueError: it cannot be read, or an entry of TEACHER.OPTS does not fit it.
     """
     node = cfg.MODEL.QMIMIC.TEACHER
@@ -52,7 +54,8 @@ def load_teacher_config(cfg: CfgNode) -> TeacherConfig:
     try:
         return read(path, list(node.OPTS), cfg)
     except Exception as error:
-        raise ValueError(
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(
             f"{_KEY} is {path!r}, which cannot be read as a Detectron2 config with "
             f"MODEL.QMIMIC.TEACHER.OPTS {list(node.OPTS)}: {type(error).__name__}: {error}. Give the YAML "
             "or LazyConfig .py that the teacher was trained with"
@@ -104,9 +107,11 @@ def _warn_of_other_codes(path: str, teacher: CfgNode, student: CfgNode) -> None:
     names = ("NAME", "STRIDE", "NUM_CODES", "SIGNED")
     differing = {name: (theirs[name], ours[name]) for name in names if theirs[name] != ours[name]}
     if differing:
-        logging.getLogger(__name__).warning(
-            "MODEL.QMIMIC.QUANTIZER of the teacher's config %s differs from the student's, which is in "
-            "force (teacher's value, student's value): %s",
-            path,
-            differing,
+        # once: a config is read for its shapes, for its copy in OUTPUT_DIR and for the teacher itself
+        log_first_n(
+            logging.WARNING,
+            f"MODEL.QMIMIC.QUANTIZER of the teacher's config {path} differs from the student's, which is "
+            f"in force (teacher's value, student's value): {differing}",
+            name=__name__,
+            key="message",
         )
