@@ -41,8 +41,8 @@ DIGITS_SPECS: Dict[str, DigitsSpec] = {
 
 # SHA-256 of annotations.json. Results are comparable between machines only if it is this one.
 _ANNOTATIONS_SHA256 = {
-    "digits_det_train": "ad3e700a28568e8c933f1fe250b24bb3fe94ddfbfbc985e7980282f3beddf845",
-    "digits_det_val": "310ba5e341e47b6a8d7ed2d7c0fd08d73dafc7372c06aedb805111bb6080c548",
+    "digits_det_train": "962667ae11a96df539f13cea97c4c20f20d7d4eb0d6e4f707443fd4e0c9b6ff7",
+    "digits_det_val": "d5dedae81b6bdb0c4dda65a52fb8b701e36be93ed04c043b77f4ee82cdf4396a",
     "digits_det_hard_train": "1b9e41e99aea3c77852db0d5e184a250256c4fcf8a7ec7bdfd84c948a61ed539",
     "digits_det_hard_val": "8a431c4ddcc41000a4b00d4d85f587c887b22bbabb737846dc5a044a855ca346",
 }

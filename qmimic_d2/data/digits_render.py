@@ -83,9 +83,9 @@ class DigitsSpec:
     image_size: int = 128
     digits_per_image: Tuple[int, int] = (5, 8)
     distractors_per_image: Tuple[int, int] = (0, 0)
-    size: Tuple[int, int] = (18, 36)
-    max_rotation: float = 20.0
-    contrast: Tuple[float, float] = (90.0, 180.0)
+    size: Tuple[int, int] = (24, 40)
+    max_rotation: float = 12.0
+    contrast: Tuple[float, float] = (110.0, 200.0)
     max_iou: float = 0.1
     max_cover: float = 0.25
 

@@ -41,7 +41,11 @@ def dense_roi_align(
         aligned: shift by half a pixel, as ROIAlignV2 does; otherwise regions are at least a cell wide.
 
     Returns:
-        shape (M, C, P, P); gradients flow to ``feature`` alone.
+        shape (M, C, P, P); gradients flow to ``feature`` alone. Computed in the dtype of ``feature`` under
+        autocast too, as torchvision's is.
+
+    Raises:
+        ValueError: the regions are out of order, or one belongs to an image that is not there.
     """
     height, width = feature.shape[-2:]
     boxes = rois[:, 1:].detach() * scale - (0.5 if aligned else 0.0)
@@ -50,10 +54,17 @@ def dense_roi_align(
         extent = extent.clamp(min=1.0)
     columns = _sampling_weights(boxes[:, 0], extent[:, 0], width, size, sampling_ratio)
     rows = _sampling_weights(boxes[:, 1], extent[:, 1], height, size, sampling_ratio)
-    counts = torch.bincount(rois[:, 0].long(), minlength=len(feature)).tolist()
+    image_of = rois[:, 0].long()
+    counts = torch.bincount(image_of, minlength=len(feature)).tolist()
+    if len(counts) > len(feature) or (image_of[1:] < image_of[:-1]).any():
+        raise ValueError(
+            f"dense_roi_align: rois[:, 0] must rise from 0 to at most {len(feature) - 1}, the last image; "
+            "sort the regions by their image"
+        )
     pooled: List[Tensor] = []
-    for image, image_rows, image_columns in zip(feature, rows.split(counts), columns.split(counts)):
-        pooled.append(_pool_image(image, image_rows, image_columns))
+    with torch.autocast(feature.device.type, enabled=False):
+        for image, image_rows, image_columns in zip(feature, rows.split(counts), columns.split(counts)):
+            pooled.append(_pool_image(image, image_rows, image_columns))
     return torch.cat(pooled).contiguous()
 
 

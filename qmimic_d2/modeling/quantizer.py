@@ -8,13 +8,13 @@ A quantizer replaces every entry of a feature map by the nearest code of its dic
 
     Q(f) = b   if  (a + b) / 2 < f <= (b + c) / 2,     a < b < c adjacent in D
 
-so a value half-way between two codes goes down. With D = {0, s, 2s, ...} it follows a ReLU and is
-called a quantized ReLU: everything up to s / 2, negatives included, becomes 0. The gradient is the
-full-precision one: Q counts as the identity and only the (clipped) ReLU's own mask remains.
+so a value half-way between two codes goes down. With D = {0, s, 2s, ...} it follows a ReLU and is called a
+quantized ReLU: everything up to s / 2, negatives included, becomes 0. The gradient is the full-precision
+one: Q counts as the identity and only the (clipped) ReLU's own mask remains.
 
-Source: Wei et al., "Quantization Mimic: Towards Very Tiny CNN for Object Detection", ECCV 2018,
-section 3 (https://arxiv.org/abs/1805.02152v3). The signed dictionary, the bounded one and the clamp
-without rounding are this project's.
+Source: Wei et al., "Quantization Mimic: Towards Very Tiny CNN for Object Detection", ECCV 2018, section 3
+(https://arxiv.org/abs/1805.02152v3). The signed dictionary, the bounded one and the clamp without rounding
+are this project's.
 """
 
 import abc
@@ -25,6 +25,8 @@ import torch
 from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
+
+from qmimic_d2.modeling.nearest_power import nearest_power_of_two_
 
 __all__ = [
     "QUANTIZER_REGISTRY",
@@ -38,21 +40,16 @@ __all__ = [
 
 QUANTIZER_REGISTRY = Registry("QUANTIZER")
 QUANTIZER_REGISTRY.__doc__ = """
-Registry of quantizers. ``MODEL.QMIMIC.QUANTIZER.NAME`` is the class name without its ending
-``Quantizer``: "Uniform" builds :class:`UniformQuantizer`. A class registered here is built as
+Registry of quantizers. ``MODEL.QMIMIC.QUANTIZER.NAME`` is the class name without its ending ``Quantizer``:
+"Uniform" builds :class:`UniformQuantizer`. A class registered here is built as
 ``cls(stride=..., num_codes=..., signed=...)``.
 """
 
-# Entries worked on at a time. A chunk and its scratch stay in a core's cache, and the scratch never
-# grows with the map, so that a forward pass allocates its output and nothing else of that size.
+# Entries worked on at a time. A chunk and its scratch stay in a core's cache, and the scratch never grows
+# with the map, so that a forward pass allocates its output and nothing else of that size.
 _CHUNK = 1 << 16
 
-# Per computing dtype: the integer of the same width, the mask of the exponent bits, and the largest
-# addend that does not carry a mantissa of exactly one half (1.5 * 2^k) into the exponent.
-_FLOAT_BITS = {
-    torch.float32: (torch.int32, 0x7F800000, 0x003FFFFF),
-    torch.float64: (torch.int64, 0x7FF0000000000000, 0x0007FFFFFFFFFFFF),
-}
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 def _computing_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -90,37 +87,38 @@ class Quantizer(nn.Module, abc.ABC):
 
     Args:
         stride: s > 0, in units of the feature: the first nonzero code.
-        num_codes: size L >= 2 of the dictionary, zero included; 0 = unbounded. A signed dictionary
-            mirrors these L codes and so has 2L - 1.
-        signed: mirror the dictionary, for maps that no ReLU ends. Halves then go towards zero and
-            the gradient is the identity (zero beyond the outermost codes when bounded).
+        num_codes: size L >= 2 of the dictionary, zero included; 0 = unbounded. A signed dictionary mirrors
+            these L codes and so has 2L - 1.
+        signed: mirror the dictionary, for maps that no ReLU ends. Halves then go towards zero and the
+            gradient is the identity (zero beyond the outermost codes when bounded).
 
     Raises:
-        ValueError: the stride is not a positive finite number, or ``num_codes`` is 1 or negative.
+        ValueError: the stride is not positive or not finite in float32, ``num_codes`` is 1 or negative,
+            or the outermost code is not finite in float32.
     """
 
     def __init__(self, stride: float = 1.0, num_codes: int = 0, *, signed: bool = False):
         super().__init__()
         name = type(self).__name__
-        if isinstance(stride, bool) or not (math.isfinite(stride) and stride > 0.0):
+        if isinstance(stride, bool) or not (_FLOAT32.tiny <= stride <= _FLOAT32.max):
             raise ValueError(
-                f"{name}: MODEL.QMIMIC.QUANTIZER.STRIDE is {stride!r}; the distance between codes "
-                "must be a positive finite number, for example 0.5 "
-                "(python -m qmimic_d2 calibrate recommends one)"
+                f"{name}: MODEL.QMIMIC.QUANTIZER.STRIDE is {stride!r}; the distance between codes must be a "
+                "positive finite number, for example 0.5 (python -m qmimic_d2 calibrate recommends one)"
             )
-        if isinstance(num_codes, bool) or num_codes != int(num_codes) or num_codes < 0:
+        is_integer = not isinstance(num_codes, bool) and float(num_codes).is_integer()
+        if not is_integer or num_codes < 0 or num_codes == 1:  # zero alone would erase the map
             raise ValueError(
                 f"{name}: MODEL.QMIMIC.QUANTIZER.NUM_CODES is {num_codes!r}; give the size of the "
                 "dictionary with zero included (2 or more), or 0 for an unbounded one"
             )
-        if num_codes == 1:
-            raise ValueError(
-                f"{name}: MODEL.QMIMIC.QUANTIZER.NUM_CODES is 1, a dictionary of zero alone that "
-                "erases the map; give 2 or more, or 0 for an unbounded one"
-            )
         self.stride = float(stride)
         self.num_codes = int(num_codes)
         self.signed = bool(signed)
+        if num_codes and max(stride, 1.0) * self._multiple(self.max_code) > _FLOAT32.max:
+            raise ValueError(
+                f"{name}: MODEL.QMIMIC.QUANTIZER.NUM_CODES is {num_codes}, and with STRIDE {stride} the last "
+                "code is too large for float32; give fewer codes, or 0 for an unbounded dictionary"
+            )
 
     @property
     def max_code(self) -> Optional[int]:
@@ -157,8 +155,7 @@ class Quantizer(nn.Module, abc.ABC):
             return self._nearest_(x.to(dtype) / self.stride).mul(self.stride).to(x.dtype)
         out = torch.empty_like(x)  # keeps the strides of a dense map, contiguous otherwise
         if x.stride() != out.stride():
-            out.copy_(x)
-            x = out
+            x = out.copy_(x.detach())
         flat_in, flat_out = _flat(x), _flat(out)
         for start in range(0, flat_in.numel(), _CHUNK):
             source, target = flat_in[start : start + _CHUNK], flat_out[start : start + _CHUNK]
@@ -184,13 +181,12 @@ class Quantizer(nn.Module, abc.ABC):
         if self.max_value is None:
             return torch.ops.aten.threshold_backward(grad, x, 0)
         # hardtanh's mask is open at both ends; the next float above the outermost code closes it.
-        top = _first_float_above(self.max_value, x.dtype)
+        top = _next_float(self.max_value, x.dtype)
         return torch.ops.aten.hardtanh_backward(grad, x, -top if self.signed else 0.0, top)
 
     def codes(self, x: Tensor) -> Tensor:
         """
-        Index of every entry's code: 0 for the code 0, k for the k-th code above it (negative
-        indices in a signed dictionary).
+        Index of every entry's code: 0 for the code 0, k for the k-th code above it, -k for its mirror image.
 
         Args:
             x: feature map, shape (*).
@@ -199,14 +195,15 @@ class Quantizer(nn.Module, abc.ABC):
             int64 tensor, shape (*).
 
         Raises:
-            ValueError: an entry is NaN, or infinite where the dictionary is unbounded.
+            ValueError: an entry is NaN, or infinite or beyond an int64 index where the dictionary is unbounded.
         """
         self._check_floating(x)
         multiples = self._nearest_(x.detach().to(_computing_dtype(x.dtype)) / self.stride)
-        if not torch.isfinite(multiples).all():
+        has_code = multiples.abs() < self._index_limit
+        if not has_code.all():
             raise ValueError(
-                f"{type(self).__name__}.codes: {int((~torch.isfinite(multiples)).sum())} of "
-                f"{multiples.numel()} entries are NaN or infinite and have no code"
+                f"{type(self).__name__}.codes: {int((~has_code).sum())} of {has_code.numel()} entries are NaN, "
+                "infinite or too large and have no code; look for the layer that diverged"
             )
         return self._index(multiples)
 
@@ -228,13 +225,11 @@ class Quantizer(nn.Module, abc.ABC):
             raise ValueError(f"dequantize takes integer code indices, not {codes.dtype}")
         if codes.numel():
             low, high = int(codes.min()), int(codes.max())
-            if (low < 0 and not self.signed) or (
-                self.max_code is not None and max(-low, high) > self.max_code
-            ):
+            is_beyond = self.max_code is not None and max(-low, high) > self.max_code
+            if is_beyond or (low < 0 and not self.signed):
                 raise ValueError(f"code indices {low} to {high} are not all in the dictionary of {self}")
         dtype = dtype or torch.get_default_dtype()
-        computing = _computing_dtype(dtype)
-        return self._multiple_of_index(codes, computing).mul_(self.stride).to(dtype)
+        return self._multiple_of_index(codes, _computing_dtype(dtype)).mul_(self.stride).to(dtype)
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}, num_codes={self.num_codes}, signed={self.signed}"
@@ -243,9 +238,14 @@ class Quantizer(nn.Module, abc.ABC):
         if not x.is_floating_point():
             raise ValueError(f"{type(self).__name__} takes a floating-point map, not {x.dtype}")
 
+    _index_limit = math.inf  # codes from here on, in units of the stride, have no int64 index
+
     @abc.abstractmethod
     def _nearest_(self, r: Tensor) -> Tensor:
-        """Replaces ``r`` by its nearest code, both in units of the stride. In place, shape (*)."""
+        """
+        The nearest code of ``r``, both in units of the stride. Shape (*); in place, except where a tracer
+        needs other operations.
+        """
 
     @abc.abstractmethod
     def _multiple(self, index: int) -> float:
@@ -268,12 +268,14 @@ class UniformQuantizer(Quantizer):
     The quantized ReLU of the paper (section 3.2), which uses s = 1.
     """
 
+    _index_limit = 2.0**63
+
     def _nearest_(self, r: Tensor) -> Tensor:
-        if self.signed:
-            # |r| - 1/2 rounded up is the nearest code with halves towards zero.
-            nearest = r.abs().sub_(0.5).ceil_().clamp_(min=0.0, max=self.max_code)
-            return r.copy_(nearest.copysign_(r))
-        return r.sub_(0.5).ceil_().clamp_(min=0.0, max=self.max_code)
+        magnitude = r.abs() if self.signed else r
+        # r - 1/2 rounded up is the nearest code with halves down. Subtracted at once, 1/2 would take the
+        # odd integers from 2^23 (float32) on to an even neighbour; 1/4 leaves every float there as it is.
+        magnitude.sub_(0.25).sub_(0.25).ceil_().clamp_(min=0.0, max=self.max_code)
+        return r.copy_(magnitude.copysign_(r)) if self.signed else r
 
     def _multiple(self, index: int) -> float:
         return float(index)
@@ -290,27 +292,19 @@ class PowerOfTwoQuantizer(Quantizer):
     """
     D = {0, s, 2s, 4s, 8s, ...}; bounded: the first L of these; signed: mirrored.
 
-    The dictionary that the paper compares the uniform one with (section 3.2). Code k > 0 is
-    2^(k-1) s, so the midpoint between neighbours is 1.5 * 2^(k-1) s.
+    The dictionary that the paper compares the uniform one with (section 3.2). Code k > 0 is 2^(k-1) s, so
+    the midpoint between it and the next is 1.5 * 2^(k-1) s.
     """
 
     def _nearest_(self, r: Tensor) -> Tensor:
         sign = r.sign() if self.signed else None
-        if self.signed:
-            r.abs_()
-        integer, exponent_bits, round_down_half = _FLOAT_BITS[r.dtype]
-        is_zero, is_nan = r <= 0.5, torch.isnan(r)
-        # Adding almost half a mantissa carries every value above 1.5 * 2^k into the next exponent;
-        # dropping the mantissa then leaves a power of two.
-        r.clamp_(min=1.0)
-        r.view(integer).add_(round_down_half).bitwise_and_(exponent_bits)
-        r.masked_fill_(is_zero, 0.0).masked_fill_(is_nan, math.nan)
+        nearest = nearest_power_of_two_(r.abs_() if self.signed else r)
         if self.max_code is not None:
-            r.clamp_(max=self._multiple(self.max_code))
-        return r.mul_(sign) if self.signed else r
+            nearest.clamp_(max=self._multiple(self.max_code))
+        return nearest.mul_(sign) if self.signed else nearest
 
     def _multiple(self, index: int) -> float:
-        return math.ldexp(1.0, index - 1) if index else 0.0
+        return 2.0 ** min(index - 1, 1023) if index else 0.0  # 2^1024 is no Python float
 
     def _index(self, multiples: Tensor) -> Tensor:
         # frexp(2^k) = (1/2, k + 1), which is the index of that code.
@@ -318,6 +312,7 @@ class PowerOfTwoQuantizer(Quantizer):
         return exponent.masked_fill_(multiples == 0, 0).mul_(multiples.sign().to(torch.int64))
 
     def _multiple_of_index(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        codes = codes.to(torch.int64)  # one below the uint8 code 0 is 255
         magnitude = torch.ldexp(torch.ones_like(codes, dtype=dtype), codes.abs() - 1)
         return magnitude.mul_(codes.sign().to(dtype))
 
@@ -327,17 +322,15 @@ class ClampQuantizer(UniformQuantizer):
     """
     The control: the (clipped) ReLU of a uniform dictionary without its rounding.
 
-    What a comparison of quantized with full-precision mimic would otherwise credit to rounding is
-    often the ReLU's doing. The stride matters only for the bound (L-1)s of a bounded dictionary.
+    What a comparison of quantized with full-precision mimic would otherwise credit to rounding is often the
+    ReLU's doing. The stride matters only for the bound (L-1)s of a bounded dictionary.
     """
 
     def quantize(self, x: Tensor) -> Tensor:
         self._check_floating(x)
-        return x.clamp(min=self._min_value, max=self.max_value) if self.has_gradient_mask else x.clone()
-
-    @property
-    def _min_value(self) -> float:
-        return -self.max_value if self.signed else 0.0
+        if not self.has_gradient_mask:
+            return x.clone()
+        return x.clamp(min=-self.max_value if self.signed else 0.0, max=self.max_value)
 
     def codes(self, x: Tensor) -> Tensor:
         """
@@ -345,15 +338,11 @@ class ClampQuantizer(UniformQuantizer):
             ValueError: always; a clamp has no code dictionary.
         """
         raise ValueError(
-            "MODEL.QMIMIC.QUANTIZER.NAME is Clamp, which rounds to no codes; measure its maps with "
-            "a UniformQuantizer of the same stride"
+            "MODEL.QMIMIC.QUANTIZER.NAME is Clamp, which has no codes; use a UniformQuantizer of its stride for them"
         )
 
     def dequantize(self, codes: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
-        """
-        Raises:
-            ValueError: always; a clamp has no code dictionary.
-        """
+        """As :meth:`codes`."""
         return self.codes(codes)
 
 
@@ -373,8 +362,8 @@ def build_code_quantizer(cfg: CfgNode) -> Quantizer:
     """
     Builds the quantizer that match ratios are measured with.
 
-    The same for every variant of a comparison: where the config rounds nothing ("" or "Clamp"), it
-    is the uniform dictionary of the config's stride.
+    The same for every variant of a comparison: where the config rounds nothing ("" or "Clamp"), it is the
+    uniform dictionary of the config's stride.
     """
     node = cfg.MODEL.QMIMIC.QUANTIZER
     return _build("Uniform" if node.NAME in ("", "Clamp") else node.NAME, node)
@@ -385,12 +374,10 @@ def _build(name: str, node: CfgNode) -> Quantizer:
     if class_name not in QUANTIZER_REGISTRY:
         known = sorted(key[: -len("Quantizer")] for key, _ in QUANTIZER_REGISTRY)
         raise KeyError(
-            f"MODEL.QMIMIC.QUANTIZER.NAME is {name!r}; registered quantizers are {known}, and \"\" "
-            "stands for none"
+            f'MODEL.QMIMIC.QUANTIZER.NAME is {name!r}; registered quantizers are {known}, and "" stands for none'
         )
-    return QUANTIZER_REGISTRY.get(class_name)(
-        stride=node.STRIDE, num_codes=node.NUM_CODES, signed=node.SIGNED
-    )
+    build = QUANTIZER_REGISTRY.get(class_name)
+    return build(stride=node.STRIDE, num_codes=node.NUM_CODES, signed=node.SIGNED)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -398,9 +385,6 @@ def _flat(x: Tensor) -> Tensor:
     return x.detach().as_strided((x.numel(),), (1,))
 
 
-def _first_float_above(value: float, dtype: torch.dtype) -> float:
-    """The smallest number of ``dtype`` that is greater than ``value``."""
-    rounded = torch.tensor(value, dtype=dtype)
-    if float(rounded) > value:
-        return float(rounded)
-    return float(torch.nextafter(rounded, torch.tensor(math.inf, dtype=dtype)))
+def _next_float(value: float, dtype: torch.dtype) -> float:
+    """The smallest number of ``dtype`` that is greater than the one nearest to ``value``."""
+    return float(torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(math.inf, dtype=dtype)))

@@ -68,11 +68,13 @@ def attach_quantizer(
         ValueError: a name is not among the backbone's features.
     """
     check_features(features, backbone.output_shape(), key)
-    previous = attached_quantizer(backbone)
-    if previous is not None:
-        previous.remove()
     hook = QuantizerHook(quantizer, features)
-    hook._handle = backbone.register_forward_hook(hook)
+    previous = attached_quantizer(backbone)
+    if previous is None:
+        hook._handle = backbone.register_forward_hook(hook)
+    else:  # the same place among the hooks, so that those behind it go on reading codes
+        hook._handle, previous._handle = previous._handle, None
+        backbone._forward_hooks[hook._handle.id] = hook
     return hook
 
 

@@ -1,0 +1,60 @@
+"""The command line: ``python -m qmimic_d2 COMMAND ...``; see :mod:`qmimic_d2.cli`."""
+
+import argparse
+import importlib
+import sys
+from typing import Optional, Sequence
+
+from qmimic_d2 import __version__
+from qmimic_d2.cli import COMMANDS
+from qmimic_d2.cli.model_arguments import split_overrides
+
+__all__ = ["build_parser", "main"]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all sub-commands; ``run`` of the parsed arguments is the chosen one's function."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qmimic_d2",
+        description="Quantization mimic for Detectron2. Training and evaluation are train_net.py's.",
+        epilog="python -m qmimic_d2 COMMAND --help tells the arguments of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"qmimic_d2 {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = importlib.import_module(f"qmimic_d2.cli.{name}")
+        documentation = module.__doc__.strip()
+        command = commands.add_parser(
+            name.replace("_", "-"),
+            help=documentation.splitlines()[0],
+            description=documentation,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """
+    Args:
+        argv: arguments behind the program's name; None for those of the process.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SystemExit: after ``--help``, and with status 2 after a mistake in the arguments.
+    """
+    arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if overrides and not hasattr(args, "opts"):
+        parser.error(f"this command takes no KEY VALUE pairs, got {' '.join(overrides)}")
+    if hasattr(args, "opts"):
+        args.opts = [*args.opts, *overrides]
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

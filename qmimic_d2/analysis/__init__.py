@@ -1,0 +1,30 @@
+"""Looking at a config and its weights before anything is trained with them."""
+
+from qmimic_d2.analysis.calibration import (
+    build_calibration_loader,
+    default_strides,
+    evenly_spaced,
+    is_signed,
+    measure_ap,
+    measure_codes,
+    measure_features,
+    recommend_stride,
+)
+from qmimic_d2.analysis.feature_statistics import CodeStatistics, FeatureStatistics
+from qmimic_d2.analysis.model_cost import ModelCost, PartCost, measure_cost
+
+__all__ = [
+    "CodeStatistics",
+    "FeatureStatistics",
+    "ModelCost",
+    "PartCost",
+    "build_calibration_loader",
+    "default_strides",
+    "evenly_spaced",
+    "is_signed",
+    "measure_ap",
+    "measure_codes",
+    "measure_cost",
+    "measure_features",
+    "recommend_stride",
+]

@@ -1,0 +1,244 @@
+"""
+Which stride suits a teacher: how its features are distributed, and what a dictionary makes of them.
+
+A stride means nothing by itself. It is relative to the scale of the features, which differs by orders of
+magnitude between a network with BatchNorm and one without.
+"""
+
+import math
+from contextlib import contextmanager
+from typing import Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, TypeVar
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.evaluation import inference_context
+from detectron2.modeling import Backbone
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from qmimic_d2.analysis.feature_statistics import (
+    CodeStatistics,
+    CodeUse,
+    FeatureDistribution,
+    FeatureStatistics,
+)
+from qmimic_d2.modeling.quantizer import Quantizer
+from qmimic_d2.modeling.quantizer_hook import attach_quantizer, attached_quantizer, check_features
+
+__all__ = [
+    "build_calibration_loader",
+    "default_strides",
+    "evenly_spaced",
+    "is_signed",
+    "measure_ap",
+    "measure_codes",
+    "measure_features",
+    "recommend_stride",
+]
+
+Item = TypeVar("Item")
+
+
+def evenly_spaced(items: Sequence[Item], count: int) -> List[Item]:
+    """At most ``count`` items at equal distances, the first one included: the same ones every time."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def build_calibration_loader(
+    cfg: CfgNode, dataset_names: Sequence[str], num_images: int
+) -> Tuple[DataLoader, int]:
+    """
+    Images to calibrate on, read as an evaluation reads them: resized, not augmented, one at a time.
+
+    Args:
+        cfg: of the model, for its preprocessing.
+        dataset_names: registered data sets, taken one behind the other.
+        num_images: how many, evenly spaced over these sets; fewer where there are fewer.
+
+    Returns:
+        A loader that can be iterated over again, and the number of images of the sets.
+
+    Raises:
+        KeyError: a data set is not registered.
+        ValueError: ``num_images`` is not positive, or the sets hold no image.
+    """
+    if num_images < 1:
+        raise ValueError(f"num_images is {num_images}; calibrate on one image or more")
+    dicts = get_detection_dataset_dicts(list(dataset_names), filter_empty=False)
+    if not dicts:
+        raise ValueError(f"the data sets {list(dataset_names)} hold no image to calibrate on")
+    loader = build_detection_test_loader(
+        dataset=evenly_spaced(dicts, num_images),
+        mapper=DatasetMapper(cfg, is_train=False),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+    return loader, len(dicts)
+
+
+def measure_features(
+    model: nn.Module, loader: Iterable[List[dict]], features: Sequence[str]
+) -> Dict[str, FeatureStatistics]:
+    """
+    Args:
+        model: a Detectron2 R-CNN. A quantizer on its backbone is taken off meanwhile.
+        loader: gives batches as the model takes them.
+        features: names among the backbone's outputs.
+
+    Returns:
+        By feature. Cells that lie in the padding of an image do not count.
+
+    Raises:
+        ValueError: an unknown feature, NaN or infinite values, or no image.
+    """
+    distributions = {name: FeatureDistribution() for name in features}
+    _for_each_map(model, loader, features, lambda name, values: distributions[name].add(values))
+    return {name: distribution.result() for name, distribution in distributions.items()}
+
+
+def measure_codes(
+    model: nn.Module,
+    loader: Iterable[List[dict]],
+    features: Sequence[str],
+    quantizers: Sequence[Quantizer],
+) -> Dict[str, List[CodeStatistics]]:
+    """
+    As :func:`measure_features`, for what each of the quantizers makes of the features.
+
+    Returns:
+        By feature, in the order of the quantizers.
+    """
+    uses = {name: [CodeUse(quantizer) for quantizer in quantizers] for name in features}
+
+    def add(name: str, values: Tensor) -> None:
+        for use in uses[name]:
+            use.add(values)
+
+    _for_each_map(model, loader, features, add)
+    return {name: [use.result() for use in each] for name, each in uses.items()}
+
+
+def measure_ap(
+    model: nn.Module,
+    features: Sequence[str],
+    quantizers: Sequence[Optional[Quantizer]],
+    evaluate: Callable[[nn.Module], float],
+) -> List[float]:
+    """
+    The AP of a detector with each quantizer on its features in turn; heads and weights stay as they are.
+
+    Args:
+        model: a Detectron2 R-CNN; its own quantizer, if any, is in force again afterwards.
+        features: names of the backbone's outputs that are quantized.
+        quantizers: None stands for full precision.
+        evaluate: gives a model's AP.
+
+    Returns:
+        One AP per quantizer.
+    """
+    aps = []
+    for quantizer in quantizers:
+        with _quantized_by(model.backbone, quantizer, features):
+            aps.append(float(evaluate(model)))
+    return aps
+
+
+def is_signed(statistics: FeatureStatistics) -> bool:
+    """Whether no ReLU ends the feature, so that an unsigned dictionary would erase a part of it."""
+    return statistics.negative_share > 0.0
+
+
+def default_strides(statistics: Mapping[str, FeatureStatistics]) -> List[float]:
+    """
+    Strides worth trying: 1/32, 1/16, ... 1, 2 times the features' rms, rounded to two digits.
+
+    Args:
+        statistics: by feature. One dictionary serves them all, so the rms is that of all values of all
+            features together.
+
+    Raises:
+        ValueError: the features are 0 everywhere.
+    """
+    num_values = sum(each.num_values for each in statistics.values())
+    squares = math.fsum(each.num_values * each.rms**2 for each in statistics.values())
+    if not squares > 0.0:
+        raise ValueError(
+            f"the features {sorted(statistics)} are 0 everywhere, and no stride suits them; see whether the "
+            "weights belong to this config"
+        )
+    rms = math.sqrt(squares / num_values)
+    return [float(f"{rms * 2.0**power:.2g}") for power in range(-5, 2)]
+
+
+def recommend_stride(
+    strides: Sequence[float], aps: Sequence[float], full_precision_ap: float, max_ap_loss: float
+) -> Optional[float]:
+    """
+    The largest stride that costs at most ``max_ap_loss``.
+
+    Args:
+        strides: those that were measured, in any order.
+        aps: AP of the quantized teacher with each of them, in the unit of ``max_ap_loss``; NaN (an
+            evaluation without a single detection) does not qualify.
+        full_precision_ap: AP of the teacher before quantization.
+        max_ap_loss: how much lower the AP may be.
+
+    Returns:
+        None where no stride qualifies, or the full-precision AP is not above 0 and so tells nothing.
+    """
+    if not full_precision_ap > 0.0:
+        return None
+    rounding = 1e-9  # 60.1 - 59.6 is a little more than 0.5
+    qualified = [
+        stride for stride, ap in zip(strides, aps) if full_precision_ap - ap <= max_ap_loss + rounding
+    ]
+    return max(qualified, default=None)
+
+
+@contextmanager
+def _quantized_by(
+    backbone: Backbone, quantizer: Optional[Quantizer], features: Sequence[str]
+) -> Iterator[None]:
+    """Within the block the backbone has this quantizer, or none, instead of its own."""
+    own = attached_quantizer(backbone)
+    hook = None
+    if quantizer is not None:
+        hook = attach_quantizer(backbone, quantizer, features)
+    elif own is not None:
+        own.remove()
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+        if own is not None:
+            attach_quantizer(backbone, own.quantizer, own.features)
+
+
+def _for_each_map(
+    model: nn.Module,
+    loader: Iterable[List[dict]],
+    features: Sequence[str],
+    visit: Callable[[str, Tensor], None],
+) -> None:
+    """Calls ``visit(name, values)`` for each feature of each image; values flat, in float32, on the CPU."""
+    shapes = model.backbone.output_shape()
+    check_features(features, shapes, "features")
+    num_images = 0
+    with inference_context(model), torch.no_grad(), _quantized_by(model.backbone, None, features):
+        for batch in loader:
+            images = model.preprocess_image(batch)
+            maps = model.backbone(images.tensor)
+            for index, size in enumerate(images.image_sizes):
+                num_images += 1
+                for name in features:
+                    rows, columns = (math.ceil(length / shapes[name].stride) for length in size)
+                    values = maps[name][index, :, :rows, :columns].float().cpu().flatten()
+                    if not torch.isfinite(values).all():
+                        raise ValueError(
+                            f"feature {name!r} has NaN or infinite values; see whether the weights are whole"
+                        )
+                    visit(name, values)
+    if not num_images:
+        raise ValueError("there is no image to measure features on")

@@ -1,0 +1,158 @@
+"""Parameters and FLOPs of the detector that a config builds: what ships, without teacher and adapter."""
+
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Dict, Iterator, Optional, Union
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.evaluation import inference_context
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.analysis import FlopCountAnalysis
+from torch import Tensor, nn
+
+__all__ = ["ModelCost", "PartCost", "measure_cost"]
+
+# What a detector consists of; anything else that it runs is counted as OTHER.
+PARTS = ("backbone", "proposal_generator", "roi_heads")
+OTHER = "other"
+
+# The adapter r of the mimic loss: trained with the student, and not shipped.
+_TRAINING_ONLY = ("mimic_loss",)
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """
+    Attributes:
+        parameters: number of learned values.
+        flops: multiply-adds for one image.
+    """
+
+    parameters: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """
+    What one image costs.
+
+    Attributes:
+        height, width: of the image as it enters the model, in pixels, before padding.
+        num_proposals: proposals that the RoI heads worked on; None where there was nothing to fix them by.
+        parameters, flops: of the whole detector, the sums over ``parts``.
+        parts: by "backbone", "proposal_generator", "roi_heads", and "other" for what lies outside of them.
+        uncounted_ops: operators that occurred and for which there is no count, with their number.
+    """
+
+    height: int
+    width: int
+    num_proposals: Optional[int]
+    parameters: int
+    flops: int
+    parts: Dict[str, PartCost]
+    uncounted_ops: Dict[str, int]
+
+    def to_dict(self) -> Dict[str, Any]:
+        """As plain numbers, strings and dicts, for JSON."""
+        return asdict(self)
+
+
+def measure_cost(cfg_or_model: Union[CfgNode, nn.Module], height: int, width: int) -> ModelCost:
+    """
+    Counts parameters, and the FLOPs of one inference on an image of the given size.
+
+    FLOPs are those of ``fvcore.nn.FlopCountAnalysis`` with Detectron2's list of ignored operators: one
+    multiply-add is one FLOP; convolutions, linear layers, matrix products and normalizations count;
+    element-wise operators, pooling, RoIAlign and NMS do not. The RoI heads' share is proportional to the
+    number of proposals, which depends on the image. It is fixed at the most that inference allows
+    (``MODEL.RPN.POST_NMS_TOPK_TEST``), so that the cost belongs to the architecture and is the same for
+    any weights and image.
+
+    Args:
+        cfg_or_model: a config, whose model is built on the CPU with random weights and no teacher; or a
+            Detectron2 R-CNN, which is left as it was.
+        height, width: of the image as it enters the model, after ``INPUT.MIN_SIZE_TEST`` and
+            ``MAX_SIZE_TEST``, in pixels.
+
+    Raises:
+        ValueError: height or width is not a positive whole number.
+    """
+    for name, length in (("height", height), ("width", width)):
+        if isinstance(length, bool) or length != int(length) or length < 1:
+            raise ValueError(f"{name} is {length!r}; give the image's size in whole pixels, 1 or more")
+    model = _build(cfg_or_model) if isinstance(cfg_or_model, CfgNode) else cfg_or_model
+    image = torch.full((3, int(height), int(width)), 128.0)
+    num_proposals = _most_proposals(model)
+    with inference_context(model), _fixed_proposals(model, num_proposals, image):
+        analysis = FlopCountAnalysis(model, [{"image": image, "height": int(height), "width": int(width)}])
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            flops = analysis.by_module()
+        uncounted = dict(sorted(analysis.unsupported_ops().items()))
+    parameters = _parameters_by_part(model)
+    # The analysis wraps the model, hence the prefix.
+    flops_by_part = {part: int(flops.get(f"model.{part}", 0)) for part in PARTS}
+    flops_by_part[OTHER] = int(flops[""]) - sum(flops_by_part.values())
+    parts = {part: PartCost(parameters[part], flops_by_part[part]) for part in (*PARTS, OTHER)}
+    return ModelCost(
+        height=int(height),
+        width=int(width),
+        num_proposals=num_proposals,
+        parameters=sum(part.parameters for part in parts.values()),
+        flops=sum(part.flops for part in parts.values()),
+        parts=parts,
+        uncounted_ops=uncounted,
+    )
+
+
+def _build(cfg: CfgNode) -> nn.Module:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    if "QMIMIC" in cfg.MODEL:
+        cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE = ""
+    cfg.freeze()
+    with torch.random.fork_rng(devices=[]):
+        return build_model(cfg).eval()
+
+
+def _parameters_by_part(model: nn.Module) -> Dict[str, int]:
+    counts = dict.fromkeys((*PARTS, OTHER), 0)
+    for name, parameter in model.named_parameters():
+        part = name.partition(".")[0]
+        if part not in _TRAINING_ONLY:
+            counts[part if part in PARTS else OTHER] += parameter.numel()
+    return counts
+
+
+def _most_proposals(model: nn.Module) -> Optional[int]:
+    limits = getattr(getattr(model, "proposal_generator", None), "post_nms_topk", None)
+    return None if limits is None else int(limits[False])
+
+
+@contextmanager
+def _fixed_proposals(model: nn.Module, count: Optional[int], image: Tensor) -> Iterator[None]:
+    """Within the block the proposal generator runs as ever, and ``count`` boxes take its proposals' place."""
+    if count is None:
+        yield
+        return
+    height, width = image.shape[-2:]
+    # A quarter of the image's height and width, in its middle: boxes that suit every pooler.
+    box = torch.tensor([0.375 * width, 0.375 * height, 0.625 * width, 0.625 * height])
+    device = next(model.parameters()).device
+    boxes, logits = box.repeat(count, 1).to(device), torch.zeros(count, device=device)
+
+    def replace(generator: nn.Module, inputs, output):
+        (proposals,), losses = output
+        return [Instances(proposals.image_size, proposal_boxes=Boxes(boxes), objectness_logits=logits)], losses
+
+    handle = model.proposal_generator.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()

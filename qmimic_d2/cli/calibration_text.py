@@ -1,0 +1,105 @@
+"""The report of ``python -m qmimic_d2 calibrate``, a dict as its JSON has it, as tables for a person."""
+
+import math
+from typing import Any, Dict, List
+
+from tabulate import tabulate
+
+__all__ = ["measurement_text", "recommendation_text"]
+
+
+def measurement_text(report: Dict[str, Any]) -> str:
+    """What was measured on which images: per feature its distribution, and a row for every stride."""
+    quantizer = report["quantizer"]
+    bound = f"{quantizer['num_codes']} codes" if quantizer["num_codes"] else "unbounded"
+    sign = "signed" if quantizer["signed"] else "unsigned"
+    lines = [
+        f"Teacher      {report['config_file']}",
+        f"Weights      {report['weights']}",
+        f"Images       {report['num_images']} of {report['num_images_available']} from {', '.join(report['datasets'])}",
+        f"Dictionary   {quantizer['name']}, {bound}, {sign}",
+    ]
+    lines += [f"WARNING      {warning}" for warning in report["warnings"]]
+    for name, feature in report["features"].items():
+        lines += ["", f"Feature {name}: {feature['num_values']} values", _table([_feature_row(feature)])]
+        if feature["percentile_sample"] < feature["num_values"]:
+            lines.append(f"(percentiles of a random sample of {feature['percentile_sample']} values, fixed seed)")
+        rows = [_code_row(each["stride"], each["features"][name], feature["rms"]) for each in report["strides"]]
+        lines += ["", _table(rows)]
+    return "\n".join(lines)
+
+
+def recommendation_text(report: Dict[str, Any]) -> str:
+    """The AP of the quantized teacher, and which stride follows from it."""
+    evaluation = report["evaluation"]
+    if evaluation is None:
+        return "No stride is recommended: that takes the AP of the quantized teacher. Add --eval for it."
+    lines = [f"Quantized teacher on {evaluation['dataset']}, {evaluation['num_images']} images"]
+    if evaluation["is_subset"]:
+        lines.append(f"(a subset; the AP on all {evaluation['num_images_in_dataset']} images will differ)")
+    rows = [{"stride": "full precision", "AP": f"{evaluation['full_precision_AP']:.2f}", "change": ""}]
+    rows += [
+        {"stride": f"{each['stride']:g}", "AP": f"{each['AP']:.2f}", "change": f"{-each['AP_loss']:+.2f}"}
+        for each in report["strides"]
+    ]
+    return "\n".join([*lines, _table(rows), "", *_recommendation(report)])
+
+
+def _recommendation(report: Dict[str, Any]) -> List[str]:
+    evaluation, stride = report["evaluation"], report["recommended_stride"]
+    limit = f"{evaluation['max_AP_loss']:g} AP (--max-ap-loss)"
+    tried = [each["stride"] for each in report["strides"]]
+    if stride is not None:
+        lines = [
+            f"Recommended: stride {stride:g}, the largest of these that costs at most {limit}.",
+            f"  {_config_pairs(report, stride)}",
+        ]
+        if stride == max(tried):
+            lines.append("  It is the largest that was tried; a larger one (--strides) may do as well.")
+        return lines
+    if not evaluation["full_precision_AP"] > 0.0:
+        return ["No stride is recommended: the teacher detects nothing in full precision. Train it first."]
+    smaller = f"{min(tried) / 2:.2g} {min(tried) / 4:.2g}"
+    return [
+        f"No stride is recommended: each of these costs more than {limit}.",
+        f"  Try smaller ones, such as --strides {smaller}, or fine-tune the quantized teacher.",
+    ]
+
+
+def _config_pairs(report: Dict[str, Any], stride: float) -> str:
+    """What to set in a config for the recommended dictionary."""
+    node, quantizer = "MODEL.QMIMIC.QUANTIZER", report["quantizer"]
+    pairs = f"{node}.NAME {quantizer['name']} {node}.STRIDE {float(stride)!r}"
+    if quantizer["num_codes"]:
+        pairs += f" {node}.NUM_CODES {quantizer['num_codes']}"
+    return f"{pairs} {node}.SIGNED True" if quantizer["signed"] else pairs
+
+
+def _feature_row(feature: Dict[str, Any]) -> Dict[str, str]:
+    row = {"zeros": f"{feature['zero_share']:.1%}", "mean": _number(feature["mean"]), "rms": _number(feature["rms"])}
+    if feature["negative_share"] > 0.0:
+        row.update({"negative": f"{feature['negative_share']:.1%}", "min": _number(feature["min"])})
+    row.update({f"{percent}%": _number(value) for percent, value in feature["percentiles"].items()})
+    row["max"] = _number(feature["max"])
+    return row
+
+
+def _code_row(stride: float, codes: Dict[str, Any], rms: float) -> Dict[str, str]:
+    return {
+        "stride": f"{stride:g}",
+        "stride/rms": _number(stride / rms if rms else math.nan),
+        "codes used": str(codes["codes_used"]),
+        "largest code": str(codes["largest_code"]),
+        "zeros": f"{codes['zero_share']:.1%}",
+        "relative error": f"{codes['relative_error']:.3f}",
+        "cosine": f"{codes['cosine']:.4f}",
+        "saturated": f"{codes['saturation']:.2%}",
+    }
+
+
+def _table(rows: List[Dict[str, str]]) -> str:
+    return tabulate(rows, headers="keys", disable_numparse=True, stralign="right")
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"

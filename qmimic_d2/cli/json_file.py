@@ -1,0 +1,38 @@
+"""JSON files that are there completely or not at all."""
+
+import json
+import math
+import os
+from typing import Any
+
+__all__ = ["check_writable", "write_json"]
+
+
+def check_writable(path: str, flag: str) -> None:
+    """
+    Makes the folder of a file that is written at the end of a long job.
+
+    Raises:
+        ValueError: the path is a folder.
+        OSError: its folder cannot be made.
+    """
+    if os.path.isdir(path):
+        raise ValueError(f"{flag} is {path!r}, which is a folder; give a file")
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+
+
+def write_json(path: str, content: Any) -> None:
+    """Writes under another name first. NaN and infinity, which JSON has not, become null."""
+    partial = path + ".part"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(_finite(content), file, indent=2, allow_nan=False)
+        file.write("\n")
+    os.replace(partial, path)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,0 +1,111 @@
+"""Arguments, and errors, of the sub-commands that take a model: its config, its weights, its device."""
+
+import argparse
+import re
+import sys
+from contextlib import contextmanager
+from typing import Iterator, List, Sequence, Tuple
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from qmimic_d2.config import add_qmimic_config
+from qmimic_d2.engine import describe_error, load_config
+
+__all__ = [
+    "add_model_arguments",
+    "load_model_config",
+    "split_overrides",
+    "usage_errors",
+    "weights_key",
+]
+
+_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--config-file``, ``--weights``, ``--device`` and KEY VALUE pairs."""
+    parser.add_argument(
+        "--config-file",
+        required=True,
+        metavar="FILE",
+        help="the detector's YAML, as train_net.py takes it; a name below this project's configs will do",
+    )
+    parser.add_argument("--weights", default="", metavar="FILE", help="its checkpoint (default: MODEL.WEIGHTS)")
+    parser.add_argument(
+        "--device", default="", type=_device, help="cpu, cuda, cuda:1, ... (default: MODEL.DEVICE)"
+    )
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        metavar="KEY VALUE",
+        help="at the end: pairs that override the config, such as MODEL.DEVICE cpu",
+    )
+
+
+def load_model_config(args: argparse.Namespace) -> CfgNode:
+    """
+    The config that the arguments name, for a use that needs no file of a teacher.
+
+    Raises:
+        KeyError, ValueError, FileNotFoundError: as :func:`qmimic_d2.engine.load_config`; also for a KEY
+            without VALUE.
+    """
+    opts = args.opts[1:] if args.opts[:1] == ["--"] else list(args.opts)
+    if len(opts) % 2:
+        raise ValueError(f"give KEY VALUE pairs at the end; {' '.join(opts)!r} leaves a KEY without its VALUE")
+    if args.weights:
+        opts += ["MODEL.WEIGHTS", args.weights]
+    return load_config(args.config_file, opts, eval_only=True, device=args.device)
+
+
+def weights_key(args: argparse.Namespace) -> str:
+    """Where the user gave the weights, for error messages."""
+    return "--weights" if args.weights else "MODEL.WEIGHTS (or --weights)"
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """
+    Within the block, what a user can put right is reported in a line on stderr instead of a traceback.
+
+    Raises:
+        SystemExit: with status 2.
+    """
+    try:
+        yield
+    except (KeyError, ValueError, OSError, ImportError, yaml.YAMLError) as error:
+        print(describe_error(error), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def split_overrides(argv: Sequence[str]) -> Tuple[List[str], List[str]]:
+    """
+    Splits KEY VALUE pairs off the end of the arguments.
+
+    argparse alone would take them for further values of a flag before them that takes several.
+
+    Returns:
+        The arguments before the pairs, and the pairs.
+    """
+    argv = list(argv)
+    sections = _top_level_keys()
+    end = len(argv)
+    while end >= 2 and _KEY.fullmatch(argv[end - 2]) and argv[end - 2].partition(".")[0] in sections:
+        end -= 2
+    return argv[:end], argv[end:]
+
+
+def _top_level_keys() -> List[str]:
+    cfg = get_cfg()
+    add_qmimic_config(cfg)
+    return list(cfg)
+
+
+def _device(text: str) -> str:
+    try:
+        torch.device(text or "cpu")  # "" leaves it to the config
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; give cpu, cuda or cuda:NUMBER") from None
+    return text

@@ -1,0 +1,109 @@
+"""The AP of a model on a test set, or on a part of it, as one number."""
+
+import contextlib
+import io
+import tempfile
+from typing import List
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, inference_on_dataset
+from torch import nn
+
+from qmimic_d2.analysis import evenly_spaced
+from qmimic_d2.engine.trainer import build_evaluator
+
+__all__ = ["APEvaluation"]
+
+
+class APEvaluation:
+    """
+    Evaluates models one after the other on the same images: ``ap = evaluation(model)``.
+
+    What the evaluator writes goes to a temporary folder, so that the results of a training in
+    ``OUTPUT_DIR`` stay; what COCO's API prints is dropped.
+
+    Attributes:
+        dataset_name: of the test set.
+        num_images: evaluated on.
+        num_images_in_dataset: in the whole test set.
+    """
+
+    def __init__(self, cfg: CfgNode, dataset_name: str, max_images: int = 0):
+        """
+        Args:
+            cfg: of the models, for their preprocessing.
+            dataset_name: registered, with an evaluator that reports "bbox" "AP".
+            max_images: evaluate on so many images only, evenly spaced over the set; 0 = all.
+
+        Raises:
+            KeyError: the data set is not registered.
+            ValueError: there is no evaluator for it, or none that can evaluate a part of it.
+        """
+        dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False)
+        chosen = evenly_spaced(dicts, max_images or len(dicts))
+        self.dataset_name = dataset_name
+        self.num_images = len(chosen)
+        self.num_images_in_dataset = len(dicts)
+        self._folder = tempfile.TemporaryDirectory(prefix="qmimic_d2_")
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = self._folder.name
+        cfg.freeze()
+        self._evaluator = build_evaluator(cfg, dataset_name)
+        if self.is_subset:
+            self._evaluator = _part_of(self._evaluator, dataset_name, [each["image_id"] for each in chosen])
+        self._loader = build_detection_test_loader(
+            dataset=chosen,
+            mapper=DatasetMapper(cfg, is_train=False),
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+        )
+
+    @property
+    def is_subset(self) -> bool:
+        """Whether a part of the test set stands for it."""
+        return self.num_images < self.num_images_in_dataset
+
+    def __call__(self, model: nn.Module) -> float:
+        """
+        Returns:
+            AP in points, 0 to 100; NaN where the model detects nothing at all.
+
+        Raises:
+            ValueError: the evaluator reports no box AP.
+        """
+        with contextlib.redirect_stdout(io.StringIO()):
+            results = inference_on_dataset(model, self._loader, self._evaluator)
+        try:
+            return float(results["bbox"]["AP"])
+        except KeyError:
+            raise ValueError(
+                f"DATASETS.TEST names {self.dataset_name!r}, whose evaluator reports no AP of boxes; it "
+                f"reports {sorted(results)}"
+            ) from None
+
+
+class _PartOfCOCO(DatasetEvaluator):
+    """A COCO evaluator to which the images outside of ``image_ids`` do not exist."""
+
+    def __init__(self, evaluator: COCOEvaluator, image_ids: List[int]):
+        self._evaluator = evaluator
+        self._image_ids = image_ids
+
+    def reset(self):
+        self._evaluator.reset()
+
+    def process(self, inputs, outputs):
+        self._evaluator.process(inputs, outputs)
+
+    def evaluate(self):
+        return self._evaluator.evaluate(img_ids=self._image_ids)
+
+
+def _part_of(evaluator: DatasetEvaluator, dataset_name: str, image_ids: List[int]) -> DatasetEvaluator:
+    if isinstance(evaluator, COCOEvaluator):
+        return _PartOfCOCO(evaluator, image_ids)
+    raise ValueError(
+        f"{type(evaluator).__name__}, the evaluator of {dataset_name!r}, takes the whole test set only; "
+        "evaluate on all of its images"
+    )
