@@ -20,7 +20,7 @@ from detectron2.modeling import build_model
 from qmimic_d2 import analysis
 from qmimic_d2.analysis import FeatureStatistics
 from qmimic_d2.cli.calibration_text import measurement_text, recommendation_text
-from qmimic_d2.cli.json_file import check_writable, write_json
+from qmimic_d2.json_file import check_writable, write_json
 from qmimic_d2.cli.model_arguments import add_model_arguments, load_model_config, usage_errors, weights_key
 from qmimic_d2.engine import build_checkpointer
 from qmimic_d2.engine.average_precision import APEvaluation

@@ -14,7 +14,7 @@ from typing import List
 import numpy as np
 from PIL import Image
 
-from qmimic_d2.cli.json_file import write_json
+from qmimic_d2.json_file import write_json
 from qmimic_d2.cli.model_arguments import add_model_arguments, load_model_config, usage_errors, weights_key
 from qmimic_d2.engine.prediction import (
     CocoPredictions,

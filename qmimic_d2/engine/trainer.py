@@ -3,7 +3,7 @@
 import functools
 import os
 import weakref
-from typing import List, Optional
+from typing import Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode
@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qmimic_d2.checkpoint import SafeCheckpointer
 from qmimic_d2.engine.data_order import build_resumable_train_loader
 from qmimic_d2.engine.hooks import ResumableBestCheckpointer, SaveOnInterrupt, SeedEachIteration
+from qmimic_d2.json_file import write_json
 from qmimic_d2.modeling.backbone.imagenet_names import converted_imagenet_weights
 
 __all__ = ["Trainer", "build_checkpointer", "build_evaluator"]
@@ -89,6 +90,17 @@ class Trainer(DefaultTrainer):
             len(built),
         )
         return built[:position] + extra + built[position:]
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> Dict:
+        """As :meth:`DefaultTrainer.test`; the figures are also written to ``OUTPUT_DIR/evaluation.json``."""
+        results = super().test(cfg, model, evaluators)
+        if comm.is_main_process() and cfg.OUTPUT_DIR:
+            write_json(
+                os.path.join(cfg.OUTPUT_DIR, "evaluation.json"),
+                {"datasets": list(cfg.DATASETS.TEST), "results": results},
+            )
+        return results
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

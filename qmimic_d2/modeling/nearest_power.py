@@ -49,6 +49,6 @@ def _by_logarithm(x: Tensor) -> Tensor:
     """A tracer, and the formats that its graph is exported to, have no view of a float's bits."""
     largest_exponent = math.frexp(torch.finfo(x.dtype).max)[1] - 1
     # Next to a power of two the logarithm may be rounded to either side of it: both give that power.
-    power = x.log2().floor().clamp(max=largest_exponent).exp2()
+    power = x.log2().floor().clamp(min=0, max=largest_exponent).exp2()
     nearest = torch.where(x > 1.5 * power, 2.0 * power, power)
     return torch.where(x <= 0.5, torch.zeros_like(x), nearest)

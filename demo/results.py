@@ -1,0 +1,179 @@
+"""The demo's table, ``results.json`` and ``detections.png``."""
+
+import hashlib
+import json
+import os
+import platform
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Sequence
+
+import cv2
+import detectron2
+import numpy as np
+import torch
+import torchvision
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from tabulate import tabulate
+
+import qmimic_d2
+from qmimic_d2.analysis import measure_cost
+from qmimic_d2.engine.prediction import Predictor
+from qmimic_d2.json_file import write_json
+
+__all__ = ["Model", "write_results"]
+
+# The last measurements of the match ratio that its figure is the mean of.
+_MATCH_RECORDS = 10
+_NUM_IMAGES = 8
+_SCALE = 2
+_SCORE_THRESHOLD = 0.5
+
+
+@dataclass
+class Model:
+    """One row of the table: a detector, its config, its weights and the seconds it took."""
+
+    label: str
+    name: str
+    cfg: CfgNode
+    weights: str
+    seconds: float
+
+
+def write_results(models: Sequence[Model], folder: str) -> None:
+    """Prints the table and writes ``results.json`` and ``detections.png`` to ``folder``."""
+    rows = [_row(model, folder) for model in models]
+    write_json(os.path.join(folder, "results.json"), {"models": rows, "versions": _versions()})
+    _draw(models, os.path.join(folder, "detections.png"))
+    _print(rows, folder)
+
+
+def _row(model: Model, folder: str) -> Dict[str, Any]:
+    with open(os.path.join(folder, model.name, "evaluation.json"), encoding="utf-8") as file:
+        figures = json.load(file)["results"]["bbox"]
+    cost = measure_cost(model.cfg, model.cfg.INPUT.MIN_SIZE_TEST, model.cfg.INPUT.MIN_SIZE_TEST)
+    match = _match_ratio(os.path.join(folder, model.name, "metrics.json"))
+    return {
+        "label": model.label,
+        "name": model.name,
+        "AP": figures["AP"],
+        "AP50": figures["AP50"],
+        "parameters": cost.parameters,
+        "flops": cost.flops,
+        "match_ratio": match.get("qmimic/match_ratio"),
+        "match_ratio_nonzero": match.get("qmimic/match_ratio_nonzero"),
+        "seconds": round(model.seconds, 1),
+        "seed": model.cfg.SEED,
+        "iterations": model.cfg.SOLVER.MAX_ITER,
+        "config_digest": hashlib.sha256(model.cfg.dump().encode()).hexdigest()[:12],
+        "weights": model.weights,
+    }
+
+
+def _match_ratio(path: str) -> Dict[str, float]:
+    """Mean of the last measurements in a training, by name; empty where it had no teacher."""
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    means = {}
+    for name in ("qmimic/match_ratio", "qmimic/match_ratio_nonzero"):
+        values = [row[name] for row in rows if name in row][-_MATCH_RECORDS:]
+        if values:
+            means[name] = float(np.mean(values))
+    return means
+
+
+def _versions() -> Dict[str, str]:
+    return {
+        "qmimic_d2": qmimic_d2.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "detectron2": detectron2.__version__,
+        "numpy": np.__version__,
+        "opencv": cv2.__version__,
+    }
+
+
+def _print(rows: Sequence[Dict[str, Any]], folder: str) -> None:
+    table = [
+        [
+            row["label"],
+            f"{row['AP']:.1f}",
+            f"{row['AP50']:.1f}",
+            f"{row['parameters'] / 1e3:.0f} k",
+            f"{row['flops'] / 1e6:.0f} M",
+            _percent(row["match_ratio"]),
+            _percent(row["match_ratio_nonzero"]),
+            f"{row['seconds']:.0f}",
+        ]
+        for row in rows
+    ]
+    headers = ["model", "AP", "AP50", "parameters", "FLOPs", "match", "match, not both 0", "seconds"]
+    print("\n" + tabulate(table, headers, tablefmt="github", disable_numparse=True))
+    seeds = sorted({row["seed"] for row in rows})
+    print(
+        f"\nOne seed each ({', '.join(map(str, seeds))}): a difference of a few AP is within what another seed "
+        "changes.\nmatch: share of the regions' entries on which teacher and student have the same code, in "
+        "training."
+    )
+    print(f"Table as JSON: {folder}/results.json. Detections side by side: {folder}/detections.png")
+
+
+def _percent(value: Optional[float]) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _draw(models: Sequence[Model], path: str) -> None:
+    """Columns: ground truth and every model; rows: the first images of the test set."""
+    dataset = models[0].cfg.DATASETS.TEST[0]
+    images = DatasetCatalog.get(dataset)[:_NUM_IMAGES]
+    classes = MetadataCatalog.get(dataset).thing_classes
+    pictures = [cv2.imread(image["file_name"]) for image in images]
+    columns = [_column("ground truth", [_annotated(p, i, classes) for p, i in zip(pictures, images)])]
+    for model in models:
+        predictor = Predictor(_with_weights(model))
+        drawn = []
+        for picture in pictures:
+            found = predictor(picture)
+            found = found[found.scores >= _SCORE_THRESHOLD]
+            names = [f"{classes[index]} {score:.2f}" for index, score in zip(found.pred_classes, found.scores)]
+            drawn.append(_boxes(picture, found.pred_boxes.tensor.numpy(), names, (0, 220, 255)))
+        columns.append(_column(model.label.replace("student, ", ""), drawn))
+    cv2.imwrite(path, np.hstack(columns))
+
+
+def _with_weights(model: Model) -> CfgNode:
+    cfg = model.cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = model.weights
+    cfg.freeze()
+    return cfg
+
+
+def _annotated(picture: np.ndarray, image: Dict[str, Any], classes: Sequence[str]) -> np.ndarray:
+    boxes = [np.array(each["bbox"]) for each in image["annotations"]]
+    corners = [np.concatenate([box[:2], box[:2] + box[2:]]) for box in boxes]
+    return _boxes(picture, corners, [classes[each["category_id"]] for each in image["annotations"]], (80, 230, 80))
+
+
+def _boxes(picture: np.ndarray, corners, names: List[str], color) -> np.ndarray:
+    drawn = cv2.resize(picture, None, fx=_SCALE, fy=_SCALE, interpolation=cv2.INTER_CUBIC)
+    for (x0, y0, x1, y1), name in zip(corners, names):
+        top_left = (int(x0 * _SCALE), int(y0 * _SCALE))
+        cv2.rectangle(drawn, top_left, (int(x1 * _SCALE), int(y1 * _SCALE)), color, 1, cv2.LINE_AA)
+        place = (top_left[0], max(top_left[1] - 3, 9))
+        cv2.putText(drawn, name, place, cv2.FONT_HERSHEY_SIMPLEX, 0.36, (0, 0, 0), 3, cv2.LINE_AA)
+        cv2.putText(drawn, name, place, cv2.FONT_HERSHEY_SIMPLEX, 0.36, color, 1, cv2.LINE_AA)
+    return drawn
+
+
+def _column(title: str, pictures: Sequence[np.ndarray]) -> np.ndarray:
+    width = pictures[0].shape[1]
+    header = np.full((28, width, 3), 255, np.uint8)
+    cv2.putText(header, title, (6, 19), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (30, 30, 30), 1, cv2.LINE_AA)
+    for picture in pictures:
+        picture[-2:] = picture[:, -2:] = 255  # a white seam between the pictures
+    return np.vstack([header, *pictures])
