@@ -15,24 +15,21 @@ from detectron2.utils import comm
 from qmimic_d2.engine import (
     Trainer,
     argument_parser,
-    build_checkpointer,
     check_run,
     describe_error,
     launch_processes,
     load_config,
+    load_evaluated_weights,
     num_processes,
     set_up_process,
 )
 
 
 def main(args, cfg):
-    set_up_process(cfg, args)
+    cfg = set_up_process(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = build_checkpointer(model, cfg.OUTPUT_DIR)
-        resumes = args.resume and checkpointer.has_checkpoint()
-        path = checkpointer.get_checkpoint_file() if resumes else cfg.MODEL.WEIGHTS
-        checkpointer.load(path, checkpointables=[], complete=True)
+        load_evaluated_weights(model, cfg, resume=args.resume)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
@@ -52,7 +49,7 @@ if __name__ == "__main__":
             resume=args.resume,
             device="cpu" if args.num_processes else "",
         )
-        check_run(cfg, num_processes(args), eval_only=args.eval_only)
-    except (KeyError, ValueError, FileNotFoundError) as error:
+        check_run(cfg, num_processes(args), eval_only=args.eval_only, resume=args.resume)
+    except (KeyError, ValueError, OSError) as error:
         sys.exit(describe_error(error))
     launch_processes(main, args, (args, cfg))

@@ -541,7 +541,7 @@ def test_the_match_ratio_is_written_when_asked_for():
     assert written == {"qmimic/match_ratio": 0.5, "qmimic/match_ratio_nonzero": 0.5}
 
 
-def test_the_match_ratio_takes_the_student_before_its_quantizer_and_no_graph():
+def test_the_match_ratio_is_that_of_adapted_student_and_pooled_teacher():
     quantizer = UniformQuantizer(1.0)
     loss = make_loss(student_quantizer=ClampQuantizer(1.0), code_quantizer=quantizer)
     student, teacher, boxes = maps(2, seed=1), maps(3, seed=2), three_boxes()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from qmimic_d2.modeling import quantizer as quantizer_module
 from qmimic_d2.modeling.quantizer import ClampQuantizer, PowerOfTwoQuantizer, UniformQuantizer
@@ -192,7 +192,7 @@ class Allocations(TorchDispatchMode):
 
     @staticmethod
     def tensors(tree):
-        return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
 
 
 def test_allocations_are_counted():
@@ -249,7 +249,7 @@ def test_under_autocast(quantizer):
 # ------------------------------------------------------------------------------------ trace, compile
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
 def test_a_trace_equals_and_is_saved(quantizer, dtype):
     example = (torch.randn(2, 3, 5, 7) * 2).to(dtype)

@@ -28,7 +28,7 @@ class PartCost:
     """
     Attributes:
         parameters: number of learned values.
-        flops: multiply-adds for one image.
+        flops: for one image, as :func:`measure_cost` counts them.
     """
 
     parameters: int
@@ -66,11 +66,11 @@ def measure_cost(cfg_or_model: Union[CfgNode, nn.Module], height: int, width: in
     Counts parameters, and the FLOPs of one inference on an image of the given size.
 
     FLOPs are those of ``fvcore.nn.FlopCountAnalysis`` with Detectron2's list of ignored operators: one
-    multiply-add is one FLOP; convolutions, linear layers, matrix products and normalizations count;
-    element-wise operators, pooling, RoIAlign and NMS do not. The RoI heads' share is proportional to the
-    number of proposals, which depends on the image. It is fixed at the most that inference allows
-    (``MODEL.RPN.POST_NMS_TOPK_TEST``), so that the cost belongs to the architecture and is the same for
-    any weights and image.
+    multiply-add of a convolution, a linear layer or a matrix product is one FLOP, and BatchNorm has two per
+    value; element-wise operators, pooling, RoIAlign and NMS do not count. The RoI heads' share is
+    proportional to the number of proposals, which depends on the image. It is fixed at the most that
+    inference allows (``MODEL.RPN.POST_NMS_TOPK_TEST``), so that the cost belongs to the architecture and is
+    the same for any weights and image.
 
     Args:
         cfg_or_model: a config, whose model is built on the CPU with random weights and no teacher; or a

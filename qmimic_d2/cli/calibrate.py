@@ -8,22 +8,25 @@ for a mistake in the arguments or the config.
 """
 
 import argparse
+import difflib
+import itertools
 import math
 import sys
 from dataclasses import asdict
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
+from torch import nn
 
 from qmimic_d2 import analysis
 from qmimic_d2.analysis import FeatureStatistics
 from qmimic_d2.cli.calibration_text import measurement_text, recommendation_text
-from qmimic_d2.json_file import check_writable, write_json
 from qmimic_d2.cli.model_arguments import add_model_arguments, load_model_config, usage_errors, weights_key
 from qmimic_d2.engine import build_checkpointer
 from qmimic_d2.engine.average_precision import APEvaluation
+from qmimic_d2.json_file import check_writable, write_json
 from qmimic_d2.modeling import QUANTIZER_REGISTRY, build_quantizer
 from qmimic_d2.modeling.quantizer import Quantizer
 from qmimic_d2.modeling.quantizer_hook import check_features
@@ -90,41 +93,40 @@ def run(args: argparse.Namespace) -> int:
             check_writable(args.json, "--json")
         cfg = load_model_config(args)
         datasets = _calibration_sets(args, cfg)
-        evaluation = _build_evaluation(args, cfg)
         features = args.features or list(cfg.MODEL.ROI_HEADS.IN_FEATURES)
         model = build_model(cfg)
         check_features(features, model.backbone.output_shape(), "--features")
         build_checkpointer(model, "").load_for_evaluation(cfg.MODEL.WEIGHTS, weights_key(args))
+        evaluation = _build_evaluation(args, cfg)
         loader, num_available = analysis.build_calibration_loader(cfg, datasets, args.num_images)
         _progress(f"measuring {', '.join(features)} on {len(loader)} images")
         statistics = analysis.measure_features(model, loader, features)
         strides = sorted(set(args.strides)) or analysis.default_strides(statistics)
         quantizers = [_quantizer(args, cfg, stride) for stride in strides]
         codes = analysis.measure_codes(model, loader, features, quantizers)
-    report = {
-        "config_file": args.config_file,
-        "weights": cfg.MODEL.WEIGHTS,
-        "datasets": datasets,
-        "num_images": len(loader),
-        "num_images_available": num_available,
-        "quantizer": {"name": args.quantizer, "num_codes": args.num_codes, "signed": args.signed},
-        "features": {name: _feature_report(statistics[name]) for name in features},
-        "strides": [
-            {"stride": stride, "features": {name: asdict(codes[name][index]) for name in features}}
-            for index, stride in enumerate(strides)
-        ],
-        "evaluation": None,
-        "recommended_stride": None,
-        "warnings": _warnings(args, statistics),
-    }
-    print(measurement_text(report))
-    if evaluation is not None:
-        _evaluate(args, evaluation, model, features, quantizers, report)
-    print()
-    print(recommendation_text(report))
-    if args.json:
-        write_json(args.json, report)
-        print(f"Written to {args.json}")
+        report = {
+            "config_file": args.config_file,
+            "weights": cfg.MODEL.WEIGHTS,
+            "datasets": datasets,
+            "num_images": len(loader),
+            "num_images_available": num_available,
+            "quantizer": {"name": args.quantizer, "num_codes": args.num_codes, "signed": args.signed},
+            "warnings": _warnings(args, statistics),
+            "features": {name: _feature_report(statistics[name]) for name in features},
+            "strides": [
+                {"stride": stride, "features": {name: asdict(codes[name][index]) for name in features}}
+                for index, stride in enumerate(strides)
+            ],
+            "evaluation": None,
+            "recommended_stride": None,
+        }
+        print(measurement_text(report), flush=True)
+        if evaluation is not None:
+            _evaluate(args, evaluation, model, features, quantizers, report)
+        print(f"\n{recommendation_text(report)}")
+        if args.json:
+            write_json(args.json, report)
+            print(f"Written to {args.json}")
     return 0
 
 
@@ -146,12 +148,12 @@ def _build_evaluation(args: argparse.Namespace, cfg: CfgNode) -> Optional[APEval
     return APEvaluation(cfg, cfg.DATASETS.TEST[0], args.eval_images)
 
 
-def _check_registered(names: List[str], flag: str) -> None:
+def _check_registered(names: Sequence[str], flag: str) -> None:
     for name in names:
         if name not in DatasetCatalog.list():
-            raise KeyError(
-                f"{flag} names {name!r}, which is not registered; registered are {sorted(DatasetCatalog.list())}"
-            )
+            near = difflib.get_close_matches(name, DatasetCatalog.list(), n=5, cutoff=0.4)
+            hint = f"near names are {near}" if near else "give the name of one that is"
+            raise KeyError(f"{flag} names {name!r}, which is not registered; {hint}")
 
 
 def _quantizer(args: argparse.Namespace, cfg: CfgNode, stride: float) -> Quantizer:
@@ -177,15 +179,22 @@ def _feature_report(statistics: FeatureStatistics) -> Dict[str, Any]:
     return report
 
 
-def _evaluate(args, evaluation, model, features, quantizers, report) -> None:
-    total = len(quantizers) + 1
+def _evaluate(
+    args: argparse.Namespace,
+    evaluation: APEvaluation,
+    model: nn.Module,
+    features: Sequence[str],
+    quantizers: Sequence[Quantizer],
+    report: Dict[str, Any],
+) -> None:
+    """Completes the report by the AP in full precision and with each of the quantizers."""
+    numbers = itertools.count(1)
 
-    def evaluate(current) -> float:
-        evaluate.done += 1
-        _progress(f"evaluating {evaluate.done} of {total} on {evaluation.num_images} images")
+    def evaluate(current: nn.Module) -> float:
+        progress = f"evaluating {next(numbers)} of {len(quantizers) + 1}"
+        _progress(f"{progress} on {evaluation.num_images} images of {evaluation.dataset_name}")
         return evaluation(current)
 
-    evaluate.done = 0
     full_precision, *aps = analysis.measure_ap(model, features, [None, *quantizers], evaluate)
     for each, ap in zip(report["strides"], aps):
         each["AP"] = ap

@@ -39,7 +39,7 @@ def recommendation_text(report: Dict[str, Any]) -> str:
         lines.append(f"(a subset; the AP on all {evaluation['num_images_in_dataset']} images will differ)")
     rows = [{"stride": "full precision", "AP": f"{evaluation['full_precision_AP']:.2f}", "change": ""}]
     rows += [
-        {"stride": f"{each['stride']:g}", "AP": f"{each['AP']:.2f}", "change": f"{-each['AP_loss']:+.2f}"}
+        {"stride": f"{each['stride']:g}", "AP": f"{each['AP']:.2f}", "change": _change(-each["AP_loss"])}
         for each in report["strides"]
     ]
     return "\n".join([*lines, _table(rows), "", *_recommendation(report)])
@@ -59,10 +59,15 @@ def _recommendation(report: Dict[str, Any]) -> List[str]:
         return lines
     if not evaluation["full_precision_AP"] > 0.0:
         return ["No stride is recommended: the teacher detects nothing in full precision. Train it first."]
-    smaller = f"{min(tried) / 2:.2g} {min(tried) / 4:.2g}"
+    quantizer = report["quantizer"]
+    advice = [f"smaller ones, such as --strides {min(tried) / 2:.2g} {min(tried) / 4:.2g}"]
+    if quantizer["name"] == "PowerOfTwo":  # its large codes lie far apart, however small the first one is
+        advice = ["--quantizer Uniform"]
+    elif quantizer["num_codes"]:  # small strides saturate
+        advice.append("more codes (--num-codes)")
     return [
         f"No stride is recommended: each of these costs more than {limit}.",
-        f"  Try smaller ones, such as --strides {smaller}, or fine-tune the quantized teacher.",
+        f"  Try {', or '.join([*advice, 'fine-tuning the quantized teacher'])}.",
     ]
 
 
@@ -99,6 +104,10 @@ def _code_row(stride: float, codes: Dict[str, Any], rms: float) -> Dict[str, str
 
 def _table(rows: List[Dict[str, str]]) -> str:
     return tabulate(rows, headers="keys", disable_numparse=True, stralign="right")
+
+
+def _change(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}"  # never "-0.00"
 
 
 def _number(value: float) -> str:

@@ -3,7 +3,7 @@ Draws a detector's boxes on images and writes them as one COCO-format JSON.
 
 Writes DIR/<image's name>.jpg for every image, and DIR/predictions.json. Exit status: 0 when every image
 was read, 1 when some could not be and were skipped (each is named on stderr), 2 for a mistake in the
-arguments or the config, with nothing written.
+arguments or the config, and where nothing can be written.
 """
 
 import argparse
@@ -12,9 +12,9 @@ import sys
 from typing import List
 
 import numpy as np
+from detectron2.config import CfgNode
 from PIL import Image
 
-from qmimic_d2.json_file import write_json
 from qmimic_d2.cli.model_arguments import add_model_arguments, load_model_config, usage_errors, weights_key
 from qmimic_d2.engine.prediction import (
     CocoPredictions,
@@ -26,6 +26,7 @@ from qmimic_d2.engine.prediction import (
     read_bgr_image,
     unique_names,
 )
+from qmimic_d2.json_file import write_json
 
 PREDICTIONS = "predictions.json"
 
@@ -84,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         predictions.add(path, image.shape[:2], detections, name)
         print(f"{path} -> {drawn_file}, detections: {len(detections)}")
     target = os.path.join(args.output, PREDICTIONS)
-    write_json(target, predictions.to_dict())
+    with usage_errors():
+        write_json(target, predictions.to_dict())
     num_read = len(images) - num_skipped
     print(f"{target}: images: {num_read}, skipped: {num_skipped}, detections: {predictions.num_detections}")
     return 1 if num_skipped else 0
@@ -101,7 +103,7 @@ def _check_output(output: str, images: List[str]) -> None:
         )
 
 
-def _with_score_threshold(cfg, threshold: float):
+def _with_score_threshold(cfg: CfgNode, threshold: float) -> CfgNode:
     """The model itself drops what scores lower, so that a threshold below the config's takes effect."""
     cfg = cfg.clone()
     cfg.defrost()

@@ -77,6 +77,7 @@ def register_digits(root: Optional[str] = None) -> None:
             image_root=os.path.join(root, name, digits_files.IMAGES),
             evaluator_type="coco",
             thing_classes=list(digits_files.CLASS_NAMES),
+            thing_dataset_id_to_contiguous_id={index + 1: index for index in range(len(digits_files.CLASS_NAMES))},
         )
         # COCOEvaluator opens json_file through PathManager, often before any image is loaded.
         PathManager.register_handler(_AnnotationsOnDemand(name, root, json_file))

@@ -9,7 +9,7 @@ from qmimic_d2.engine.setup import (
     num_processes,
     set_up_process,
 )
-from qmimic_d2.engine.trainer import Trainer, build_checkpointer, build_evaluator
+from qmimic_d2.engine.trainer import Trainer, build_checkpointer, build_evaluator, load_evaluated_weights
 
 __all__ = [
     "Trainer",
@@ -20,6 +20,7 @@ __all__ = [
     "describe_error",
     "launch_processes",
     "load_config",
+    "load_evaluated_weights",
     "num_processes",
     "set_up_process",
 ]

@@ -1,15 +1,19 @@
 """Training hooks: repeatable randomness, a checkpoint on interruption, the best checkpoint on resume."""
 
 import logging
+import math
+import os
 import signal
 import threading
+import time
 from typing import Dict, Optional
 
-import numpy as np
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import BestCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+
+from qmimic_d2.engine.randomness import mixed_seed
 
 __all__ = ["ResumableBestCheckpointer", "SaveOnInterrupt", "SeedEachIteration"]
 
@@ -23,14 +27,20 @@ class SeedEachIteration(HookBase):
 
     Args:
         seed: of the training, >= 0.
+
+    Raises:
+        ValueError: a negative seed.
     """
 
     def __init__(self, seed: int):
+        if seed < 0:
+            raise ValueError(
+                f"SEED is {seed}; this trainer needs one >= 0 (qmimic_d2.engine.load_config draws one)"
+            )
         self._seed = seed
 
     def before_step(self) -> None:
-        words = np.random.SeedSequence([self._seed, comm.get_rank(), self.trainer.iter])
-        seed_all_rng(int(words.generate_state(1)[0]))
+        seed_all_rng(mixed_seed(self._seed, comm.get_rank(), self.trainer.iter))
 
 
 class SaveOnInterrupt(HookBase):
@@ -38,38 +48,75 @@ class SaveOnInterrupt(HookBase):
     Saves a checkpoint and stops when Ctrl-C (SIGINT) or SIGTERM arrives.
 
     The step under way is finished first, so that the checkpoint is a whole iteration and ``--resume``
-    continues from it. A second signal stops at once. Several processes stop at the same iteration:
-    they agree every ``sync_period`` iterations.
+    continues from it. It belongs behind the hooks that change what is saved and in front of the
+    evaluation's: an evaluation is not waited for. A second signal stops at once.
+
+    Several processes stop at the same iteration: they agree on it every ``sync_period`` iterations, and
+    finish an evaluation that is under way. A signal that comes twice within ``merge_seconds``, from the
+    terminal or the scheduler and once more from the launching process, counts once.
 
     Raises (from the training loop):
         SystemExit: with status 128 + the signal's number, as a shell reports it.
     """
 
-    def __init__(self, sync_period: int = 10):
+    def __init__(self, sync_period: int = 10, merge_seconds: float = 2.0):
         self._sync_period = sync_period
+        self._merge_seconds = merge_seconds
         self._received = 0
+        self._received_at = 0.0
+        # between two steps, when the last one is done completely
+        self._is_between_steps = False
+        self._pid = 0
         self._previous: Dict[int, object] = {}
 
     def before_train(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may handle signals; a trainer in another thread runs without
+        self._pid = os.getpid()
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._on_signal)
 
-    def after_train(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+    def before_step(self) -> None:
+        self._is_between_steps = False
 
     def after_step(self) -> None:
-        number = self._agreed_signal()
-        if number == 0 or self.trainer.iter + 1 >= self.trainer.max_iter:
-            return
-        logger = logging.getLogger(__name__)
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
+            return  # model_final is saved; after_train stops
+        self._is_between_steps = True
+        number = self._agreed_signal() if (self.trainer.iter + 1) % self._period() == 0 else 0
+        if number:
+            self._save_and_stop(number)
+
+    def after_train(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python
+        self._previous.clear()
+        is_complete = self.trainer.iter >= self.trainer.max_iter
+        number = self._agreed_signal() if is_complete else 0
+        if number:  # all that would follow is the last evaluation
+            raise SystemExit(128 + number)
+
+    def _on_signal(self, number: int, frame) -> None:
+        if os.getpid() != self._pid:
+            return  # a data-loader worker, which inherits the handler; the training decides
+        now = time.monotonic()
+        if self._received:
+            if now - self._received_at < self._merge_seconds:
+                return
+            raise SystemExit(128 + number)
+        self._received, self._received_at = number, now
+        if self._is_between_steps and comm.get_world_size() == 1:
+            self._save_and_stop(number)
+        logging.getLogger(__name__).warning(
+            "%s: finishing this iteration and saving; once more to stop at once",
+            signal.Signals(number).name,
+        )
+
+    def _save_and_stop(self, number: int) -> None:
         if comm.is_main_process():
             iteration = self.trainer.iter
             self.trainer.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
-            logger.warning(
+            logging.getLogger(__name__).warning(
                 "Stopped by %s after iteration %d and saved; continue with --resume",
                 signal.Signals(number).name,
                 iteration,
@@ -77,20 +124,10 @@ class SaveOnInterrupt(HookBase):
         comm.synchronize()
         raise SystemExit(128 + number)
 
-    def _on_signal(self, number: int, frame) -> None:
-        if self._received:
-            raise SystemExit(128 + number)
-        self._received = number
-        logging.getLogger(__name__).warning(
-            "%s: finishing this iteration and saving; once more to stop at once",
-            signal.Signals(number).name,
-        )
+    def _period(self) -> int:
+        return self._sync_period if comm.get_world_size() > 1 else 1
 
     def _agreed_signal(self) -> int:
-        if comm.get_world_size() == 1:
-            return self._received
-        if self.trainer.iter % self._sync_period:
-            return 0
         return max(comm.all_gather(self._received))
 
 
@@ -98,10 +135,16 @@ class ResumableBestCheckpointer(BestCheckpointer):
     """Detectron2's, which also remembers the best figure across ``--resume``."""
 
     def state_dict(self) -> Dict[str, Optional[float]]:
-        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
+        best = (self.best_metric, self.best_iter)
+        # Detectron2 saves a better model before it notes its figure; the file has to tell its own,
+        # or a worse model would replace it after --resume.
+        storage = getattr(self.trainer, "storage", None)
+        latest = storage.latest().get(self._val_metric) if storage is not None else None
+        if latest is not None and math.isfinite(latest[0]):
+            if best[0] is None or self._compare(latest[0], best[0]):
+                best = latest
+        return {"best_metric": best[0], "best_iter": best[1]}
 
     def load_state_dict(self, state_dict: Dict[str, Optional[float]]) -> None:
         self.best_metric = state_dict["best_metric"]
         self.best_iter = state_dict["best_iter"]
-
-

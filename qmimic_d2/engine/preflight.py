@@ -1,28 +1,42 @@
 """
 Checks that stop a wrong setting before anything is written or trained.
 
-Everything a training needs is looked at once, in the launching process: values, data sets, the model
-and the teacher's files. What only construction can tell is told by constructing and throwing away.
+Everything a run needs is looked at once, in the launching process: values, data sets, the model, its
+weights and the teacher's files. What only construction can tell is told by constructing and throwing away.
 """
 
 import difflib
 import json
 import os
-from typing import Iterable
+from typing import Any, Dict, Iterable, Sequence
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
+from torch import nn
 
-from qmimic_d2.engine.trainer import OPTIMIZERS, Trainer, build_evaluator
-from qmimic_d2.modeling.teacher import FrozenTeacher
+from qmimic_d2.engine.data_order import SAMPLERS
+from qmimic_d2.engine.trainer import (
+    OPTIMIZERS,
+    Trainer,
+    build_checkpointer,
+    build_evaluator,
+    load_evaluated_weights,
+)
 
 __all__ = ["check_run"]
 
+# What detectron2.data.datasets.load_coco_json reads of every image and every annotation.
+_COCO_ENTRIES = {
+    "images": ("id", "file_name", "height", "width"),
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
 
-def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False) -> None:
+
+def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False, resume: bool = False) -> None:
     """
     Raises where a run of this config could not go well.
 
@@ -30,12 +44,15 @@ def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False) -> N
         cfg: frozen.
         num_processes: of the whole run, all machines together.
         eval_only: the run evaluates and trains nothing.
+        resume: the run continues the one in OUTPUT_DIR, if there is one.
 
     Raises:
         ValueError, KeyError, FileNotFoundError: names the key, its value and the fix.
     """
-    _check_solver(cfg, num_processes, eval_only)
-    _check_datasets(cfg, eval_only)
+    if not eval_only:
+        cfg = _scaled(cfg, num_processes)
+        _check_solver(cfg, num_processes)
+    _check_registered(cfg, eval_only)
     for name in cfg.DATASETS.TEST:
         _check_evaluator(cfg, name)
     on_cpu = cfg.clone()
@@ -44,19 +61,36 @@ def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False) -> N
     on_cpu.freeze()
     with torch.random.fork_rng(devices=[]):
         model = build_model(on_cpu)
-        if not eval_only:
-            Trainer.build_lr_scheduler(on_cpu, Trainer.build_optimizer(on_cpu, model))
-        if cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE and not eval_only:
-            FrozenTeacher(on_cpu)
+        if eval_only:
+            load_evaluated_weights(model, on_cpu, resume=resume)
+        else:
+            _check_optimizer(on_cpu, model)
+            model.train()  # a QuantMimicRCNN builds its teacher, and audits the weights
+            build_checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    # Last, since looking for the embedded data makes them.
+    used = [] if eval_only else [("DATASETS.TRAIN", name) for name in cfg.DATASETS.TRAIN]
+    for key, name in [*used, *(("DATASETS.TEST", name) for name in cfg.DATASETS.TEST)]:
+        _check_annotations(key, name)
 
 
-def _check_solver(cfg: CfgNode, num_processes: int, eval_only: bool) -> None:
-    if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
+def _scaled(cfg: CfgNode, num_processes: int) -> CfgNode:
+    """The config as Detectron2 adapts it to the number of processes."""
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference < 0 or (reference > 0 and cfg.SOLVER.IMS_PER_BATCH % reference):
         raise ValueError(
-            f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}; choose one of {list(OPTIMIZERS)}"
+            f"SOLVER.REFERENCE_WORLD_SIZE is {reference}, which {cfg.SOLVER.IMS_PER_BATCH} images of "
+            "SOLVER.IMS_PER_BATCH cannot be shared by; set it to a divisor, or to 0 for no scaling"
         )
+    return Trainer.auto_scale_workers(cfg, num_processes)
+
+
+def _check_solver(cfg: CfgNode, num_processes: int) -> None:
+    _check_choice("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, OPTIMIZERS)
+    _check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, SAMPLERS)
+    if cfg.SOLVER.MAX_ITER < 1:
+        raise ValueError(f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; give a number of iterations >= 1")
     images = cfg.SOLVER.IMS_PER_BATCH
-    if not eval_only and (images < 1 or images % num_processes):
+    if images < 1 or images % num_processes:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {images}, which {num_processes} process(es) cannot share equally; "
             f"set it to a multiple of {num_processes}, or change --num-gpus / --num-processes"
@@ -68,21 +102,32 @@ def _check_solver(cfg: CfgNode, num_processes: int, eval_only: bool) -> None:
         )
 
 
-def _check_datasets(cfg: CfgNode, eval_only: bool) -> None:
-    if not eval_only and not cfg.DATASETS.TRAIN:
-        raise ValueError("DATASETS.TRAIN is empty; name a registered data set to train on")
-    if eval_only and not cfg.DATASETS.TEST:
-        raise ValueError("DATASETS.TEST is empty; name a registered data set to evaluate on")
-    used = [("DATASETS.TEST", name) for name in cfg.DATASETS.TEST]
-    if not eval_only:
-        used += [("DATASETS.TRAIN", name) for name in cfg.DATASETS.TRAIN]
-    for key, name in used:
-        if name not in DatasetCatalog.list():
-            raise KeyError(_unknown_dataset(key, name, DatasetCatalog.list()))
-    for key, name in used:
-        path = MetadataCatalog.get(name).get("json_file", "")
-        if path and PathManager.isfile(path):
-            _check_coco_json(key, name, PathManager.get_local_path(path))
+def _check_choice(key: str, value: str, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(f"{key} is {value!r}; choose one of {list(options)}")
+
+
+def _check_optimizer(cfg: CfgNode, model: nn.Module) -> None:
+    try:
+        Trainer.build_lr_scheduler(cfg, Trainer.build_optimizer(cfg, model))
+    except Exception as error:  # fvcore and PyTorch assert, divide and raise, and name no key
+        node = cfg.SOLVER
+        raise ValueError(
+            f"SOLVER gives no optimizer and schedule: {type(error).__name__}: {error}. Correct "
+            f"SOLVER.OPTIMIZER {node.OPTIMIZER!r}, LR_SCHEDULER_NAME {node.LR_SCHEDULER_NAME!r}, BASE_LR "
+            f"{node.BASE_LR}, BASE_LR_END {node.BASE_LR_END}, STEPS {node.STEPS}, MAX_ITER {node.MAX_ITER} "
+            f"or the WARMUP_ and CLIP_GRADIENTS keys"
+        ) from error
+
+
+def _check_registered(cfg: CfgNode, eval_only: bool) -> None:
+    key, names = ("DATASETS.TEST", cfg.DATASETS.TEST) if eval_only else ("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+    if not names:
+        raise ValueError(f"{key} is {names}; name a registered data set")
+    known = DatasetCatalog.list()
+    for key, name in [(key, name) for name in names] + [("DATASETS.TEST", name) for name in cfg.DATASETS.TEST]:
+        if name not in known:
+            raise KeyError(_unknown_dataset(key, name, known))
 
 
 def _unknown_dataset(key: str, name: str, known: Iterable[str]) -> str:
@@ -94,26 +139,54 @@ def _unknown_dataset(key: str, name: str, known: Iterable[str]) -> str:
     )
 
 
-def _check_coco_json(key: str, name: str, path: str) -> None:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-        missing = [part for part in ("images", "annotations", "categories") if part not in content]
-        if missing or not all(isinstance(content[part], list) for part in content if part != "info"):
-            raise ValueError(f"it has no list of {missing or 'images, annotations and categories'}")
-        for image in content["images"][:1]:
-            image["id"], image["file_name"], image["height"], image["width"]
-        for annotation in content["annotations"][:1]:
-            annotation["id"], annotation["image_id"], annotation["category_id"], annotation["bbox"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{key} names {name!r}, whose annotation file {os.path.abspath(path)} is not in COCO's "
-            f"format: {type(error).__name__}: {error}. It must be JSON with the lists images (id, "
-            "file_name, height, width), annotations (id, image_id, category_id, bbox) and categories"
-        ) from error
-
-
 def _check_evaluator(cfg: CfgNode, name: str) -> None:
     kind = MetadataCatalog.get(name).get("evaluator_type", "")
     if kind not in ("coco", "pascal_voc"):
         build_evaluator(cfg, name)  # raises, and says what to do
+
+
+def _check_annotations(key: str, name: str) -> None:
+    metadata = MetadataCatalog.get(name)
+    path = metadata.get("json_file", "")
+    is_coco = bool(path)
+    if metadata.get("evaluator_type", "") == "pascal_voc":
+        path = os.path.join(metadata.dirname, "ImageSets", "Main", f"{metadata.split}.txt")
+    if not path:
+        return
+    path = PathManager.get_local_path(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{key} names {name!r}, whose annotations are looked for in {os.path.abspath(path)}, and there is "
+            "no such file. Put the data there; for Detectron2's own data sets, set the environment variable "
+            "DETECTRON2_DATASETS to the folder that holds them"
+        )
+    if is_coco:
+        _check_coco_json(key, name, path)
+
+
+def _check_coco_json(key: str, name: str, path: str) -> None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        # Test sets without annotations exist: their detections are only written.
+        is_optional = key == "DATASETS.TEST" and "annotations" not in content
+        for part, entries in _COCO_ENTRIES.items():
+            if not (part == "annotations" and is_optional):
+                _check_coco_part(content, part, entries)
+        if not content["images"]:
+            raise ValueError("its list of images is empty")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{key} names {name!r}, whose annotation file {os.path.abspath(path)} is not in COCO's "
+            f"format: {type(error).__name__}: {error}. It must be JSON with the lists images (id, "
+            "file_name, height, width), annotations (id, image_id, category_id, bbox) and categories (id, name)"
+        ) from error
+
+
+def _check_coco_part(content: Dict[str, Any], part: str, entries: Iterable[str]) -> None:
+    if not isinstance(content.get(part) if isinstance(content, dict) else None, list):
+        raise ValueError(f"it has no list {part!r}")
+    for item in content[part][:1]:
+        missing = [entry for entry in entries if entry not in item]
+        if missing:
+            raise ValueError(f"the first of its {part} has no {missing}")

@@ -1,11 +1,12 @@
 """From command-line arguments to a checked config, and from there to running processes."""
 
 import argparse
+import contextlib
 import logging
 import multiprocessing
 import os
 import signal
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import yaml
@@ -51,7 +52,7 @@ def describe_error(error: Exception) -> str:
 
 def num_processes(args: argparse.Namespace) -> int:
     """Processes of the whole run, all machines together; at least 1."""
-    return max(args.num_processes or args.num_gpus, 1) * args.num_machines
+    return _processes_per_machine(args) * args.num_machines
 
 
 def load_config(
@@ -82,15 +83,23 @@ def load_config(
         A frozen config.
 
     Raises:
-        KeyError, ValueError: an unknown key or a value of another type (yacs names the key).
+        KeyError, ValueError: an unknown key, a value of another type (yacs names the key), or no YAML.
         FileNotFoundError: the config, or the teacher's, is not there.
     """
     cfg = get_cfg()
     add_qmimic_config(cfg)
     if config_file:
         config_file = find_config_file(config_file, "--config-file")
-        cfg.merge_from_file(config_file)
-    cfg.merge_from_list(list(opts))
+        try:
+            cfg.merge_from_file(config_file)
+        except (yaml.YAMLError, UnicodeDecodeError, AssertionError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"--config-file is {config_file!r}, which is no Detectron2 config in YAML: {error}"
+            ) from error
+    try:
+        cfg.merge_from_list(list(opts))
+    except AssertionError as error:  # yacs: an unknown key, or a key without a value
+        raise KeyError(f"{error} (of the KEY VALUE pairs {list(opts)})") from error
     if device:
         cfg.MODEL.DEVICE = device
     teacher = cfg.MODEL.QMIMIC.TEACHER
@@ -113,25 +122,31 @@ def load_config(
     return cfg
 
 
-def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> None:
+def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     """
     Logging, seeds, and for a training the output folder with its ``config.yaml``.
 
     That file repeats the run by itself: the teacher's config is copied beside it
     (``teacher_config.yaml``) and its weights are named by absolute path.
+
+    Returns:
+        The config with the SEED of the first process: where the user gave none, each machine drew its own.
     """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEED = comm.all_gather(cfg.SEED)[0]
+    cfg.freeze()
+    rank = comm.get_rank()
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="qmimic_d2")
     if args.eval_only:
         # Detectron2's set-up would overwrite the training's config.yaml.
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fvcore")
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="qmimic_d2")
-        seed_all_rng(cfg.SEED + comm.get_rank())
-        return
-    setup_logger(
-        cfg.OUTPUT_DIR if comm.is_main_process() else None,
-        distributed_rank=comm.get_rank(),
-        name="qmimic_d2",
-    )
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="fvcore")
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank)
+        seed_all_rng(cfg.SEED + rank)
+        return cfg
+    if args.config_file:  # Detectron2's set-up prints it, and looks in the working directory alone
+        args = argparse.Namespace(**vars(args))
+        args.config_file = find_config_file(args.config_file, "--config-file")
     default_setup(cfg, args)
     if comm.is_main_process() and cfg.OUTPUT_DIR:
         for name, text in _run_files(cfg).items():
@@ -139,6 +154,7 @@ def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> None:
             with open(path + ".part", "w", encoding="utf-8") as file:
                 file.write(text)
             os.replace(path + ".part", path)
+    return cfg
 
 
 def launch_processes(
@@ -147,43 +163,53 @@ def launch_processes(
     """
     Runs ``main(*main_args)`` in as many processes as the arguments ask for.
 
-    ``--num-processes`` trains on the CPU over gloo, through Detectron2's own launcher. A SIGTERM that
-    reaches the launching process is passed on, so that the training saves before it stops.
+    ``--num-processes`` trains on the CPU over gloo, through Detectron2's own launcher. A Ctrl-C or SIGTERM
+    that reaches the launching process is passed on, so that the training saves before it stops.
 
     Raises:
         SystemExit: a signal stopped the run; status 128 + its number.
     """
-    per_machine = max(args.num_processes or args.num_gpus, 1)
+    per_machine = _processes_per_machine(args)
     if args.num_processes:
         # Detectron2's launcher takes NCCL wherever it sees a GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     received: List[int] = []
-    if per_machine * args.num_machines > 1:
-        _pass_signals_on(received)
-    try:
-        launch(
-            main,
-            per_machine,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=main_args,
-        )
-    except torch.multiprocessing.ProcessExitedException:
-        if not received:
-            raise
-        raise SystemExit(128 + received[0]) from None
+    with _signals_passed_on(received) if per_machine * args.num_machines > 1 else contextlib.nullcontext():
+        try:
+            launch(
+                main,
+                per_machine,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=main_args,
+            )
+        except torch.multiprocessing.ProcessExitedException:
+            if not received:
+                raise
+    if received:
+        raise SystemExit(128 + received[0])
 
 
-def _pass_signals_on(received: List[int]) -> None:
+def _processes_per_machine(args: argparse.Namespace) -> int:
+    return max(args.num_processes or args.num_gpus, 1)
+
+
+@contextlib.contextmanager
+def _signals_passed_on(received: List[int]) -> Iterator[None]:
+    """Sends the signals of this process to its children as well, and notes their numbers."""
+
     def on_signal(number: int, frame) -> None:
         received.append(number)
-        if number == signal.SIGTERM:  # Ctrl-C reaches the children by itself
-            for child in multiprocessing.active_children():
-                child.terminate()
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _earlier_seed(output_dir: str) -> Optional[int]:

@@ -1,6 +1,7 @@
 """The trainer of train_net.py: Detectron2's, with exact resuming and evaluators chosen by metadata."""
 
 import functools
+import logging
 import os
 import weakref
 from typing import Dict, List, Optional
@@ -24,12 +25,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qmimic_d2.checkpoint import SafeCheckpointer
-from qmimic_d2.engine.data_order import build_resumable_train_loader
+from qmimic_d2.engine.data_order import build_resumable_train_loader, resumable_sampler
 from qmimic_d2.engine.hooks import ResumableBestCheckpointer, SaveOnInterrupt, SeedEachIteration
 from qmimic_d2.json_file import write_json
 from qmimic_d2.modeling.backbone.imagenet_names import converted_imagenet_weights
 
-__all__ = ["Trainer", "build_checkpointer", "build_evaluator"]
+__all__ = ["Trainer", "build_checkpointer", "build_evaluator", "load_evaluated_weights"]
 
 OPTIMIZERS = ("SGD", "AdamW")
 
@@ -41,12 +42,16 @@ class Trainer(DefaultTrainer):
     Differences from :class:`DefaultTrainer`: a resumed training repeats the uninterrupted one
     (order of images and random numbers), a signal saves first, checkpoints are written whole or not at
     all and read without running code, CPU processes may share a training, and ``SOLVER.OPTIMIZER``.
+    Methods are overridden as there: ``build_train_loader`` for images of another mapper, and so on.
     """
 
     def __init__(self, cfg: CfgNode):
         """
         Args:
             cfg: frozen, with ``SEED`` >= 0.
+
+        Raises:
+            ValueError: a negative seed, or a sampler that cannot be resumed.
         """
         # DefaultTrainer.__init__ wraps the model in a DDP for GPUs only, so its steps stand here.
         super(DefaultTrainer, self).__init__()
@@ -56,7 +61,7 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        data_loader, self._sampler = build_resumable_train_loader(cfg, cfg.SEED)
+        data_loader = self.build_train_loader(cfg)
         on_cpu = next(model.parameters()).device.type == "cpu"
         model = create_ddp_model(
             model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {})
@@ -72,35 +77,57 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """As :meth:`DefaultTrainer.resume_or_load`; the order of images resumes too."""
         super().resume_or_load(resume)
-        self._sampler.num_used_batches = self.start_iter
+        sampler = resumable_sampler(self.data_loader)
+        if sampler is not None:
+            sampler.num_used_batches = self.start_iter
+        elif self.start_iter:
+            logging.getLogger(__name__).warning(
+                "The training data come from another loader than build_resumable_train_loader's: their "
+                "order begins anew"
+            )
+
+    def state_dict(self) -> Dict:
+        """As :meth:`DefaultTrainer.state_dict`, to be resumed behind the last step that was done."""
+        state = super().state_dict()
+        # After the loop, where the last evaluation saves the best model, the counter is one further.
+        state["iteration"] = min(state["iteration"], self.max_iter - 1)
+        return state
 
     def build_hooks(self) -> List[Optional[HookBase]]:
-        """Detectron2's hooks with this project's around them; the writers stay last."""
-        built = [SeedEachIteration(self.cfg.SEED), *super().build_hooks()]
-        period = self.cfg.TEST.EVAL_PERIOD
-        extra: List[HookBase] = []
-        if comm.is_main_process() and period > 0 and self.cfg.DATASETS.TEST:
-            # with several test sets Detectron2 puts the set's name in front
-            several = len(self.cfg.DATASETS.TEST) > 1
-            metric = f"{self.cfg.DATASETS.TEST[0]}/bbox/AP" if several else "bbox/AP"
-            extra.append(ResumableBestCheckpointer(period, self.checkpointer, metric))
-        extra.append(SaveOnInterrupt())
-        position = next(
-            (index for index, hook in enumerate(built) if isinstance(hook, hooks.PeriodicWriter)),
-            len(built),
-        )
-        return built[:position] + extra + built[position:]
+        """Detectron2's hooks and this project's: what saves on a signal before, the best after, the evaluation."""
+        built = [SeedEachIteration(self.cfg.SEED)]
+        for hook in super().build_hooks():
+            if isinstance(hook, hooks.EvalHook):
+                built.append(SaveOnInterrupt())
+            built.append(hook)
+            if isinstance(hook, hooks.EvalHook) and comm.is_main_process():
+                built.append(self._build_best_checkpointer())
+        return built
+
+    def _build_best_checkpointer(self) -> Optional[HookBase]:
+        period, names = self.cfg.TEST.EVAL_PERIOD, self.cfg.DATASETS.TEST
+        if period <= 0 or not names:
+            return None
+        # with several test sets Detectron2 puts the set's name in front
+        metric = f"{names[0]}/bbox/AP" if len(names) > 1 else "bbox/AP"
+        return ResumableBestCheckpointer(period, self.checkpointer, metric)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> Dict:
         """As :meth:`DefaultTrainer.test`; the figures are also written to ``OUTPUT_DIR/evaluation.json``."""
         results = super().test(cfg, model, evaluators)
-        if comm.is_main_process() and cfg.OUTPUT_DIR:
+        if comm.is_main_process() and cfg.OUTPUT_DIR and cfg.DATASETS.TEST:
             write_json(
                 os.path.join(cfg.OUTPUT_DIR, "evaluation.json"),
                 {"datasets": list(cfg.DATASETS.TEST), "results": results},
             )
         return results
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        """See :func:`build_resumable_train_loader`, which also takes a mapper."""
+        loader, _ = build_resumable_train_loader(cfg, cfg.SEED)
+        return loader
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -150,8 +177,25 @@ def build_checkpointer(model: nn.Module, save_dir: str, **checkpointables) -> Sa
     not have is passed over.
     """
     unwrapped = model.module if isinstance(model, DistributedDataParallel) else model
-    network = getattr(unwrapped.backbone, "bottom_up", unwrapped.backbone)
+    backbone = getattr(unwrapped, "backbone", unwrapped)
+    network = getattr(backbone, "bottom_up", backbone)
     rename = functools.partial(converted_imagenet_weights, model_keys=list(network.state_dict()))
     return SafeCheckpointer(
         model, save_dir, name_converters=(rename,), ignored_prefixes=("mimic_loss.",), **checkpointables
     )
+
+
+def load_evaluated_weights(model: nn.Module, cfg: CfgNode, *, resume: bool = False) -> None:
+    """
+    Fills a model that is to be evaluated from MODEL.WEIGHTS; with ``resume`` from the last checkpoint in
+    OUTPUT_DIR, if there is one.
+
+    Raises:
+        FileNotFoundError, ValueError: as :meth:`SafeCheckpointer.load_for_evaluation`.
+    """
+    checkpointer = build_checkpointer(model, cfg.OUTPUT_DIR)
+    if resume and checkpointer.has_checkpoint():
+        tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+        checkpointer.load_for_evaluation(checkpointer.get_checkpoint_file(), key=tag)
+    else:
+        checkpointer.load_for_evaluation(cfg.MODEL.WEIGHTS)
