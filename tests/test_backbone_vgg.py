@@ -1,6 +1,5 @@
 """VGG backbone: shapes, parameter counts, norms, torchvision's weights, bad input."""
 
-import copy
 
 import pytest
 import torch
