@@ -27,9 +27,10 @@ def _qmimic_node() -> CN:
 
     # The frozen teacher that a QuantMimicRCNN imitates.
     node.TEACHER = CN()
-    # The teacher's own YAML, or LazyConfig `.py`. A `.py` is Python code that runs when it is read, and
-    # Detectron2 reads YAML tags that can run code too: name only configs that you trust. It is looked up beside the student's YAML (train_net.py), from the working directory, and among the
-    # configs of this package. "" = no teacher: the mimic is off.
+    # The teacher's own YAML, or LazyConfig `.py`. It is looked up beside the student's YAML (train_net.py),
+    # from the working directory, and among the configs of this package. A `.py` is Python code that runs when
+    # it is read, and Detectron2 reads YAML tags that can run code too: name only configs that you trust.
+    # "" = no teacher: the mimic is off.
     node.TEACHER.CONFIG_FILE = ""
     # The teacher's checkpoint: a path or URL that Detectron2 can open. "" = MODEL.WEIGHTS of its YAML
     # (train.init_checkpoint of a LazyConfig).

@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterable, Sequence
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
@@ -52,6 +52,7 @@ def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False, resu
     if not eval_only:
         cfg = _scaled(cfg, num_processes)
         _check_solver(cfg, num_processes)
+    _check_choice("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, sorted(name for name, _ in META_ARCH_REGISTRY))
     _check_registered(cfg, eval_only)
     for name in cfg.DATASETS.TEST:
         _check_evaluator(cfg, name)

@@ -71,6 +71,8 @@ def dense_roi_align(
 def _pool_image(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """(C, H, W), (R, P, H) and (R, P, W) to (R, C, P, P)."""
     channels, height, width = image.shape
+    if width > height:  # the longer axis first, which leaves the smaller tensor between the products
+        return _pool_image(image.transpose(1, 2), columns, rows).transpose(2, 3)
     regions, size, _ = rows.shape
     by_row = rows.reshape(-1, height) @ image.transpose(0, 1).reshape(height, -1)
     by_row = by_row.view(regions, size * channels, width)

@@ -55,13 +55,12 @@ def match_ratio(student: Tensor, teacher: Tensor, quantizer: Quantizer) -> Tuple
     """
     student, teacher = quantizer.quantize(student), quantizer.quantize(teacher)
     same = student == teacher
-    occupied = (student != 0).logical_or_(teacher != 0)
-    num_occupied = int(occupied.sum())
-    num_same = int(same.sum())
-    num_same_occupied = int(same.logical_and_(occupied).sum())
+    both_zero = (student == 0).logical_and_(teacher == 0)
+    num_same, num_zero = int(same.count_nonzero()), int(both_zero.count_nonzero())
+    num_occupied = same.numel() - num_zero
     return (
         num_same / same.numel() if same.numel() else float("nan"),
-        num_same_occupied / num_occupied if num_occupied else float("nan"),
+        (num_same - num_zero) / num_occupied if num_occupied else float("nan"),
     )
 
 

@@ -1,0 +1,146 @@
+"""What tests of training share: a tiny data set of both orientations, configs that train on it, runs of them."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Sequence
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.engine import HookBase
+from helpers import WrittenTeacher, tiny_cfg
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A name that Detectron2 itself registers, below DETECTRON2_DATASETS: for runs in processes of their own.
+BUILTIN_DATASET = "coco_2017_val_100"
+
+_CATEGORIES = [{"id": 1 + index, "name": f"class {index}"} for index in range(3)]
+
+# Random sizes and flips, grouping by orientation, SGD with momentum.
+_TRAINING = {
+    "INPUT.MIN_SIZE_TRAIN": (48, 64),
+    "INPUT.MAX_SIZE_TRAIN": 96,
+    "INPUT.MIN_SIZE_TEST": 64,
+    "INPUT.MAX_SIZE_TEST": 96,
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.BASE_LR": 0.02,
+    "SOLVER.WARMUP_ITERS": 2,
+    "SOLVER.MAX_ITER": 6,
+    "SOLVER.STEPS": (4,),
+    "MODEL.QMIMIC.MIMIC.MATCH_PERIOD": 2,
+}
+
+
+def write_coco(
+    annotations: Path, images: Path, count: int = 9, categories: Sequence[Dict[str, Any]] = tuple(_CATEGORIES)
+) -> None:
+    """Every third image is upright (48 x 64), the others lie (64 x 48); two objects in each."""
+    for folder in (annotations.parent, images):
+        folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    content = {"info": {}, "images": [], "annotations": [], "categories": list(categories)}
+    for index in range(count):
+        width, height = (48, 64) if index % 3 == 0 else (64, 48)
+        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{index}.png")
+        content["images"].append({"id": index, "file_name": f"{index}.png", "width": width, "height": height})
+        for box in ([4.0, 6.0, 24.0, 30.0], [20.0, 12.0, 26.0, 28.0]):
+            number = len(content["annotations"])
+            content["annotations"].append(
+                {
+                    "id": 1 + number,
+                    "image_id": index,
+                    "category_id": categories[number % 3]["id"],
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": 0,
+                }
+            )
+    annotations.write_text(json.dumps(content))
+
+
+@contextlib.contextmanager
+def registered_data(folder: Path, name: str = "tiny_training", count: int = 9) -> Iterator[str]:
+    """Registers :func:`write_coco`'s data in this process while the block runs; yields the name."""
+    write_coco(folder / "annotations.json", folder / "images", count)
+    register_coco_instances(name, {}, str(folder / "annotations.json"), str(folder / "images"))
+    try:
+        yield name
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def write_builtin_data(root: Path) -> None:
+    """:func:`write_coco`'s data where Detectron2 looks for :data:`BUILTIN_DATASET`; ``root`` is DETECTRON2_DATASETS."""
+    things = [{"id": each["id"], "name": each["name"]} for each in COCO_CATEGORIES if each["isthing"]]
+    folder = root / "coco"
+    write_coco(folder / "annotations" / "instances_val2017_100.json", folder / "val2017", categories=things)
+
+
+def training_cfg(
+    output_dir: Path, dataset: str, *options: Any, teacher: WrittenTeacher = None, evaluate: bool = False
+) -> CfgNode:
+    """A frozen config of a tiny detector, a quantization-mimic student where there is a teacher."""
+    pairs = dict(_TRAINING)
+    pairs.update({"DATASETS.TRAIN": (dataset,), "OUTPUT_DIR": str(output_dir)})
+    pairs["DATASETS.TEST"] = (dataset,) if evaluate else ()
+    options = [each for pair in pairs.items() for each in pair] + (teacher.options if teacher else []) + list(options)
+    cfg = tiny_cfg(*options, meta_architecture="QuantMimicRCNN" if teacher else "GeneralizedRCNN")
+    cfg.freeze()
+    return cfg
+
+
+class Recorder(HookBase):
+    """
+    What every step of a training computed.
+
+    Attributes:
+        losses: by iteration, each a dict of the step's losses, total_loss included.
+    """
+
+    def __init__(self):
+        self.losses: Dict[int, Dict[str, float]] = {}
+
+    def after_step(self) -> None:
+        latest = self.trainer.storage.latest()
+        names = [name for name in latest if "loss" in name]
+        self.losses[self.trainer.iter] = {name: latest[name][0] for name in names}
+
+
+def start(*arguments: Any, cwd: Path, datasets: Path, script: Path = ROOT / "train_net.py") -> subprocess.Popen:
+    """Runs a script, ``train_net.py`` by default, in a process of its own."""
+    environment = {**os.environ, "DETECTRON2_DATASETS": str(datasets), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(script), *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def run(*arguments: Any, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """As :func:`start`, and waits for the end."""
+    process = start(*arguments, **options)
+    try:
+        output, errors = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def written_losses(output_dir: Path) -> Dict[int, float]:
+    """``total_loss`` by iteration from metrics.json, a later line taking the place of an earlier one."""
+    rows: List[Dict[str, Any]] = [json.loads(line) for line in (output_dir / "metrics.json").read_text().splitlines()]
+    return {row["iteration"]: row["total_loss"] for row in rows if "total_loss" in row}
