@@ -40,7 +40,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from qmimic_d2.engine import Trainer, load_config  # noqa: E402
 from qmimic_d2.engine.data_order import build_resumable_train_loader  # noqa: E402
-from qmimic_d2.json_file import write_json  # noqa: E402
+from qmimic_d2.json_file import check_writable, write_json  # noqa: E402
 from qmimic_d2.modeling.dense_roi_align import dense_roi_align  # noqa: E402
 from qmimic_d2.modeling.quantizer import ClampQuantizer, PowerOfTwoQuantizer, UniformQuantizer  # noqa: E402
 
@@ -384,6 +384,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     help_of_opts = "KEY VALUE pairs over the config of every model, for the tables steps and memory"
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help=help_of_opts)
     args = parser.parse_args(arguments)
+    if args.json:
+        check_writable(args.json, "--json")
     logging.getLogger("detectron2").setLevel(logging.WARNING)
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(args.threads)

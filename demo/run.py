@@ -82,6 +82,7 @@ def main() -> None:
         + ["--json", f"{args.output}/calibration.json"],
         needs=["teacher"],
         inputs=teacher.digest,
+        shows_output=True,
     )
     quant_teacher = Task(
         name="teacher_quant",

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import dataclass, field
 from typing import Dict, List, Optional, Sequence
@@ -33,6 +34,7 @@ class Task:
         inputs: whatever else decides whether an earlier result is still good.
         max_iter: length of a training, for the status line.
         resumes: the command takes ``--resume`` after an interruption.
+        shows_output: what it prints belongs on the screen, once it is done.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Task:
     inputs: str = ""
     max_iter: int = 0
     resumes: bool = False
+    shows_output: bool = False
 
     @property
     def digest(self) -> str:
@@ -55,6 +58,7 @@ class _Running:
     task: Task
     process: subprocess.Popen
     log_path: str
+    output_path: str
     started: float = field(default_factory=time.time)
 
 
@@ -135,11 +139,11 @@ def _start(task: Task, record: _Record, logs: str, environment: Dict[str, str]) 
     record.write(done=False, seconds=0.0)
     print("$ " + shlex.join(_shown(command)), flush=True)
     log_path = os.path.join(logs, f"{task.name}.log")
-    with open(log_path, "a", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment}
-        )
-    return _Running(task, process, log_path)
+    # what is shown should be the result alone, without other packages' warnings
+    output_path = os.path.join(logs, f"{task.name}.txt") if task.shows_output else log_path
+    with open(log_path, "a", encoding="utf-8") as log, open(output_path, "a", encoding="utf-8") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=log, env={**os.environ, **environment})
+    return _Running(task, process, log_path, output_path)
 
 
 def _finish(each: _Running, record: _Record) -> None:
@@ -147,11 +151,17 @@ def _finish(each: _Running, record: _Record) -> None:
     if each.process.returncode == 0:
         record.write(done=True, seconds=seconds)
         print(f"finished: {each.task.name} ({seconds:.0f} s)", flush=True)
+        if each.task.shows_output:
+            print(textwrap.indent(_end_of(each.output_path, 40), "    "), flush=True)
         return
     record.write(done=False, seconds=seconds)
-    with open(each.log_path, encoding="utf-8", errors="replace") as log:
-        end = "".join(log.readlines()[-15:])
+    end = _end_of(each.log_path, 15)
     raise SystemExit(f"{each.task.name} stopped with status {each.process.returncode}; end of {each.log_path}:\n{end}")
+
+
+def _end_of(log_path: str, num_lines: int) -> str:
+    with open(log_path, encoding="utf-8", errors="replace") as log:
+        return "".join(log.readlines()[-num_lines:])
 
 
 def _stop(running: List[_Running], records: Dict[str, _Record]) -> None:

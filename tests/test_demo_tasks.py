@@ -79,6 +79,15 @@ def test_environment_reaches_the_command(demo_tasks, tmp_path):
     assert lines(out) == ["7"]
 
 
+def test_shown_output_is_the_result_without_warnings(demo_tasks, tmp_path, capfd):
+    code = "import sys; print('the table'); print('a warning', file=sys.stderr)"
+    task = demo_tasks.Task("one", [sys.executable, "-c", code], shows_output=True)
+    demo_tasks.run_tasks([task], str(tmp_path / "demo"), 1, {})
+    shown = capfd.readouterr().out
+    assert "    the table" in shown and "a warning\n" not in shown
+    assert (tmp_path / "demo" / "logs" / "one.log").read_text() == "a warning\n"
+
+
 def test_progress_of_a_training(demo_tasks, tmp_path):
     task = demo_tasks.Task("one", [], output_dir=str(tmp_path), max_iter=100)
     assert demo_tasks._progress(task) == ""

@@ -96,6 +96,9 @@ WRONG_VALUES = [
     ("SOLVER.MAX_ITER", "0", ["0", ">= 1"]),
     ("SOLVER.REFERENCE_WORLD_SIZE", "3", ["3", "2 images", "divisor"]),
     ("SOLVER.LR_SCHEDULER_NAME", "Cosine", ["Cosine"]),
+    # fvcore 0.1.5 has no value for its end: Detectron2 stops in the last iteration, model_final unsaved
+    ("SOLVER.LR_SCHEDULER_NAME", "WarmupStepWithFixedGammaLR", ["WarmupStepWithFixedGammaLR", "IndexError"]),
+    ("SOLVER.CLIP_GRADIENTS", "{'ENABLED': True, 'CLIP_TYPE': 'both'}", ["'both'"]),
     ("SOLVER.BASE_LR", "-0.1", ["-0.1"]),
     ("SOLVER.AMP.ENABLED", "True", ["'cpu'", "CUDA", "SOLVER.AMP.ENABLED False"]),
     ("DATALOADER.SAMPLER_TRAIN", "WeightedTrainingSampler", ["'WeightedTrainingSampler'", "TrainingSampler"]),

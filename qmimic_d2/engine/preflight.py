@@ -52,7 +52,8 @@ def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False, resu
     if not eval_only:
         cfg = _scaled(cfg, num_processes)
         _check_solver(cfg, num_processes)
-    _check_choice("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, sorted(name for name, _ in META_ARCH_REGISTRY))
+    known = sorted(name for name, _ in META_ARCH_REGISTRY)
+    _check_choice("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, known)
     _check_registered(cfg, eval_only)
     for name in cfg.DATASETS.TEST:
         _check_evaluator(cfg, name)
@@ -110,14 +111,17 @@ def _check_choice(key: str, value: str, options: Sequence[str]) -> None:
 
 def _check_optimizer(cfg: CfgNode, model: nn.Module) -> None:
     try:
-        Trainer.build_lr_scheduler(cfg, Trainer.build_optimizer(cfg, model))
+        scheduler = Trainer.build_lr_scheduler(cfg, Trainer.build_optimizer(cfg, model))
+        # behind the last step, where fvcore's schedule of NUM_DECAYS steps has no value
+        scheduler.last_epoch = cfg.SOLVER.MAX_ITER - 1
+        scheduler.step()
     except Exception as error:  # fvcore and PyTorch assert, divide and raise, and name no key
         node = cfg.SOLVER
         raise ValueError(
             f"SOLVER gives no optimizer and schedule: {type(error).__name__}: {error}. Correct "
             f"SOLVER.OPTIMIZER {node.OPTIMIZER!r}, LR_SCHEDULER_NAME {node.LR_SCHEDULER_NAME!r}, BASE_LR "
             f"{node.BASE_LR}, BASE_LR_END {node.BASE_LR_END}, STEPS {node.STEPS}, MAX_ITER {node.MAX_ITER} "
-            f"or the WARMUP_ and CLIP_GRADIENTS keys"
+            "or the WARMUP_ and CLIP_GRADIENTS keys"
         ) from error
 
 
