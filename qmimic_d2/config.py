@@ -16,7 +16,9 @@ def add_qmimic_config(cfg: CN) -> None:
     """
     if "QMIMIC" in cfg.MODEL:
         return
+    # Teacher, quantizers and mimic loss.
     cfg.MODEL.QMIMIC = _qmimic_node()
+    # The VGG backbones of this package.
     cfg.MODEL.VGG = _vgg_node()
     _add_resnet_keys(cfg)
     _add_solver_keys(cfg)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import logging
 import platform
 import sys
 from pathlib import Path
@@ -198,7 +197,7 @@ def test_machine_names_versions_and_no_host(step_cost):
 def test_command_prints_tables_and_writes_json(step_cost, opts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     monkeypatch.setattr(cv2, "setNumThreads", lambda number: None)
-    monkeypatch.setattr(logging, "getLogger", mock.Mock())
+    monkeypatch.setattr(step_cost, "logging", mock.Mock())  # levels stay as they are for other tests
     file = tmp_path / "new" / "cost.json"
     quick = ["--repeats", "1", "--threads", "1", "--only", "steps", "memory"]
     step_cost.main([*quick, "--json", str(file), "--opts", *opts])
