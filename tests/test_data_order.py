@@ -1,6 +1,8 @@
 """The order of training images: after k batches it is what Detectron2's loader would have gone on with."""
 
 import itertools
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -203,6 +205,19 @@ def test_loading_draws_nothing_from_the_global_generators(data, tmp_path):
     first(loader, 3)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]
+
+
+def test_a_worker_outlives_signals_that_reach_every_process(data, tmp_path):
+    def with_process(image):
+        return {**image, "pid": os.getpid()}
+
+    cfg = training_cfg(tmp_path, data, "DATALOADER.NUM_WORKERS", 1)
+    batches = iter(build_resumable_train_loader(cfg, 3, mapper=with_process)[0])
+    worker = next(batches)[0]["pid"]
+    assert worker != os.getpid()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker, number)
+    assert {each["pid"] for batch in first(batches, 10) for each in batch} == {worker}
 
 
 def test_the_sampler_of_a_loader_is_found(data, tmp_path):

@@ -96,8 +96,8 @@ class TestSaveOnInterrupt:
         assert stopped.value.code == 128 + number
         assert trainer.checkpointer.saved == [("model_0000001", {"iteration": 1})]
         assert done == [0]  # an evaluation behind the interrupted step is not waited for
-        assert f"{number.name}: finishing this iteration" in caplog.text
-        assert f"Stopped by {number.name} after iteration 1 and saved; continue with --resume" in caplog.text
+        assert f"{number.name}: stopping when this iteration is done" in caplog.text
+        assert f"{number.name}: saved after iteration 1; continue with --resume" in caplog.text
 
     def test_does_not_wait_for_the_end_of_an_evaluation(self):
         reached = []
@@ -201,6 +201,23 @@ class TestSaveOnInterrupt:
         assert stopped.value.code == 128 + signal.SIGTERM
         assert asked == [0, 0]
         assert trainer.checkpointer.saved == [("model_0000005", {"iteration": 5})]
+
+
+    def test_several_processes_save_before_an_evaluation_is_finished(self, monkeypatch):
+        reached = []
+
+        def evaluate(iteration):
+            send(signal.SIGTERM)(iteration)
+            reached.append(iteration)
+
+        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+        monkeypatch.setattr("detectron2.utils.comm.all_gather", lambda received: [received])
+        monkeypatch.setattr("detectron2.utils.comm.synchronize", lambda: None)
+        trainer = Loop(SaveOnInterrupt(sync_period=4), After(evaluate))
+        with pytest.raises(SystemExit):
+            trainer.train(0, 20)
+        assert reached == [0, 1, 2]
+        assert [name for name, _ in trainer.checkpointer.saved] == ["model_0000001", "model_0000003"]
 
 
 class StatefulCheckpointer:

@@ -9,7 +9,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances, register_pascal_voc
 from helpers import RESNET_C4, randomize, seeded_model, write_teacher
-from tiny_training import registered_data, run, training_cfg, write_builtin_data, write_coco
+from tiny_training import Run, registered_data, training_cfg, write_builtin_data, write_coco
 
 from qmimic_d2.engine import check_run, describe_error, load_config
 
@@ -222,8 +222,11 @@ class TestTeacher:
         assert "stride 8" in message and "16" in message and f"{TEACHER}.INPUT_SCALE" in message
         check(student, *coarse.options, f"{TEACHER}.INPUT_SCALE", "2.0")
 
-    def test_another_model_than_the_mimic_needs_no_teachers_weights(self, student, folder):
+    def test_a_teacher_that_nothing_uses(self, student, caplog):
+        check(student)
+        assert "nothing uses" not in caplog.text
         check(student, "MODEL.META_ARCHITECTURE", "QuantRCNN", f"{TEACHER}.WEIGHTS", "nowhere.pth")
+        assert "which nothing uses: MODEL.META_ARCHITECTURE is 'QuantRCNN'" in caplog.text
 
 
 ANNOTATIONS = {
@@ -350,13 +353,11 @@ def test_train_net_says_it_in_one_line(student, tmp_path, opts, words):
     write_builtin_data(tmp_path / "datasets")
     before = files(tmp_path)
     data = ("DATASETS.TRAIN", "('coco_2017_val_100',)")
-    done = run(
-        *("--config-file", student, "OUTPUT_DIR", tmp_path / "output", *data, *opts),
-        cwd=tmp_path,
-        datasets=tmp_path / "datasets",
-    )
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(words)
+    arguments = ("--config-file", student, "OUTPUT_DIR", tmp_path / "output", *data, *opts)
+    with Run(*arguments, cwd=tmp_path, datasets=tmp_path / "datasets") as process:
+        assert process.finish() == 1
+        output, errors = process.texts()
+    assert output == ""
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith(words)
     assert files(tmp_path) == before

@@ -218,3 +218,13 @@ def test_check_features():
     check_features(["a"], {"a": None, "b": None}, "KEY")
     with pytest.raises(ValueError, match=r"KEY names \['c', 'd'\].*it gives \['a', 'b'\]"):
         check_features(["c", "a", "d"], {"b": None, "a": None}, "KEY")
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_an_unsigned_dictionary_on_an_fpn_is_warned_about(signed, caplog):
+    from helpers import RESNET_FPN, tiny_cfg
+
+    backbone = build_backbone(tiny_cfg(*RESNET_FPN))
+    with caplog.at_level("WARNING"):
+        attach_quantizer(backbone, UniformQuantizer(0.5, signed=signed), ["p3"])
+    assert ("MODEL.QMIMIC.QUANTIZER.SIGNED True" in caplog.text) == (not signed)

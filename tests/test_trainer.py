@@ -34,6 +34,15 @@ def data(folder):
         yield name
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For networks as tiny as these, threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def teacher(folder):
     return write_teacher(folder)
@@ -357,6 +366,18 @@ class TestEvaluators:
     def test_nothing_is_written_where_nothing_was_evaluated(self, tmp_path, data):
         Trainer.test(training_cfg(tmp_path, data), nn.Identity())
         assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_processes_evaluate_what_the_first_of_them_saves(tmp_path, data, monkeypatch):
+    broadcast = []
+    monkeypatch.setattr("torch.distributed.broadcast", lambda tensor, source: broadcast.append((tensor, source)))
+    model = nn.BatchNorm2d(2)
+    Trainer.test(training_cfg(tmp_path, data), model)
+    assert broadcast == []
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    Trainer.test(training_cfg(tmp_path, data), model)
+    assert [source for _, source in broadcast] == [0, 0, 0]
+    assert all(shared is own for (shared, _), own in zip(broadcast, model.buffers()))
 
 
 def torchvision_vgg(seed=0):

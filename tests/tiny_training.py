@@ -3,10 +3,13 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -21,6 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A name that Detectron2 itself registers, below DETECTRON2_DATASETS: for runs in processes of their own.
 BUILTIN_DATASET = "coco_2017_val_100"
+
+# Longest wait for a process.
+_SECONDS = 180.0
 
 _CATEGORIES = [{"id": 1 + index, "name": f"class {index}"} for index in range(3)]
 
@@ -69,9 +75,12 @@ def write_coco(
 
 
 @contextlib.contextmanager
-def registered_data(folder: Path, name: str = "tiny_training", count: int = 9) -> Iterator[str]:
-    """Registers :func:`write_coco`'s data in this process while the block runs; yields the name."""
-    write_coco(folder / "annotations.json", folder / "images", count)
+def registered_data(
+    folder: Path, name: str = "tiny_training", count: int = 9, is_written: bool = False
+) -> Iterator[str]:
+    """Writes :func:`write_coco`'s data, unless they are there, and registers them while the block runs."""
+    if not is_written:
+        write_coco(folder / "annotations.json", folder / "images", count)
     register_coco_instances(name, {}, str(folder / "annotations.json"), str(folder / "images"))
     try:
         yield name
@@ -117,27 +126,61 @@ class Recorder(HookBase):
         self.losses[self.trainer.iter] = {name: latest[name][0] for name in names}
 
 
-def start(*arguments: Any, cwd: Path, datasets: Path, script: Path = ROOT / "train_net.py") -> subprocess.Popen:
-    """Runs a script, ``train_net.py`` by default, in a process of its own."""
-    environment = {**os.environ, "DETECTRON2_DATASETS": str(datasets), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(script), *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+class Run:
+    """
+    A script, ``train_net.py`` by default, in processes of its own; leaving the block kills them.
 
+    What it writes goes to files, since nobody reads while it runs.
+    """
 
-def run(*arguments: Any, **options: Any) -> "subprocess.CompletedProcess[str]":
-    """As :func:`start`, and waits for the end."""
-    process = start(*arguments, **options)
-    try:
-        output, errors = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+    def __init__(self, *arguments: Any, cwd: Path, datasets: Path, script: Path = ROOT / "train_net.py"):
+        self._files = [tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")]
+        environment = {
+            **os.environ,
+            "DETECTRON2_DATASETS": str(datasets),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(script), *map(str, arguments)],
+            cwd=cwd,
+            env=environment,
+            stdout=self._files[0],
+            stderr=self._files[1],
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for file in self._files:
+            file.close()
+
+    def wait_for(self, path: Path) -> None:
+        """Until it has made a file."""
+        end = time.monotonic() + _SECONDS
+        while not path.exists():
+            assert self._process.poll() is None, self.texts()
+            assert time.monotonic() < end, (f"{path} does not appear", self.texts())
+            time.sleep(0.05)
+
+    def send(self, number: int, to_all: bool = False) -> None:
+        """Sends a signal to it, or to every process of its group, as a terminal and some schedulers do."""
+        (os.killpg if to_all else os.kill)(self._process.pid, number)
+
+    def finish(self) -> int:
+        """Its status, when it has ended."""
+        return self._process.wait(timeout=_SECONDS)
+
+    def texts(self) -> Tuple[str, str]:
+        """What it has written to stdout and stderr."""
+        for file in self._files:
+            file.seek(0)
+        return self._files[0].read(), self._files[1].read()
 
 
 def written_losses(output_dir: Path) -> Dict[int, float]:

@@ -1,6 +1,7 @@
 """Looking at a config and its weights before anything is trained with them."""
 
 from qmimic_d2.analysis.calibration import (
+    LEAST_AP,
     build_calibration_loader,
     default_strides,
     evenly_spaced,
@@ -14,6 +15,7 @@ from qmimic_d2.analysis.feature_statistics import CodeStatistics, FeatureStatist
 from qmimic_d2.analysis.model_cost import ModelCost, PartCost, measure_cost
 
 __all__ = [
+    "LEAST_AP",
     "CodeStatistics",
     "FeatureStatistics",
     "ModelCost",

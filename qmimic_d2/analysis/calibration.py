@@ -27,6 +27,7 @@ from qmimic_d2.modeling.quantizer import Quantizer
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer, attached_quantizer, check_features
 
 __all__ = [
+    "LEAST_AP",
     "build_calibration_loader",
     "default_strides",
     "evenly_spaced",
@@ -38,6 +39,9 @@ __all__ = [
 ]
 
 Item = TypeVar("Item")
+
+# A teacher of less AP, in percent, detects nothing: what quantization costs it tells nothing of a trained one.
+LEAST_AP = 1.0
 
 
 def evenly_spaced(items: Sequence[Item], count: int) -> List[Item]:
@@ -185,9 +189,9 @@ def recommend_stride(
         max_ap_loss: how much lower the AP may be.
 
     Returns:
-        None where no stride qualifies, or the full-precision AP is not above 0 and so tells nothing.
+        None where no stride qualifies, or the full-precision AP is below :data:`LEAST_AP`.
     """
-    if not full_precision_ap > 0.0:
+    if not full_precision_ap >= LEAST_AP:
         return None
     rounding = 1e-9  # 64.4 - 63.9 is a little more than 0.5
     qualified = [

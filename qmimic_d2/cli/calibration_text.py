@@ -5,6 +5,8 @@ from typing import Any, Dict, List
 
 from tabulate import tabulate
 
+from qmimic_d2.analysis import LEAST_AP
+
 __all__ = ["measurement_text", "recommendation_text"]
 
 
@@ -57,7 +59,7 @@ def _recommendation(report: Dict[str, Any]) -> List[str]:
         if stride == max(tried):
             lines.append("  It is the largest that was tried; a larger one (--strides) may do as well.")
         return lines
-    if not evaluation["full_precision_AP"] > 0.0:
+    if not evaluation["full_precision_AP"] >= LEAST_AP:
         return ["No stride is recommended: the teacher detects nothing in full precision. Train it first."]
     quantizer = report["quantizer"]
     advice = [f"smaller ones, such as --strides {min(tried) / 2:.2g} {min(tried) / 4:.2g}"]

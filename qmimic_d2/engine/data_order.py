@@ -3,6 +3,7 @@
 import itertools
 import logging
 import operator
+import signal
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -20,6 +21,9 @@ __all__ = ["SAMPLERS", "ResumableSampler", "build_resumable_train_loader", "resu
 
 # Values of DATALOADER.SAMPLER_TRAIN that can be resumed.
 SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
+
+# How long a worker outlives SIGTERM: schedulers mostly follow it up by SIGKILL after as long.
+_WORKER_GRACE_SECONDS = 30
 
 
 class ResumableSampler(Sampler):
@@ -118,6 +122,7 @@ def build_resumable_train_loader(
         "dataset": _SeededDataset(mapped, seed),
         "sampler": sampler,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "worker_init_fn": _outlive_signals,
         # of its own: starting the loader draws nothing from the global generator
         "generator": torch.Generator().manual_seed(seed),
     }
@@ -132,6 +137,17 @@ def resumable_sampler(loader: Iterable[List[Dict[str, Any]]]) -> Optional[Resuma
     images = loader.dataset if isinstance(loader, AspectRatioGroupedDataset) else loader
     sampler = getattr(images, "sampler", None)
     return sampler if isinstance(sampler, ResumableSampler) else None
+
+
+def _outlive_signals(worker_id: int) -> None:
+    """
+    Keeps a data-loader worker at work after a signal that reached every process of a run.
+
+    Without its data the step under way could not be finished, and no checkpoint would be saved.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The training process ends a worker that hangs by SIGTERM, so that one may not be ignored for good.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_WORKER_GRACE_SECONDS))
 
 
 def _build_sampler(cfg: CfgNode, dataset: Sequence[Dict[str, Any]], seed: int) -> Iterable[int]:

@@ -51,9 +51,9 @@ class SaveOnInterrupt(HookBase):
     continues from it. It belongs behind the hooks that change what is saved and in front of the
     evaluation's: an evaluation is not waited for. A second signal stops at once.
 
-    Several processes stop at the same iteration: they agree on it every ``sync_period`` iterations, and
-    finish an evaluation that is under way. A signal that comes twice within ``merge_seconds``, from the
-    terminal or the scheduler and once more from the launching process, counts once.
+    Several processes stop at the same iteration: they agree on it every ``sync_period`` iterations. An
+    evaluation that is under way they finish, having saved before it. A signal that comes twice within
+    ``merge_seconds``, from the terminal or the scheduler and once more from the launching process, counts once.
 
     Raises (from the training loop):
         SystemExit: with status 128 + the signal's number, as a shell reports it.
@@ -85,7 +85,9 @@ class SaveOnInterrupt(HookBase):
         self._is_between_steps = True
         number = self._agreed_signal() if (self.trainer.iter + 1) % self._period() == 0 else 0
         if number:
-            self._save_and_stop(number)
+            self._save(number)
+            comm.synchronize()
+            raise SystemExit(128 + number)
 
     def after_train(self) -> None:
         for number, handler in self._previous.items():
@@ -105,24 +107,24 @@ class SaveOnInterrupt(HookBase):
                 return
             raise SystemExit(128 + number)
         self._received, self._received_at = number, now
-        if self._is_between_steps and comm.get_world_size() == 1:
-            self._save_and_stop(number)
+        if self._is_between_steps:
+            self._save(number)
+            if comm.get_world_size() == 1:
+                raise SystemExit(128 + number)
         logging.getLogger(__name__).warning(
-            "%s: finishing this iteration and saving; once more to stop at once",
+            "%s: stopping when this iteration is done and saved; once more to stop at once",
             signal.Signals(number).name,
         )
 
-    def _save_and_stop(self, number: int) -> None:
+    def _save(self, number: int) -> None:
         if comm.is_main_process():
             iteration = self.trainer.iter
             self.trainer.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
             logging.getLogger(__name__).warning(
-                "Stopped by %s after iteration %d and saved; continue with --resume",
+                "%s: saved after iteration %d; continue with --resume",
                 signal.Signals(number).name,
                 iteration,
             )
-        comm.synchronize()
-        raise SystemExit(128 + number)
 
     def _period(self) -> int:
         return self._sync_period if comm.get_world_size() > 1 else 1

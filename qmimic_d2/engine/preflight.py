@@ -7,6 +7,7 @@ weights and the teacher's files. What only construction can tell is told by cons
 
 import difflib
 import json
+import logging
 import os
 from typing import Any, Dict, Iterable, Sequence
 
@@ -25,6 +26,7 @@ from qmimic_d2.engine.trainer import (
     build_evaluator,
     load_evaluated_weights,
 )
+from qmimic_d2.modeling.quant_mimic_rcnn import QuantMimicRCNN
 
 __all__ = ["check_run"]
 
@@ -68,6 +70,7 @@ def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False, resu
         else:
             _check_optimizer(on_cpu, model)
             model.train()  # a QuantMimicRCNN builds its teacher, and audits the weights
+            _warn_of_unused_teacher(cfg, model)
             build_checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     # Last, since looking for the embedded data makes them.
     used = [] if eval_only else [("DATASETS.TRAIN", name) for name in cfg.DATASETS.TRAIN]
@@ -123,6 +126,15 @@ def _check_optimizer(cfg: CfgNode, model: nn.Module) -> None:
             f"{node.BASE_LR}, BASE_LR_END {node.BASE_LR_END}, STEPS {node.STEPS}, MAX_ITER {node.MAX_ITER} "
             "or the WARMUP_ and CLIP_GRADIENTS keys"
         ) from error
+
+
+def _warn_of_unused_teacher(cfg: CfgNode, model: nn.Module) -> None:
+    if cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE and not isinstance(model, QuantMimicRCNN):
+        logging.getLogger(__name__).warning(
+            "MODEL.QMIMIC.TEACHER.CONFIG_FILE names a teacher, which nothing uses: MODEL.META_ARCHITECTURE is %r "
+            "and not 'QuantMimicRCNN'",
+            cfg.MODEL.META_ARCHITECTURE,
+        )
 
 
 def _check_registered(cfg: CfgNode, eval_only: bool) -> None:

@@ -94,7 +94,8 @@ def load_config(
             cfg.merge_from_file(config_file)
         except (yaml.YAMLError, UnicodeDecodeError, AssertionError, AttributeError, TypeError) as error:
             raise ValueError(
-                f"--config-file is {config_file!r}, which is no Detectron2 config in YAML: {error}"
+                f"--config-file is {config_file!r}, which is no Detectron2 config in YAML: "
+                f"{type(error).__name__}: {error}"
             ) from error
     try:
         cfg.merge_from_list(list(opts))

@@ -76,6 +76,14 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As :meth:`DefaultTrainer.resume_or_load`; the order of images resumes too."""
+        if resume != self.checkpointer.has_checkpoint():
+            logging.getLogger(__name__).warning(
+                "OUTPUT_DIR %s holds no checkpoint: there is nothing to resume, the training begins anew"
+                if resume
+                else "OUTPUT_DIR %s holds the checkpoint of another training, which this one will overwrite: continue "
+                "it with --resume, or choose another folder",
+                self.cfg.OUTPUT_DIR,
+            )
         super().resume_or_load(resume)
         sampler = resumable_sampler(self.data_loader)
         if sampler is not None:
@@ -85,6 +93,14 @@ class Trainer(DefaultTrainer):
                 "The training data come from another loader than build_resumable_train_loader's: their "
                 "order begins anew"
             )
+
+    def after_train(self) -> None:
+        """As :meth:`DefaultTrainer.after_train`; data-loader workers end here, not when the process does."""
+        try:
+            super().after_train()
+        finally:
+            loader = self.data_loader
+            self._trainer.reset_data_loader(lambda: loader)
 
     def state_dict(self) -> Dict:
         """As :meth:`DefaultTrainer.state_dict`, to be resumed behind the last step that was done."""
@@ -115,6 +131,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> Dict:
         """As :meth:`DefaultTrainer.test`; the figures are also written to ``OUTPUT_DIR/evaluation.json``."""
+        _share_buffers(model)
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process() and cfg.OUTPUT_DIR and cfg.DATASETS.TEST:
             write_json(
@@ -148,6 +165,13 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """See :func:`build_evaluator`."""
         return build_evaluator(cfg, dataset_name)
+
+
+def _share_buffers(model: nn.Module) -> None:
+    """Gives every process the first one's BatchNorm statistics, so that what is evaluated is what is saved."""
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

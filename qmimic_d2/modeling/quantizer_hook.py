@@ -1,7 +1,9 @@
 """The forward hook that quantizes the features of any Detectron2 backbone."""
 
+import logging
 from typing import Dict, List, Optional, Sequence
 
+from detectron2.modeling.backbone import FPN
 from torch import Tensor, nn
 
 from qmimic_d2.modeling.quantizer import Quantizer
@@ -68,6 +70,12 @@ def attach_quantizer(
         ValueError: a name is not among the backbone's features.
     """
     check_features(features, backbone.output_shape(), key)
+    if isinstance(backbone, FPN) and not quantizer.signed:
+        logging.getLogger(__name__).warning(
+            "The maps %s come from an FPN, which ends in no ReLU: a dictionary without negative codes erases half of "
+            "them. Set MODEL.QMIMIC.QUANTIZER.SIGNED True",
+            list(features),
+        )
     hook = QuantizerHook(quantizer, features)
     previous = attached_quantizer(backbone)
     if previous is None:

@@ -1,0 +1,314 @@
+"""From arguments to a config and to processes: what is looked up, drawn, saved and passed on."""
+
+import argparse
+import logging
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultTrainer
+from detectron2.utils import comm
+from helpers import write_teacher
+from tiny_training import Recorder, registered_data, training_cfg
+
+from qmimic_d2.config_files import get_config_file
+from qmimic_d2.engine import (
+    Trainer,
+    argument_parser,
+    describe_error,
+    launch_processes,
+    load_config,
+    num_processes,
+    set_up_process,
+)
+from qmimic_d2.engine.setup import _signals_passed_on
+
+TEACHER = "MODEL.QMIMIC.TEACHER"
+LOGGERS = ("detectron2", "fvcore", "qmimic_d2")
+
+
+@pytest.fixture
+def own_logging():
+    """Detectron2's logging is set up for the test alone."""
+    from detectron2.utils.logger import setup_logger
+
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [(logger, list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
+    setup_logger.cache_clear()
+    yield
+    for logger, handlers, propagate, level in before:
+        for handler in set(logger.handlers) - set(handlers):
+            logger.removeHandler(handler)
+            handler.close()
+        logger.propagate = propagate
+        logger.setLevel(level)
+    setup_logger.cache_clear()
+
+
+def arguments(*argv):
+    return argument_parser().parse_args([str(each) for each in argv])
+
+
+class TestArguments:
+    def test_detectron2s_and_num_processes(self):
+        args = arguments(
+            *("--config-file", "a.yaml", "--resume", "--num-gpus", 2, "--num-machines", 3, "--machine-rank", 1),
+            *("--dist-url", "auto", "--num-processes", 4, "SOLVER.MAX_ITER", 5),
+        )
+        assert (args.config_file, args.resume, args.eval_only, args.dist_url) == ("a.yaml", True, False, "auto")
+        assert args.opts == ["SOLVER.MAX_ITER", "5"]
+
+    @pytest.mark.parametrize(
+        "argv, expected",
+        [
+            ((), 1),
+            (("--num-gpus", 0), 1),
+            (("--num-gpus", 2, "--num-machines", 3), 6),
+            (("--num-gpus", 8, "--num-processes", 2), 2),
+        ],
+    )
+    def test_number_of_processes(self, argv, expected):
+        assert num_processes(arguments(*argv)) == expected
+
+
+def test_errors_are_described_without_quotes():
+    assert describe_error(KeyError("SEED is 'x'; give a number")) == "KeyError: SEED is 'x'; give a number"
+    assert describe_error(ValueError("a\nb")) == "ValueError: a\nb"
+    assert describe_error(KeyError()) == "KeyError: "
+    assert describe_error(FileNotFoundError(2, "No such file", "x")) == "FileNotFoundError: [Errno 2] No such file: 'x'"
+
+
+@pytest.fixture
+def student(tmp_path):
+    """YAMLs of a student and its teacher, which names it by a path from beside it."""
+    (tmp_path / "configs").mkdir()
+    teacher = write_teacher(tmp_path / "configs", name="the_teacher")
+    cfg = training_cfg(tmp_path / "output", "tiny_setup", "SEED", -1, teacher=teacher)
+    node = yaml.safe_load(cfg.dump())
+    node["MODEL"]["QMIMIC"]["TEACHER"]["CONFIG_FILE"] = "the_teacher.yaml"
+    path = tmp_path / "configs" / "student.yaml"
+    path.write_text(yaml.safe_dump(node))
+    return path
+
+
+class TestLoadConfig:
+    def test_defaults(self):
+        cfg = load_config("", ["SEED", "3"])
+        stock = get_cfg()
+        assert cfg.is_frozen() and cfg.SEED == 3 and cfg.SOLVER.OPTIMIZER == "SGD"
+        assert cfg.MODEL.RPN == stock.MODEL.RPN
+
+    def test_teacher_is_found_beside_the_students_config(self, student, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        found = str(student.parent / "the_teacher.yaml")
+        assert load_config(str(student)).MODEL.QMIMIC.TEACHER.CONFIG_FILE == found
+        assert load_config("configs/student.yaml").MODEL.QMIMIC.TEACHER.CONFIG_FILE == found
+
+    def test_packaged_configs_are_found_from_anywhere(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        cfg = load_config("Digits/student_vgg_1_16_qmimic.yaml")
+        assert cfg.MODEL.META_ARCHITECTURE == "QuantMimicRCNN"
+        folder = Path(get_config_file("Digits/Base-Digits.yaml")).parent
+        assert Path(cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE).parent == folder
+
+    def test_an_evaluation_forgets_the_teacher(self, student):
+        (student.parent / "the_teacher.yaml").unlink()
+        assert load_config(str(student), eval_only=True).MODEL.QMIMIC.TEACHER.CONFIG_FILE == ""
+        with pytest.raises(FileNotFoundError, match="TEACHER.CONFIG_FILE is 'the_teacher.yaml'.*Looked for"):
+            load_config(str(student))
+
+    def test_missing_config(self):
+        with pytest.raises(FileNotFoundError, match="--config-file is 'nowhere.yaml'"):
+            load_config("nowhere.yaml")
+
+    def test_device(self, student, monkeypatch):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        assert load_config(str(student), ["MODEL.DEVICE", "cuda:1"]).MODEL.DEVICE == "cpu"
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        assert load_config(str(student), ["MODEL.DEVICE", "cuda:1"]).MODEL.DEVICE == "cuda:1"
+        assert load_config(str(student), ["MODEL.DEVICE", "cuda"], device="cpu").MODEL.DEVICE == "cpu"
+
+    def test_a_negative_seed_becomes_a_drawn_one(self, student):
+        seeds = {load_config(str(student)).SEED for _ in range(4)}
+        assert len(seeds) == 4 and all(0 <= seed < 2**24 for seed in seeds)
+        assert load_config(str(student), ["SEED", "7"]).SEED == 7
+
+    def test_resuming_keeps_the_drawn_seed(self, student, tmp_path):
+        def seeds(**options):
+            return {load_config(str(student), **options).SEED for _ in range(3)}
+
+        assert len(seeds(resume=True)) == 3  # nothing is there to resume
+        (tmp_path / "output").mkdir()
+        (tmp_path / "output" / "config.yaml").write_text("SEED: 11\n")
+        assert seeds(resume=True) == {11}
+        assert len(seeds()) == 3
+        assert load_config(str(student), ["SEED", "7"], resume=True).SEED == 7
+        (tmp_path / "output" / "config.yaml").write_text("SEED: -1\n")
+        assert len(seeds(resume=True)) == 3
+
+
+def files(folder):
+    return {path.name: path.read_text() for path in Path(folder).iterdir() if path.suffix == ".yaml"}
+
+
+class TestSetUpProcess:
+    def test_training_writes_a_config_that_stands_alone(self, student, tmp_path, own_logging, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        weights = ("MODEL.WEIGHTS", "configs/the_teacher.pth", f"{TEACHER}.WEIGHTS", "configs/the_teacher.pth")
+        opts = [*weights, f"{TEACHER}.OPTS", "['MODEL.VGG.DEPTH', 13]"]
+        cfg = load_config("configs/student.yaml", opts)
+        assert set_up_process(cfg, arguments("--config-file", "configs/student.yaml")) == cfg
+        written = files(tmp_path / "output")
+        assert sorted(written) == ["config.yaml", "teacher_config.yaml"]
+        assert yaml.safe_load(written["teacher_config.yaml"])["MODEL"]["VGG"]["DEPTH"] == 13
+        saved = yaml.safe_load(written["config.yaml"])
+        absolute = str(tmp_path / "configs" / "the_teacher.pth")
+        node = saved["MODEL"]["QMIMIC"]["TEACHER"]
+        assert (node["CONFIG_FILE"], node["WEIGHTS"], node["OPTS"]) == ("teacher_config.yaml", absolute, [])
+        assert saved["MODEL"]["WEIGHTS"] == absolute
+        assert saved["SEED"] == cfg.SEED
+        assert "Command line arguments" in (tmp_path / "output" / "log.txt").read_text()
+        # read again, it is what ran
+        again = load_config(str(tmp_path / "output" / "config.yaml"))
+        assert again.MODEL.QMIMIC.TEACHER.CONFIG_FILE == str(tmp_path / "output" / "teacher_config.yaml")
+        assert again.SOLVER == cfg.SOLVER and again.SEED == cfg.SEED
+
+    def test_the_teachers_own_weights_are_named(self, student, tmp_path, own_logging, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        teacher = student.parent / "the_teacher.yaml"
+        node = yaml.safe_load(teacher.read_text())
+        node["MODEL"]["WEIGHTS"] = "configs/the_teacher.pth"
+        teacher.write_text(yaml.safe_dump(node))
+        set_up_process(load_config(str(student), [f"{TEACHER}.WEIGHTS", ""]), arguments())
+        saved = yaml.safe_load(files(tmp_path / "output")["config.yaml"])
+        assert saved["MODEL"]["QMIMIC"]["TEACHER"]["WEIGHTS"] == str(student.parent / "the_teacher.pth")
+
+    def test_a_lazy_teacher_is_named_where_it_is(self, student, tmp_path, own_logging):
+        lazy = student.parent / "lazy.py"
+        lazy.write_text(
+            "model = dict(backbone=None, pixel_mean=[1.0, 1.0, 1.0], pixel_std=[1.0, 1.0, 1.0])\n"
+            "train = dict(init_checkpoint='detectron2://x.pkl')\n"
+        )
+        opts = [f"{TEACHER}.CONFIG_FILE", "lazy.py", f"{TEACHER}.WEIGHTS", "", f"{TEACHER}.OPTS", "['train.a=1']"]
+        set_up_process(load_config(str(student), opts), arguments())
+        written = files(tmp_path / "output")
+        assert list(written) == ["config.yaml"]
+        node = yaml.safe_load(written["config.yaml"])["MODEL"]["QMIMIC"]["TEACHER"]
+        assert node["CONFIG_FILE"] == str(lazy) and node["OPTS"] == ["train.a=1"]
+        assert node["WEIGHTS"] == "detectron2://x.pkl"
+
+    def test_a_packaged_config_by_its_name(self, tmp_path, own_logging, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        name = "Digits/student_vgg_1_16_quant.yaml"
+        cfg = load_config(name, ["OUTPUT_DIR", str(tmp_path / "output")])
+        args = arguments("--config-file", name)
+        set_up_process(cfg, args)
+        assert args.config_file == name
+        assert list(files(tmp_path / "output")) == ["config.yaml"]
+
+    def test_an_evaluation_leaves_the_trainings_config(self, student, tmp_path, own_logging):
+        (tmp_path / "output").mkdir()
+        (tmp_path / "output" / "config.yaml").write_text("SEED: 11\n")
+        cfg = load_config(str(student), eval_only=True)
+        set_up_process(cfg, arguments("--eval-only", "--config-file", student))
+        assert files(tmp_path / "output") == {"config.yaml": "SEED: 11\n"}
+        assert torch.initial_seed() == cfg.SEED
+
+    def test_machines_agree_on_the_seed(self, student, own_logging, monkeypatch):
+        monkeypatch.setattr(comm, "all_gather", lambda seed: [5, seed])
+        cfg = load_config(str(student), ["SEED", "7"])
+        assert set_up_process(cfg, arguments()).SEED == 5
+        assert cfg.SEED == 7 and cfg.is_frozen()
+
+
+def first_losses(cfg, count=3):
+    torch.manual_seed(cfg.SEED)
+    recorder = Recorder()
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.register_hooks([recorder])
+    super(DefaultTrainer, trainer).train(0, count)
+    return recorder.losses
+
+
+def test_saved_config_repeats_the_run_from_another_folder(student, tmp_path, own_logging, monkeypatch):
+    with registered_data(tmp_path / "data", "tiny_setup"):
+        monkeypatch.chdir(tmp_path)
+        cfg = load_config(str(student), [f"{TEACHER}.WEIGHTS", "configs/the_teacher.pth"])
+        set_up_process(cfg, arguments())
+        losses = first_losses(cfg)
+        moved = tmp_path / "elsewhere"
+        shutil.copytree(tmp_path / "output", moved)
+        student.unlink()
+        (student.parent / "the_teacher.yaml").unlink()
+        monkeypatch.chdir(moved)
+        again = load_config("config.yaml", ["OUTPUT_DIR", str(tmp_path / "again")])
+        assert first_losses(again) == losses
+        assert all("loss_mimic" in each for each in losses.values())
+
+
+class TestLaunch:
+    def test_one_process_runs_here(self):
+        ran = []
+        handler = signal.getsignal(signal.SIGTERM)
+        launch_processes(lambda *main_args: ran.append(main_args), arguments(), (1, "two"))
+        assert ran == [(1, "two")]
+        assert signal.getsignal(signal.SIGTERM) is handler
+
+    def test_cpu_processes_see_no_gpu(self, monkeypatch):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        seen = []
+        launch_processes(lambda: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]), arguments("--num-processes", 1), ())
+        assert seen == [""]
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        launch_processes(lambda: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]), arguments(), ())
+        assert seen == ["", "0"]
+
+    def test_detectron2s_launcher_gets_the_arguments(self, monkeypatch):
+        given = {}
+
+        def launched(main, count, **kwargs):
+            given.update(kwargs, main=main, count=count)
+
+        monkeypatch.setattr("qmimic_d2.engine.setup.launch", launched)
+        args = arguments("--num-processes", 2, "--num-machines", 3, "--machine-rank", 1, "--dist-url", "tcp://a:1")
+        launch_processes(print, args, (1,))
+        machines = {"num_machines": 3, "machine_rank": 1, "dist_url": "tcp://a:1"}
+        assert given == {"main": print, "count": 2, "args": (1,), **machines}
+
+    def test_signals_reach_the_children_and_decide_the_status(self, monkeypatch):
+        sent = []
+        children = [argparse.Namespace(pid=11), argparse.Namespace(pid=12)]
+        monkeypatch.setattr("multiprocessing.active_children", lambda: children)
+        handler = signal.getsignal(signal.SIGINT)
+
+        def launched(*args, **kwargs):
+            with monkeypatch.context() as patch:
+                patch.setattr("os.kill", lambda pid, number: sent.append((pid, number)))
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr("qmimic_d2.engine.setup.launch", launched)
+        with pytest.raises(SystemExit) as stopped:
+            launch_processes(print, arguments("--num-processes", 2), ())
+        assert stopped.value.code == 130
+        assert sent == [(11, signal.SIGINT), (12, signal.SIGINT)]
+        assert signal.getsignal(signal.SIGINT) is handler
+
+    def test_a_child_that_fails_by_itself_is_an_error(self, monkeypatch):
+        def launched(*args, **kwargs):
+            raise torch.multiprocessing.ProcessExitedException("died", 0, 11, 1)
+
+        monkeypatch.setattr("qmimic_d2.engine.setup.launch", launched)
+        with pytest.raises(torch.multiprocessing.ProcessExitedException):
+            launch_processes(print, arguments("--num-processes", 2), ())
+
+    def test_without_children_nothing_is_sent(self):
+        received = []
+        with _signals_passed_on(received):
+            signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
