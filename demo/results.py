@@ -53,7 +53,8 @@ def _row(model: Model, folder: str) -> Dict[str, Any]:
     with open(os.path.join(folder, model.name, "evaluation.json"), encoding="utf-8") as file:
         figures = json.load(file)["results"]["bbox"]
     cost = measure_cost(model.cfg, model.cfg.INPUT.MIN_SIZE_TEST, model.cfg.INPUT.MIN_SIZE_TEST)
-    match = _match_ratio(os.path.join(folder, model.name, "metrics.json"))
+    metrics = os.path.join(folder, model.name, "metrics.json")
+    match = _match_ratio(metrics)
     return {
         "label": model.label,
         "name": model.name,
@@ -65,7 +66,7 @@ def _row(model: Model, folder: str) -> Dict[str, Any]:
         "match_ratio_nonzero": match.get("qmimic/match_ratio_nonzero"),
         "seconds": round(model.seconds, 1),
         "seed": model.cfg.SEED,
-        "iterations": model.cfg.SOLVER.MAX_ITER,
+        "iterations": model.cfg.SOLVER.MAX_ITER if os.path.isfile(metrics) else None,
         "config_digest": hashlib.sha256(model.cfg.dump().encode()).hexdigest()[:12],
         "weights": model.weights,
     }
