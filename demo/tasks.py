@@ -18,6 +18,8 @@ __all__ = ["Task", "run_tasks"]
 
 _POLL_SECONDS = 0.5
 _STATUS_SECONDS = 15.0
+# Statuses of a training that a signal stopped, after it had saved.
+_INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 @dataclass
@@ -155,6 +157,8 @@ def _finish(each: _Running, record: _Record) -> None:
             print(textwrap.indent(_end_of(each.output_path, 40), "    "), flush=True)
         return
     record.write(done=False, seconds=seconds)
+    if each.process.returncode in _INTERRUPTED:
+        raise KeyboardInterrupt
     end = _end_of(each.log_path, 15)
     raise SystemExit(f"{each.task.name} stopped with status {each.process.returncode}; end of {each.log_path}:\n{end}")
 

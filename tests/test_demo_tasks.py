@@ -71,6 +71,13 @@ def test_failure_names_the_log_and_shows_its_end_and_the_next_run_resumes(demo_t
     assert record["done"] and record["seconds"] == seconds["training"]
 
 
+@pytest.mark.parametrize("status", [130, 143])
+def test_a_training_that_a_signal_stopped_interrupts_the_demo(demo_tasks, tmp_path, status):
+    task = demo_tasks.Task("training", [sys.executable, "-c", f"raise SystemExit({status})"])
+    with pytest.raises(KeyboardInterrupt):
+        demo_tasks.run_tasks([task], str(tmp_path), 1, {})
+
+
 def test_environment_reaches_the_command(demo_tasks, tmp_path):
     out = tmp_path / "out"
     code = "import os, sys; open(sys.argv[1], 'w').write(os.environ['A_VARIABLE'])"
