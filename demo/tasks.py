@@ -14,6 +14,8 @@ from typing import Dict, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 
+from qmimic_d2.json_file import write_json
+
 __all__ = ["Task", "run_tasks"]
 
 _POLL_SECONDS = 0.5
@@ -129,9 +131,7 @@ class _Record:
 
     def write(self, done: bool, seconds: float) -> None:
         self.is_done, self.seconds = done, self.seconds + seconds
-        with open(self._path + ".part", "w", encoding="utf-8") as file:
-            json.dump({"digest": self._digest, "done": done, "seconds": self.seconds}, file)
-        os.replace(self._path + ".part", self._path)
+        write_json(self._path, {"digest": self._digest, "done": done, "seconds": self.seconds})
 
 
 def _start(task: Task, record: _Record, logs: str, environment: Dict[str, str]) -> _Running:

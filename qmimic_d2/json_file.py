@@ -1,11 +1,11 @@
-"""JSON files that are there completely or not at all."""
+"""Text and JSON files that are there completely or not at all."""
 
 import json
 import math
 import os
 from typing import Any
 
-__all__ = ["check_writable", "write_json"]
+__all__ = ["check_writable", "write_json", "write_text"]
 
 
 def check_writable(path: str, flag: str) -> None:
@@ -22,11 +22,15 @@ def check_writable(path: str, flag: str) -> None:
 
 
 def write_json(path: str, content: Any) -> None:
-    """Writes under another name first. NaN and infinity, which JSON has not, become null."""
+    """As :func:`write_text`. NaN and infinity, which JSON has not, become null."""
+    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes UTF-8 under another name first."""
     partial = path + ".part"
     with open(partial, "w", encoding="utf-8") as file:
-        json.dump(_finite(content), file, indent=2, allow_nan=False)
-        file.write("\n")
+        file.write(text)
     os.replace(partial, path)
 
 

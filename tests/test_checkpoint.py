@@ -10,6 +10,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from detectron2.layers import FrozenBatchNorm2d
+from module_state import assert_same, randomized, snapshot
 from torch import nn
 
 from qmimic_d2.checkpoint import load_audited, read_checkpoint, weights_digest
@@ -26,25 +27,6 @@ class Detector(nn.Module):
             OrderedDict(conv=nn.Conv2d(1, channels, 1, bias=False), norm=norm(channels))
         )
         self.head = nn.Linear(channels, 1)
-
-
-def randomized(module, seed=0):
-    torch.manual_seed(seed)
-    for tensor in module.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.rand(tensor.shape))
-    return module
-
-
-def snapshot(module):
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def assert_same(module, before):
-    after = module.state_dict()
-    assert list(after) == list(before)
-    for name, tensor in before.items():
-        assert torch.equal(after[name], tensor), name
 
 
 # ---- load_audited

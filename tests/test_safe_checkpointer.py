@@ -11,6 +11,7 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from fvcore.common.param_scheduler import ConstantParamScheduler
+from module_state import assert_same, randomized, snapshot
 from torch import nn
 
 from qmimic_d2.checkpoint import SafeCheckpointer, UnsafeCheckpointError, weights_digest
@@ -25,25 +26,6 @@ class Detector(nn.Module):
         self.head = nn.Linear(2, 1)
         if adapter:
             self.mimic_loss = nn.Linear(1, 1)
-
-
-def randomized(module, seed=0):
-    torch.manual_seed(seed)
-    for tensor in module.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.rand(tensor.shape))
-    return module
-
-
-def snapshot(module):
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def assert_same(module, before):
-    after = module.state_dict()
-    assert list(after) == list(before)
-    for name, tensor in before.items():
-        assert torch.equal(after[name], tensor), name
 
 
 # ---- saving

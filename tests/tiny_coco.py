@@ -24,6 +24,17 @@ def write_images(folder: Path, count: int, height: int = 64, width: int = 64) ->
 
 
 @contextlib.contextmanager
+def registered(folder: Path, name: str) -> Iterator[None]:
+    """Registers ``annotations.json`` and ``images`` of a folder under a name while the block runs."""
+    register_coco_instances(name, {}, str(folder / "annotations.json"), str(folder / "images"))
+    try:
+        yield
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@contextlib.contextmanager
 def registered_coco(folder: Path, count: int = 4, name: str = "tiny_coco") -> Iterator[str]:
     """
     Registers ``count`` images of 64 x 64 with one object each while the block runs; yields the name.
@@ -51,9 +62,5 @@ def registered_coco(folder: Path, count: int = 4, name: str = "tiny_coco") -> It
         "categories": [{"id": each, "name": f"class {each}"} for each in CATEGORY_IDS],
     }
     (folder / "annotations.json").write_text(json.dumps(content))
-    register_coco_instances(name, {}, str(folder / "annotations.json"), str(folder / "images"))
-    try:
+    with registered(folder, name):
         yield name
-    finally:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)

@@ -13,12 +13,11 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.engine import HookBase
 from helpers import WrittenTeacher, tiny_cfg
 from PIL import Image
+from tiny_coco import registered
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,12 +80,8 @@ def registered_data(
     """Writes :func:`write_coco`'s data, unless they are there, and registers them while the block runs."""
     if not is_written:
         write_coco(folder / "annotations.json", folder / "images", count)
-    register_coco_instances(name, {}, str(folder / "annotations.json"), str(folder / "images"))
-    try:
+    with registered(folder, name):
         yield name
-    finally:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 def write_builtin_data(root: Path) -> None:

@@ -18,6 +18,7 @@ from detectron2.utils.logger import setup_logger
 
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.config_files import find_config_file
+from qmimic_d2.json_file import write_text
 from qmimic_d2.modeling.teacher_config import load_teacher_config
 
 __all__ = [
@@ -151,10 +152,7 @@ def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     default_setup(cfg, args)
     if comm.is_main_process() and cfg.OUTPUT_DIR:
         for name, text in _run_files(cfg).items():
-            path = os.path.join(cfg.OUTPUT_DIR, name)
-            with open(path + ".part", "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(path + ".part", path)
+            write_text(os.path.join(cfg.OUTPUT_DIR, name), text)
     return cfg
 
 
