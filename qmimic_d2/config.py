@@ -68,10 +68,27 @@ def _qmimic_node() -> CN:
     node.MIMIC = CN()
     # lambda >= 0, the weight of the mimic loss. 0.0 = measure the match, train without it.
     node.MIMIC.LOSS_WEIGHT = 1.0
-    # lambda over time: "constant", or "warmup" (linear from 0 to LOSS_WEIGHT in WARMUP_ITERS).
+    # lambda over time: "constant"; "warmup", linear from 0 to LOSS_WEIGHT in WARMUP_ITERS; "cosine", from
+    # LOSS_WEIGHT to 0 at SOLVER.MAX_ITER; "step", times GAMMA at each of STEPS; or "balanced", which keeps the
+    # mimic's share of the gradient at the student's feature map at BALANCE_SHARE.
     node.MIMIC.SCHEDULE = "constant"
     # Length of the linear warm-up of lambda, in iterations. Read by SCHEDULE "warmup" alone.
     node.MIMIC.WARMUP_ITERS = 500
+    # Iterations, rising, from which lambda is multiplied by GAMMA once more. Read by SCHEDULE "step" alone.
+    node.MIMIC.STEPS = []
+    # That factor, above 0.0 and up to 1.0.
+    node.MIMIC.GAMMA = 0.1
+    # Whatever the schedule, the mimic is off from this iteration on. 0 = never.
+    node.MIMIC.STOP_ITER = 0
+    # Wanted |mimic| / (|mimic| + |detection|) of the two gradients' norms at the student's compared maps, between
+    # 0.0 and 1.0. SCHEDULE "balanced" reads this and the next three keys; LOSS_WEIGHT then only has to be above 0.0.
+    node.MIMIC.BALANCE_SHARE = 0.5
+    # Iterations between two measurements of the gradients, which cost about half a step each.
+    node.MIMIC.BALANCE_PERIOD = 10
+    # Momentum of the running mean of the norms' ratio, from 0.0 to below 1.0: 0.9 remembers ten measurements.
+    node.MIMIC.BALANCE_MOMENTUM = 0.9
+    # Smallest and largest balanced lambda.
+    node.MIMIC.BALANCE_BOUNDS = [0.0001, 10000.0]
     # What the sum of squared differences is divided by. "roi": 2N, the paper's; "element": 2N times
     # the C*h*w entries of an RoI; "target": the sum of squares of the teacher's entries, times 2
     # (dimensionless: a weight found once serves other teachers, strides and resolutions).
@@ -95,8 +112,23 @@ def _qmimic_node() -> CN:
     # r, which brings the student's channels to the teacher's: "conv1x1" (linear, as in the equation),
     # "conv1x1_relu", or "" for none (the channels must be equal).
     node.MIMIC.ADAPTER = "conv1x1"
+    # "branch": r is used in the mimic loss alone and dropped after training. "trunk": r is a part of the student,
+    # whose heads then read Q(r(f_s)) in the teacher's channels, in training and in inference.
+    node.MIMIC.ADAPTER_PLACEMENT = "branch"
+    # Width of each map behind its adapter in the trunk; [] = the teacher's. train_net.py writes the number into
+    # OUTPUT_DIR/config.yaml, where the shipped student, which has no teacher, finds it.
+    node.MIMIC.TRUNK_CHANNELS = []
+    # Begin with the teacher's weights in proposal generator and RoI heads, which must be built alike: with
+    # ADAPTER_PLACEMENT "trunk", or where student and teacher have equally many channels.
+    node.MIMIC.INIT_HEADS_FROM_TEACHER = False
     # Iterations between two measurements of the RoI match ratio. 0 = never.
     node.MIMIC.MATCH_PERIOD = 20
+
+    # What training measures about the mimic besides its loss, all under `qmimic/` in metrics.json and TensorBoard.
+    node.DIAGNOSTICS = CN()
+    # Iterations between two measurements of the mimic's and the detection losses' gradients, at the student's
+    # compared maps and at the backbone's parameters. One costs about one step more. 0 = never.
+    node.DIAGNOSTICS.GRADIENT_PERIOD = 100
     return node
 
 

@@ -15,7 +15,8 @@ LAYERS = [
     [],
     ["modeling"],  # quantizers, hooks, pooling, regions, backbones: everything that is not named below
     ["modeling.mimic", "modeling.teacher_config", "modeling.teacher"],
-    ["modeling.quant_rcnn"],
+    ["modeling.trunk_adapter"],
+    ["modeling.quant_rcnn", "modeling.mimic_student"],
     ["modeling.quant_mimic_rcnn"],
     ["analysis", "evaluation", "export"],
     ["engine"],

@@ -13,7 +13,8 @@ from detectron2.utils.events import EventStorage
 from helpers import tiny_cfg
 from torch import nn
 
-from qmimic_d2.modeling.mimic import ADAPTERS, NORMALIZERS, RoIMimicLoss, match_ratio
+from qmimic_d2.modeling.adapter import ADAPTERS
+from qmimic_d2.modeling.mimic import NORMALIZERS, RoIMimicLoss, match_ratio
 from qmimic_d2.modeling.quantizer import ClampQuantizer, PowerOfTwoQuantizer, UniformQuantizer
 
 # Shape letters: N images, M regions, C and T channels, P bins.

@@ -252,8 +252,9 @@ def test_a_student_that_equals_its_teacher_has_no_loss_and_full_match(tmp_path, 
     model = mimic_model(*written.options, *fixed, *options, f"{QMIMIC}.MIMIC.ADAPTER", "")
     model.load_state_dict(written.model.state_dict())
     step = training_step(model, batch())
-    match = {name: value for name, (value, _) in step.storage.latest().items() if "qmimic" in name}
+    match = {name: value for name, (value, _) in step.storage.latest().items() if "match" in name}
     assert step.losses["loss_mimic"].item() == pytest.approx(0.0, abs=1e-6)
+    assert step.storage.latest()["qmimic/grad_norm_mimic_map"][0] == pytest.approx(0.0, abs=1e-6)
     assert match == {"qmimic/match_ratio": 1.0, "qmimic/match_ratio_nonzero": 1.0}
 
 
@@ -826,7 +827,9 @@ def test_two_processes_one_without_regions(vgg_teacher, fpn_teacher, tmp_path):
         (f"{QMIMIC}.MIMIC.LOSS_WEIGHT", -1.0, ["-1.0", ">= 0"]),
         (f"{QMIMIC}.MIMIC.LOSS_WEIGHT", float("nan"), ["nan", ">= 0"]),
         (f"{QMIMIC}.MIMIC.LOSS_WEIGHT", float("inf"), ["inf", "finite"]),
-        (f"{QMIMIC}.MIMIC.SCHEDULE", "cosine", ["'cosine'", "'warmup'"]),
+        (f"{QMIMIC}.MIMIC.SCHEDULE", "linear", ["'linear'", "'warmup'"]),
+        (f"{QMIMIC}.MIMIC.ADAPTER_PLACEMENT", "head", ["'head'", "'trunk'"]),
+        (f"{QMIMIC}.DIAGNOSTICS.GRADIENT_PERIOD", -1, ["-1", "0 = never"]),
         (f"{QMIMIC}.MIMIC.ROI_SOURCE", "anchors", ["'anchors'", "'sampled'"]),
         (f"{QMIMIC}.MIMIC.MAX_ROIS_PER_IMAGE", -1, ["-1", "0 = all"]),
         (f"{QMIMIC}.MIMIC.MATCH_PERIOD", -5, ["-5", "0 = never"]),

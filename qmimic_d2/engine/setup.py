@@ -20,6 +20,7 @@ from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.config_files import find_config_file
 from qmimic_d2.json_file import write_text
 from qmimic_d2.modeling.teacher_config import load_teacher_config
+from qmimic_d2.modeling.trunk_adapter import is_in_trunk, trunk_channels
 
 __all__ = [
     "argument_parser",
@@ -104,14 +105,7 @@ def load_config(
         raise KeyError(f"{error} (of the KEY VALUE pairs {list(opts)})") from error
     if device:
         cfg.MODEL.DEVICE = device
-    teacher = cfg.MODEL.QMIMIC.TEACHER
-    if eval_only:
-        teacher.CONFIG_FILE = ""
-    if teacher.CONFIG_FILE:
-        beside = [os.path.dirname(config_file)] if config_file else []
-        teacher.CONFIG_FILE = find_config_file(
-            teacher.CONFIG_FILE, "MODEL.QMIMIC.TEACHER.CONFIG_FILE", beside
-        )
+    _complete_teacher(cfg, os.path.dirname(config_file) if config_file else "", eval_only)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning(
             "MODEL.DEVICE is %r and PyTorch sees no GPU here: using the CPU", cfg.MODEL.DEVICE
@@ -218,6 +212,22 @@ def _earlier_seed(output_dir: str) -> Optional[int]:
     with open(path, encoding="utf-8") as file:
         seed = yaml.safe_load(file).get("SEED", -1)
     return seed if seed >= 0 else None
+
+
+def _complete_teacher(cfg: CfgNode, beside: str, eval_only: bool) -> None:
+    """Finds the teacher's config, writes down what the student has from it, and forgets it for an evaluation."""
+    teacher, mimic = cfg.MODEL.QMIMIC.TEACHER, cfg.MODEL.QMIMIC.MIMIC
+    widths_are_open = is_in_trunk(cfg) and not mimic.TRUNK_CHANNELS
+    if eval_only and not widths_are_open:
+        teacher.CONFIG_FILE = ""
+    if teacher.CONFIG_FILE:
+        teacher.CONFIG_FILE = find_config_file(
+            teacher.CONFIG_FILE, "MODEL.QMIMIC.TEACHER.CONFIG_FILE", [beside] if beside else []
+        )
+        if widths_are_open:
+            mimic.TRUNK_CHANNELS = list(trunk_channels(cfg).values())
+    if eval_only:
+        teacher.CONFIG_FILE = ""
 
 
 def _run_files(cfg: CfgNode) -> Dict[str, str]:

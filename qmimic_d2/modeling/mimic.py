@@ -17,9 +17,8 @@ Efficient Network for Object Detection", CVPR 2017, equation 2, which divides by
 of elements as well (``normalize_by="element"``).
 """
 
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Tuple
 
-import fvcore.nn.weight_init as weight_init
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
@@ -28,13 +27,11 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
+from qmimic_d2.modeling.adapter import build_adapter
 from qmimic_d2.modeling.quantizer import Quantizer, build_code_quantizer, build_quantizer
 from qmimic_d2.modeling.roi_pooling import LevelPooler
 
-__all__ = ["ADAPTERS", "NORMALIZERS", "RoIMimicLoss", "match_ratio"]
-
-# Values of MODEL.QMIMIC.MIMIC.ADAPTER.
-ADAPTERS = ("conv1x1", "conv1x1_relu", "")
+__all__ = ["NORMALIZERS", "RoIMimicLoss", "match_ratio"]
 
 # Values of MODEL.QMIMIC.MIMIC.NORMALIZE_BY.
 NORMALIZERS = ("roi", "element", "target")
@@ -97,7 +94,7 @@ class RoIMimicLoss(nn.Module):
             teacher_shapes: the same of the teacher's maps, in the same order; strides in pixels of
                 the student's input image.
             pooler_type, pooler_resolution, pooler_sampling_ratio: see :class:`LevelPooler`.
-            adapter: one of :data:`ADAPTERS`.
+            adapter: one of :data:`qmimic_d2.modeling.adapter.ADAPTERS`.
             normalize_by: one of :data:`NORMALIZERS`.
             student_quantizer: Q around r(f_s); None for none.
             teacher_quantizer: Q around f_t; None for none.
@@ -108,8 +105,10 @@ class RoIMimicLoss(nn.Module):
                 the maps and the fix.
         """
         super().__init__()
-        _check_option("ADAPTER", adapter, ADAPTERS)
-        _check_option("NORMALIZE_BY", normalize_by, NORMALIZERS)
+        if normalize_by not in NORMALIZERS:
+            raise ValueError(
+                f"MODEL.QMIMIC.MIMIC.NORMALIZE_BY is {normalize_by!r}; choose one of {list(NORMALIZERS)}"
+            )
         _check_shapes(student_shapes, teacher_shapes, has_adapter=bool(adapter))
         self.student_features = list(student_shapes)
         self.teacher_features = list(teacher_shapes)
@@ -122,7 +121,7 @@ class RoIMimicLoss(nn.Module):
         self.code_quantizer = code_quantizer
         self.adapters = nn.ModuleDict()
         for student_name, teacher_name in zip(self.student_features, self.teacher_features):
-            self.adapters[student_name] = _build_adapter(
+            self.adapters[student_name] = build_adapter(
                 adapter, student_shapes[student_name].channels, teacher_shapes[teacher_name].channels
             )
 
@@ -235,19 +234,6 @@ class RoIMimicLoss(nn.Module):
         overall, nonzero = match_ratio(adapted.float(), target.float(), self.code_quantizer)
         storage.put_scalar(f"qmimic/match_ratio{suffix}", overall, smoothing_hint=False)
         storage.put_scalar(f"qmimic/match_ratio_nonzero{suffix}", nonzero, smoothing_hint=False)
-
-
-def _build_adapter(kind: str, in_channels: int, out_channels: int) -> nn.Module:
-    if not kind:
-        return nn.Identity()
-    convolution = nn.Conv2d(in_channels, out_channels, kernel_size=1)
-    weight_init.c2_xavier_fill(convolution)
-    return nn.Sequential(convolution, nn.ReLU()) if kind == "conv1x1_relu" else convolution
-
-
-def _check_option(key: str, value: str, options: Sequence[str]) -> None:
-    if value not in options:
-        raise ValueError(f"MODEL.QMIMIC.MIMIC.{key} is {value!r}; choose one of {list(options)}")
 
 
 def _check_shapes(

@@ -3,10 +3,16 @@
 from typing import Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    GeneralizedRCNN,
+    build_proposal_generator,
+    build_roi_heads,
+)
 
 from qmimic_d2.modeling.quantizer import Quantizer, build_quantizer
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer
+from qmimic_d2.modeling.trunk_adapter import build_trunk_adapter, is_in_trunk
 
 __all__ = ["QuantRCNN"]
 
@@ -48,6 +54,12 @@ class QuantRCNN(GeneralizedRCNN):
     @classmethod
     def from_config(cls, cfg: CfgNode):
         args = super().from_config(cfg)
+        if is_in_trunk(cfg):
+            backbone = build_trunk_adapter(cfg, args["backbone"])
+            args["backbone"] = backbone
+            # these read the wider maps
+            args["proposal_generator"] = build_proposal_generator(cfg, backbone.output_shape())
+            args["roi_heads"] = build_roi_heads(cfg, backbone.output_shape())
         quantizer = build_quantizer(cfg)
         args["quantizer"] = quantizer if "features" in _student_places(cfg) else None
         node = cfg.MODEL.QMIMIC.QUANTIZER

@@ -16,14 +16,14 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from detectron2.structures import ImageList
-from torch import Tensor
+from torch import Tensor, nn
 
 from qmimic_d2.checkpoint import load_audited, read_checkpoint
 from qmimic_d2.modeling.quantizer import Quantizer, build_quantizer
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer, check_features
 from qmimic_d2.modeling.teacher_config import TeacherConfig, load_teacher_config
 
-__all__ = ["FrozenTeacher", "teacher_feature_names", "teacher_shapes"]
+__all__ = ["FrozenTeacher", "load_teacher_modules", "teacher_feature_names", "teacher_shapes"]
 
 _WEIGHTS_KEY = "MODEL.QMIMIC.TEACHER.WEIGHTS"
 
@@ -89,11 +89,7 @@ class FrozenTeacher:
     def from_config(cls, cfg: CfgNode):
         config = load_teacher_config(cfg)
         node = cfg.MODEL.QMIMIC
-        key = _WEIGHTS_KEY
-        weights = node.TEACHER.WEIGHTS
-        if not weights:
-            weights = config.weights
-            key = f"{_WEIGHTS_KEY} is '' and MODEL.WEIGHTS of {config.path}"
+        weights, key = _weights_and_key(cfg, config)
         state = read_checkpoint(weights, key=key)
         backbone = _build_backbone(config)
         digest = load_audited(
@@ -185,6 +181,30 @@ class FrozenTeacher:
         ).tensor[0]
 
 
+def load_teacher_modules(cfg: CfgNode, modules: Dict[str, nn.Module]) -> None:
+    """
+    Fills modules of the student from the teacher's of the same names: each completely, or an error.
+
+    Args:
+        cfg: the student's, which names the teacher.
+        modules: for example ``{"roi_heads": student.roi_heads}``.
+
+    Raises:
+        FileNotFoundError, ValueError: the teacher's weights are not there, or do not fit; lists what differs.
+    """
+    config = load_teacher_config(cfg)
+    weights, key = _weights_and_key(cfg, config)
+    state = read_checkpoint(weights, key=key)
+    for name, module in modules.items():
+        load_audited(
+            module,
+            state,
+            prefix=f"{name}.",
+            source=f"{weights} (teacher of {config.path}, for INIT_HEADS_FROM_TEACHER)",
+            key=key,
+        )
+
+
 def teacher_feature_names(cfg: CfgNode) -> Tuple[str, ...]:
     """Names of the teacher's compared maps, in the order of the student's."""
     node = cfg.MODEL.QMIMIC.MIMIC
@@ -211,6 +231,13 @@ def teacher_shapes(cfg: CfgNode) -> Dict[str, ShapeSpec]:
         name: ShapeSpec(channels=shapes[name].channels, stride=shapes[name].stride / scale)
         for name in names
     }
+
+
+def _weights_and_key(cfg: CfgNode, config: TeacherConfig) -> Tuple[str, str]:
+    """Where the teacher's weights are, and the key that says so."""
+    if cfg.MODEL.QMIMIC.TEACHER.WEIGHTS:
+        return cfg.MODEL.QMIMIC.TEACHER.WEIGHTS, _WEIGHTS_KEY
+    return config.weights, f"{_WEIGHTS_KEY} is '' and MODEL.WEIGHTS of {config.path}"
 
 
 def _build_backbone(config: TeacherConfig) -> Backbone:

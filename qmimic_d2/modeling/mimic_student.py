@@ -1,0 +1,266 @@
+"""A detector in training with a teacher beside it: what every meta-architecture of this project shares."""
+
+import functools
+import logging
+from typing import Callable, Dict, List, Optional, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from detectron2.structures import Boxes
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from qmimic_d2.modeling.gradient_share import averaged, gradient_share, summed
+from qmimic_d2.modeling.mimic import RoIMimicLoss
+from qmimic_d2.modeling.quantizer_hook import check_features
+from qmimic_d2.modeling.rois import ROI_SOURCES, select_rois
+from qmimic_d2.modeling.step_record import StepRecord
+from qmimic_d2.modeling.teacher import FrozenTeacher, load_teacher_modules, teacher_shapes
+from qmimic_d2.modeling.trunk_adapter import is_in_trunk
+from qmimic_d2.modeling.weighting import MimicWeight, build_mimic_weight
+
+__all__ = ["MimicStudent"]
+
+
+class MimicStudent(nn.Module):
+    """
+    Adds ``loss_mimic`` to the losses of the detector class it stands in front of.
+
+    The teacher is no submodule (see :class:`FrozenTeacher`). It is built and audited when training begins: by
+    ``train()`` on a new model, as Detectron2's trainers call it, or at the latest by the first training forward.
+    A model that only evaluates never reads the teacher's weights and needs none of its files.
+
+    A subclass is ``class X(MimicStudent, Detector)``. Its ``from_config`` adds :meth:`mimic_arguments` to the
+    detector's, and its ``__init__`` tells the record where the regions come from.
+    """
+
+    # Names of the submodules that INIT_HEADS_FROM_TEACHER fills.
+    head_names: Sequence[str] = ()
+
+    def __init__(
+        self,
+        *,
+        mimic_loss: Optional[RoIMimicLoss] = None,
+        build_teacher: Optional[Callable[[], FrozenTeacher]] = None,
+        load_heads: Optional[Callable[[Dict[str, nn.Module]], None]] = None,
+        weight: Optional[MimicWeight] = None,
+        roi_source: str = "sampled",
+        max_rois_per_image: int = 0,
+        match_period: int = 20,
+        gradient_period: int = 0,
+        **kwargs,
+    ):
+        """
+        Args:
+            mimic_loss: L_m between the student's and the teacher's maps; None: no mimic, or the
+                teacher's config is not there (``build_teacher`` then says so).
+            build_teacher: called once, when training begins; None: the mimic is off.
+            load_heads: fills the given submodules from the teacher when training begins; None: they keep their
+                own initial weights.
+            weight: lambda over time.
+            roi_source: a key of :data:`ROI_SOURCES`.
+            max_rois_per_image: most regions per image; 0 = all.
+            match_period: iterations between two measurements of the match ratio; 0 = never.
+            gradient_period: iterations between two measurements of the mimic's share of the gradient; 0 = never.
+            kwargs: of the detector class.
+
+        Raises:
+            ValueError: an option is unknown or out of range, or ``mimic_loss`` has no teacher.
+        """
+        super().__init__(**kwargs)
+        if mimic_loss is not None and build_teacher is None:
+            raise ValueError(f"{type(self).__name__} got a mimic_loss and no build_teacher; give both or none")
+        _check_regions(roi_source, max_rois_per_image)
+        if match_period < 0:
+            raise ValueError(
+                f"MODEL.QMIMIC.MIMIC.MATCH_PERIOD is {match_period}; give iterations >= 0 (0 = never)"
+            )
+        if gradient_period < 0:
+            raise ValueError(
+                f"MODEL.QMIMIC.DIAGNOSTICS.GRADIENT_PERIOD is {gradient_period}; give iterations >= 0 (0 = never)"
+            )
+        self.mimic_loss = mimic_loss
+        if mimic_loss is not None:
+            # Below the loss, so that a student that is loaded without its mimic knows what to pass over.
+            mimic_loss.weight = weight or MimicWeight()
+        self.roi_source = roi_source
+        self.max_rois_per_image = max_rois_per_image
+        self.match_period = match_period
+        self.gradient_period = gradient_period
+        self._build_teacher = build_teacher
+        self._load_heads = load_heads
+        self._teacher: Optional[FrozenTeacher] = None
+        self._has_warned = False
+        self._has_loaded_heads = False
+        self._record = StepRecord()
+        if mimic_loss is not None:
+            self._record.watch_backbone(self.backbone)
+        for name in self.head_names:
+            getattr(self, name)._register_load_state_dict_pre_hook(self._note_loaded_heads)
+
+    @staticmethod
+    def mimic_arguments(cfg: CfgNode, backbone: Backbone) -> Dict:
+        """The arguments of ``__init__`` that a config describes."""
+        node = cfg.MODEL.QMIMIC.MIMIC
+        args = {
+            "roi_source": node.ROI_SOURCE,
+            "max_rois_per_image": node.MAX_ROIS_PER_IMAGE,
+            "match_period": node.MATCH_PERIOD,
+            "gradient_period": cfg.MODEL.QMIMIC.DIAGNOSTICS.GRADIENT_PERIOD,
+            "weight": build_mimic_weight(cfg),
+        }
+        if cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE:
+            args["build_teacher"] = functools.partial(FrozenTeacher, cfg)
+            args["mimic_loss"] = _build_mimic_loss(cfg, backbone)
+            if node.INIT_HEADS_FROM_TEACHER:
+                args["load_heads"] = functools.partial(load_teacher_modules, cfg)
+        return args
+
+    @property
+    def teacher(self) -> Optional[FrozenTeacher]:
+        """The frozen teacher; None before training begins, and where there is none."""
+        return self._teacher
+
+    def train(self, mode: bool = True) -> "MimicStudent":
+        """As ``nn.Module.train``; on a new model it builds the teacher, so that errors come early."""
+        # An evaluation that ends with train(), as Detectron2's does, is no beginning of a training.
+        begins = mode and self.training
+        super().train(mode)
+        if begins:
+            self._prepare_training()
+        return self
+
+    def forward(self, batched_inputs: List[Dict[str, Tensor]]):
+        """As the detector's; the training losses hold ``loss_mimic`` as well."""
+        if not self.training:
+            return super().forward(batched_inputs)
+        self._prepare_training()
+        if self.mimic_loss is None:
+            return super().forward(batched_inputs)
+        with self._record:
+            losses = super().forward(batched_inputs)
+            losses.update(self._mimic_losses(batched_inputs, losses))
+        return losses
+
+    def _apply(self, *args, **kwargs):
+        module = super()._apply(*args, **kwargs)
+        if self._teacher is not None:
+            self._teacher.to(self.device)
+        return module
+
+    def _prepare_training(self) -> None:
+        if self._build_teacher is None:
+            if not self._has_warned:
+                self._has_warned = True
+                logging.getLogger(__name__).warning(
+                    "MODEL.QMIMIC.TEACHER.CONFIG_FILE is '': training without a teacher, the mimic is off"
+                )
+        elif self._teacher is None:
+            teacher = self._build_teacher().to(self.device)
+            if self.mimic_loss is None:
+                raise ValueError(
+                    "MODEL.QMIMIC.TEACHER.CONFIG_FILE was not found when this model was built, and is there "
+                    "now; build the model again to train it"
+                )
+            if self._load_heads is not None and not self._has_loaded_heads:
+                self._load_heads({name: getattr(self, name) for name in self.head_names})
+            self._teacher = teacher
+
+    def _note_loaded_heads(self, state: Dict[str, Tensor], prefix: str, *rest) -> None:
+        # Weights that somebody loads before training begins, a checkpoint's say, are to stay.
+        self._has_loaded_heads = self._has_loaded_heads or any(name.startswith(prefix) for name in state)
+
+    def _mimic_losses(
+        self, batched_inputs: List[Dict[str, Tensor]], detection: Dict[str, Tensor]
+    ) -> Dict[str, Tensor]:
+        storage = get_event_storage()
+        iteration = storage.iter
+        weight = self.mimic_loss.weight.at(iteration)
+        measure_match = _is_due(self.match_period, iteration)
+        losses = {}
+        if weight > 0.0 or measure_match:
+            with torch.set_grad_enabled(weight > 0.0 and torch.is_grad_enabled()):
+                losses = self._compare(batched_inputs, measure_match)
+        if weight > 0.0 and torch.is_grad_enabled():
+            weight = self._measure_gradients(detection, losses, weight)
+        storage.put_scalar("qmimic/weight", weight, smoothing_hint=False)
+        if weight > 0.0:
+            return {name: loss * weight for name, loss in losses.items()}
+        return self.mimic_loss.zeros(self._record.maps)
+
+    def _measure_gradients(
+        self, detection: Dict[str, Tensor], losses: Dict[str, Tensor], weight: float
+    ) -> float:
+        """Writes the mimic's share of the gradient where it is due; returns lambda, balanced where that is due."""
+        storage = get_event_storage()
+        schedule = self.mimic_loss.weight
+        writes = _is_due(self.gradient_period, storage.iter)
+        balances = schedule.wants_balance(storage.iter)
+        if not (writes or balances):
+            return weight
+        places = {"map": [self._record.maps[name] for name in self.mimic_loss.student_features]}
+        if writes:
+            places["backbone"] = [each for each in self.backbone.parameters() if each.requires_grad]
+        shares = gradient_share(summed(detection), summed(losses), list(places.values()))
+        shares = dict(zip(places, averaged(shares) if comm.get_world_size() > 1 else shares))
+        if balances:
+            schedule.balance(shares["map"].detection, shares["map"].mimic)
+            weight = schedule.at(storage.iter)
+        for place, share in shares.items():
+            for name, value in share.scaled(weight).scalars(place).items():
+                storage.put_scalar(name, value, smoothing_hint=False)
+        return weight
+
+    def _compare(self, batched_inputs, measure_match: bool) -> Dict[str, Tensor]:
+        boxes = select_rois(self.roi_source, self._record.regions, self.max_rois_per_image)
+        return self.mimic_loss(
+            self._record.maps,
+            self._teacher.features(batched_inputs),
+            boxes,
+            student_pooled=self._already_pooled(boxes),
+            measure_match=measure_match,
+        )
+
+    def _already_pooled(self, boxes: List[Boxes]) -> Optional[Tensor]:
+        """
+        The student's only compared map pooled at the regions as the mimic pools, shape (M, C, P, P), where the
+        detector has done that already; None otherwise.
+        """
+        return None
+
+
+def _is_due(period: int, iteration: int) -> bool:
+    return period > 0 and iteration % period == 0
+
+
+def _build_mimic_loss(cfg: CfgNode, backbone: Backbone) -> Optional[RoIMimicLoss]:
+    node = cfg.MODEL.QMIMIC.MIMIC
+    names = node.IN_FEATURES or cfg.MODEL.ROI_HEADS.IN_FEATURES
+    available = backbone.output_shape()
+    check_features(names, available, "MODEL.QMIMIC.MIMIC.IN_FEATURES")
+    student_shapes: Dict[str, ShapeSpec] = {name: available[name] for name in names}
+    try:
+        shapes = teacher_shapes(cfg)
+    except FileNotFoundError as error:
+        # An evaluation needs no teacher; training raises this error again.
+        logging.getLogger(__name__).info("no teacher, so this model can only evaluate: %s", error)
+        return None
+    args = {"adapter": ""} if is_in_trunk(cfg) else {}
+    # The adapter's initial weights must not shift the random numbers of the rest of the training:
+    # variants of one seed sample alike.
+    with torch.random.fork_rng(devices=[]):
+        return RoIMimicLoss(cfg, student_shapes, shapes, **args)
+
+
+def _check_regions(roi_source: str, max_rois_per_image: int) -> None:
+    if roi_source not in ROI_SOURCES:
+        raise ValueError(
+            f"MODEL.QMIMIC.MIMIC.ROI_SOURCE is {roi_source!r}; choose one of {sorted(ROI_SOURCES)}"
+        )
+    if max_rois_per_image < 0:
+        raise ValueError(
+            f"MODEL.QMIMIC.MIMIC.MAX_ROIS_PER_IMAGE is {max_rois_per_image}; give a number >= 0 (0 = all)"
+        )

@@ -1,0 +1,112 @@
+"""The adapter as a part of the student: heads that read r(f_s) in the teacher's channels."""
+
+from typing import Dict
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from torch import Tensor, nn
+
+from qmimic_d2.modeling.adapter import build_adapter
+from qmimic_d2.modeling.quantizer_hook import check_features
+from qmimic_d2.modeling.teacher import teacher_shapes
+
+__all__ = ["PLACEMENTS", "TrunkAdapter", "build_trunk_adapter", "is_in_trunk", "trunk_channels"]
+
+# Values of MODEL.QMIMIC.MIMIC.ADAPTER_PLACEMENT.
+PLACEMENTS = ("branch", "trunk")
+
+
+class TrunkAdapter(Backbone):
+    """
+    A backbone whose named maps pass through an adapter each.
+
+    With the adapter in a branch, r(f_s) imitates the teacher's map and is dropped after training; the heads read
+    f_s. Here r stands in the trunk: what imitates the teacher's map is what the heads read, in training and in
+    inference. Then the heads have the teacher's input channels and may begin with the teacher's weights.
+
+    As in Detectron2's FPN, the network below is ``bottom_up``.
+
+    Args:
+        bottom_up: the student's network.
+        channels: width of each adapted map behind its adapter, by name; other maps stay as they are.
+        kind: of the adapters, "conv1x1" or "conv1x1_relu".
+
+    Raises:
+        ValueError: the kind is "" (no adapter), or unknown.
+    """
+
+    def __init__(self, bottom_up: Backbone, channels: Dict[str, int], kind: str):
+        super().__init__()
+        if not kind:
+            raise ValueError(
+                "MODEL.QMIMIC.MIMIC.ADAPTER_PLACEMENT is 'trunk' and MIMIC.ADAPTER is ''; set ADAPTER to "
+                "'conv1x1_relu' (or 'conv1x1')"
+            )
+        self.bottom_up = bottom_up
+        self._shapes = bottom_up.output_shape()
+        self.adapters = nn.ModuleDict()
+        for name, width in channels.items():
+            shape = self._shapes[name]
+            self.adapters[name] = build_adapter(kind, shape.channels, width)
+            self._shapes[name] = ShapeSpec(channels=width, stride=shape.stride)
+
+    @property
+    def size_divisibility(self) -> int:
+        return self.bottom_up.size_divisibility
+
+    @property
+    def padding_constraints(self) -> Dict[str, int]:
+        return self.bottom_up.padding_constraints
+
+    def output_shape(self) -> Dict[str, ShapeSpec]:
+        return dict(self._shapes)
+
+    def forward(self, x: Tensor) -> Dict[str, Tensor]:
+        """Images (N, 3, H, W) to maps (N, C, H', W') by name."""
+        return {
+            name: self.adapters[name](feature) if name in self.adapters else feature
+            for name, feature in self.bottom_up(x).items()
+        }
+
+
+def is_in_trunk(cfg: CfgNode) -> bool:
+    """
+    Whether the adapter is a part of the student.
+
+    Raises:
+        ValueError: an unknown placement.
+    """
+    placement = cfg.MODEL.QMIMIC.MIMIC.ADAPTER_PLACEMENT
+    if placement not in PLACEMENTS:
+        raise ValueError(
+            f"MODEL.QMIMIC.MIMIC.ADAPTER_PLACEMENT is {placement!r}; choose one of {list(PLACEMENTS)}"
+        )
+    return placement == "trunk"
+
+
+def trunk_channels(cfg: CfgNode) -> Dict[str, int]:
+    """
+    Width of each map of the student behind its adapter in the trunk: the teacher's, by the student's names.
+
+    Raises:
+        ValueError: neither TRUNK_CHANNELS nor a teacher says them, or there are not as many as maps.
+    """
+    node = cfg.MODEL.QMIMIC.MIMIC
+    names = list(node.IN_FEATURES or cfg.MODEL.ROI_HEADS.IN_FEATURES)
+    widths = list(node.TRUNK_CHANNELS)
+    if not widths and cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE:
+        widths = [shape.channels for shape in teacher_shapes(cfg).values()]
+    if len(widths) != len(names):
+        raise ValueError(
+            f"MODEL.QMIMIC.MIMIC.TRUNK_CHANNELS is {widths} for the maps {names}; give one width for each, as "
+            "config.yaml of the training's OUTPUT_DIR does, or name the teacher in MODEL.QMIMIC.TEACHER.CONFIG_FILE"
+        )
+    return dict(zip(names, widths))
+
+
+def build_trunk_adapter(cfg: CfgNode, bottom_up: Backbone) -> TrunkAdapter:
+    """Puts the adapters that ``MODEL.QMIMIC.MIMIC`` describes behind a student's network."""
+    channels = trunk_channels(cfg)
+    check_features(list(channels), bottom_up.output_shape(), "MODEL.QMIMIC.MIMIC.IN_FEATURES")
+    return TrunkAdapter(bottom_up, channels, cfg.MODEL.QMIMIC.MIMIC.ADAPTER)
