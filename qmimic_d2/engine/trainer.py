@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qmimic_d2.checkpoint import SafeCheckpointer
 from qmimic_d2.engine.data_order import build_resumable_train_loader, resumable_sampler
 from qmimic_d2.engine.hooks import ResumableBestCheckpointer, SaveOnInterrupt, SeedEachIteration
+from qmimic_d2.engine.mimic_summary import MimicSummary
 from qmimic_d2.json_file import write_json
 from qmimic_d2.modeling.backbone.imagenet_names import converted_imagenet_weights
 
@@ -118,6 +119,7 @@ class Trainer(DefaultTrainer):
             built.append(hook)
             if isinstance(hook, hooks.EvalHook) and comm.is_main_process():
                 built.append(self._build_best_checkpointer())
+        built.append(MimicSummary(self.cfg))
         return built
 
     def _build_best_checkpointer(self) -> Optional[HookBase]:

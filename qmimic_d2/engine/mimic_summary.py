@@ -1,0 +1,81 @@
+"""One line after training: what the mimic's share of the gradient was, and what to change where it was off."""
+
+import logging
+import math
+from typing import List, Optional
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+__all__ = ["DOMINANT", "NEGLIGIBLE", "MimicSummary", "summary_of_shares"]
+
+# Shares of the gradient at the student's map outside of which the weight is named as a likely mistake. Within them,
+# the constant weights of docs/evidence.md differ little in AP.
+NEGLIGIBLE = 0.05
+DOMINANT = 0.95
+
+_SHARE = "qmimic/grad_share_map"
+
+
+class MimicSummary(HookBase):
+    """
+    Logs the line when training ends.
+
+    For a trainer of another project as well: it reads the event storage alone.
+
+    Args:
+        cfg: of the training; without a teacher the hook says nothing.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        self._is_on = bool(cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE)
+        self._schedule = cfg.MODEL.QMIMIC.MIMIC.SCHEDULE
+        self._weight = cfg.MODEL.QMIMIC.MIMIC.LOSS_WEIGHT
+        self._period = cfg.MODEL.QMIMIC.DIAGNOSTICS.GRADIENT_PERIOD
+
+    def after_train(self) -> None:
+        if not self._is_on or not comm.is_main_process() or self.trainer.iter < self.trainer.max_iter:
+            return
+        history = self.trainer.storage.histories().get(_SHARE)
+        shares = [share for share, _ in history.values()] if history is not None else []
+        line = summary_of_shares(shares, self._weight, self._schedule)
+        if line is not None:
+            logging.getLogger(__name__).info(line)
+        elif self._weight > 0.0 and not self._period and self._schedule != "balanced":
+            logging.getLogger(__name__).info(
+                "The mimic's share of the gradient was not measured: MODEL.QMIMIC.DIAGNOSTICS.GRADIENT_PERIOD is 0"
+            )
+
+
+def summary_of_shares(shares: List[float], weight: float, schedule: str) -> Optional[str]:
+    """
+    Args:
+        shares: of the gradient at the student's map that were the mimic's, 0..1, in the order of measurement.
+        weight, schedule: ``MODEL.QMIMIC.MIMIC.LOSS_WEIGHT`` and ``SCHEDULE`` of the training.
+
+    Returns:
+        The line; None where nothing finite was measured.
+    """
+    finite = sorted(share for share in shares if math.isfinite(share))
+    if not finite:
+        return None
+    middle = len(finite) // 2
+    median = finite[middle] if len(finite) % 2 else (finite[middle - 1] + finite[middle]) / 2
+    line = (
+        f"The mimic's share of the gradient at the student's map was {median:.0%} (median of {len(finite)} "
+        f"measurements, {finite[0]:.0%} to {finite[-1]:.0%})"
+    )
+    if NEGLIGIBLE <= median <= DOMINANT:
+        return f"{line}: neither negligible nor dominant"
+    word, change = ("negligible", "larger") if median < NEGLIGIBLE else ("dominant", "smaller")
+    if schedule == "balanced":
+        advice = f"set MODEL.QMIMIC.MIMIC.BALANCE_SHARE {change}, or widen BALANCE_BOUNDS if lambda rests at one of them"
+    else:
+        # share = w g / (w g + d): the weight that would have made it one half
+        factor = (1.0 - median) / median if 0.0 < median < 1.0 else (10.0 if median < 0.5 else 0.1)
+        advice = (
+            f"set MODEL.QMIMIC.MIMIC.LOSS_WEIGHT {change} (it is {weight:g}; {weight * factor:.2g} would have made the "
+            'share one half), or SCHEDULE to "balanced"'
+        )
+    return f"{line}: {word}. To change it, {advice}"
