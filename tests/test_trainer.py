@@ -19,6 +19,7 @@ from torchvision.models import vgg
 from qmimic_d2.engine import Trainer, build_checkpointer, build_evaluator, load_evaluated_weights
 from qmimic_d2.engine.data_order import build_resumable_train_loader, resumable_sampler
 from qmimic_d2.engine.hooks import ResumableBestCheckpointer, SaveOnInterrupt, SeedEachIteration
+from qmimic_d2.engine.mimic_summary import MimicSummary
 
 VGG_11 = vgg.cfgs["A"]
 
@@ -246,6 +247,7 @@ class TestHooks:
             hooks.EvalHook,
             ResumableBestCheckpointer,
             hooks.PeriodicWriter,
+            MimicSummary,
         ]
 
     def test_without_evaluation_no_best(self, tmp_path, data):

@@ -70,7 +70,7 @@ def summary_of_shares(shares: List[float], weight: float, schedule: str) -> Opti
         return f"{line}: neither negligible nor dominant"
     word, change = ("negligible", "larger") if median < NEGLIGIBLE else ("dominant", "smaller")
     if schedule == "balanced":
-        advice = f"set MODEL.QMIMIC.MIMIC.BALANCE_SHARE {change}, or widen BALANCE_BOUNDS if lambda rests at one of them"
+        advice = f"set MODEL.QMIMIC.MIMIC.BALANCE_SHARE {change}, or widen BALANCE_BOUNDS if lambda rests at one"
     else:
         # share = w g / (w g + d): the weight that would have made it one half
         factor = (1.0 - median) / median if 0.0 < median < 1.0 else (10.0 if median < 0.5 else 0.1)
