@@ -121,11 +121,16 @@ def _qmimic_node() -> CN:
     # Begin with the teacher's weights in proposal generator and RoI heads, which must be built alike: with
     # ADAPTER_PLACEMENT "trunk", or where student and teacher have equally many channels.
     node.MIMIC.INIT_HEADS_FROM_TEACHER = False
-    # Iterations between two measurements of the RoI match ratio. 0 = never.
-    node.MIMIC.MATCH_PERIOD = 20
 
-    # What training measures about the mimic besides its loss, all under `qmimic/` in metrics.json and TensorBoard.
+    # What is measured of student and teacher beside the losses, all under `qmimic/` in metrics.json and TensorBoard;
+    # docs/diagnostics.md explains the figures.
     node.DIAGNOSTICS = CN()
+    # Iterations between two comparisons of student and teacher inside the mimic's regions of the training
+    # batch. 0 = never.
+    node.DIAGNOSTICS.PERIOD = 20
+    # At each evaluation, student and teacher are also compared inside the annotated boxes of this many
+    # images of the first test set, at equal distances in it; all of them where there are fewer. 0 = never.
+    node.DIAGNOSTICS.EVAL_IMAGES = 100
     # Iterations between two measurements of the mimic's and the detection losses' gradients, at the student's
     # compared maps and at the backbone's parameters. One costs about one step more. 0 = never.
     node.DIAGNOSTICS.GRADIENT_PERIOD = 100

@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from qmimic_d2.modeling.feature_comparison import FeatureComparison
 from qmimic_d2.modeling.gradient_share import averaged, gradient_share, summed
 from qmimic_d2.modeling.mimic import RoIMimicLoss
 from qmimic_d2.modeling.quantizer_hook import check_features
@@ -49,7 +50,7 @@ class MimicStudent(nn.Module):
         weight: Optional[MimicWeight] = None,
         roi_source: str = "sampled",
         max_rois_per_image: int = 0,
-        match_period: int = 20,
+        diagnostics_period: int = 20,
         gradient_period: int = 0,
         **kwargs,
     ):
@@ -63,7 +64,7 @@ class MimicStudent(nn.Module):
             weight: lambda over time.
             roi_source: a key of :data:`ROI_SOURCES`.
             max_rois_per_image: most regions per image; 0 = all.
-            match_period: iterations between two measurements of the match ratio; 0 = never.
+            diagnostics_period: iterations between two comparisons of student and teacher; 0 = never.
             gradient_period: iterations between two measurements of the mimic's share of the gradient; 0 = never.
             kwargs: of the detector class.
 
@@ -74,21 +75,15 @@ class MimicStudent(nn.Module):
         if mimic_loss is not None and build_teacher is None:
             raise ValueError(f"{type(self).__name__} got a mimic_loss and no build_teacher; give both or none")
         _check_regions(roi_source, max_rois_per_image)
-        if match_period < 0:
-            raise ValueError(
-                f"MODEL.QMIMIC.MIMIC.MATCH_PERIOD is {match_period}; give iterations >= 0 (0 = never)"
-            )
-        if gradient_period < 0:
-            raise ValueError(
-                f"MODEL.QMIMIC.DIAGNOSTICS.GRADIENT_PERIOD is {gradient_period}; give iterations >= 0 (0 = never)"
-            )
+        _check_period("PERIOD", diagnostics_period)
+        _check_period("GRADIENT_PERIOD", gradient_period)
         self.mimic_loss = mimic_loss
         if mimic_loss is not None:
             # Below the loss, so that a student that is loaded without its mimic knows what to pass over.
             mimic_loss.weight = weight or MimicWeight()
         self.roi_source = roi_source
         self.max_rois_per_image = max_rois_per_image
-        self.match_period = match_period
+        self.diagnostics_period = diagnostics_period
         self.gradient_period = gradient_period
         self._build_teacher = build_teacher
         self._load_heads = load_heads
@@ -108,7 +103,7 @@ class MimicStudent(nn.Module):
         args = {
             "roi_source": node.ROI_SOURCE,
             "max_rois_per_image": node.MAX_ROIS_PER_IMAGE,
-            "match_period": node.MATCH_PERIOD,
+            "diagnostics_period": cfg.MODEL.QMIMIC.DIAGNOSTICS.PERIOD,
             "gradient_period": cfg.MODEL.QMIMIC.DIAGNOSTICS.GRADIENT_PERIOD,
             "weight": build_mimic_weight(cfg),
         }
@@ -145,6 +140,29 @@ class MimicStudent(nn.Module):
             losses.update(self._mimic_losses(batched_inputs, losses))
         return losses
 
+    @torch.no_grad()
+    def compare(self, batched_inputs: List[Dict[str, Tensor]], boxes: List[Boxes]) -> Dict[str, FeatureComparison]:
+        """
+        How alike student and teacher are inside given regions, in the mode that the model is in.
+
+        Compared is what the mimic loss compares: r of the student's map as it was before its quantizer.
+
+        Args:
+            batched_inputs: N dicts as Detectron2's ``DatasetMapper`` makes them; "image" is read.
+            boxes: N Boxes in pixels of these images.
+
+        Returns:
+            By name of the student's map.
+
+        Raises:
+            ValueError: there is no teacher yet; training begins with one.
+        """
+        if self._teacher is None:
+            raise ValueError("this model has no teacher to be compared with; call train() first, which loads it")
+        with self._record:
+            self.backbone(self.preprocess_image(batched_inputs).tensor)
+            return self.mimic_loss.compare(self._record.maps, self._teacher.features(batched_inputs), boxes)
+
     def _apply(self, *args, **kwargs):
         module = super()._apply(*args, **kwargs)
         if self._teacher is not None:
@@ -179,11 +197,11 @@ class MimicStudent(nn.Module):
         storage = get_event_storage()
         iteration = storage.iter
         weight = self.mimic_loss.weight.at(iteration)
-        measure_match = _is_due(self.match_period, iteration)
+        measure = _is_due(self.diagnostics_period, iteration)
         losses = {}
-        if weight > 0.0 or measure_match:
+        if weight > 0.0 or measure:
             with torch.set_grad_enabled(weight > 0.0 and torch.is_grad_enabled()):
-                losses = self._compare(batched_inputs, measure_match)
+                losses = self._compare(batched_inputs, measure)
         if weight > 0.0 and torch.is_grad_enabled():
             weight = self._measure_gradients(detection, losses, weight)
         storage.put_scalar("qmimic/weight", weight, smoothing_hint=False)
@@ -214,14 +232,14 @@ class MimicStudent(nn.Module):
                 storage.put_scalar(name, value, smoothing_hint=False)
         return weight
 
-    def _compare(self, batched_inputs, measure_match: bool) -> Dict[str, Tensor]:
+    def _compare(self, batched_inputs, measure: bool) -> Dict[str, Tensor]:
         boxes = select_rois(self.roi_source, self._record.regions, self.max_rois_per_image)
         return self.mimic_loss(
             self._record.maps,
             self._teacher.features(batched_inputs),
             boxes,
             student_pooled=self._already_pooled(boxes),
-            measure_match=measure_match,
+            measure=measure,
         )
 
     def _already_pooled(self, boxes: List[Boxes]) -> Optional[Tensor]:
@@ -253,6 +271,11 @@ def _build_mimic_loss(cfg: CfgNode, backbone: Backbone) -> Optional[RoIMimicLoss
     # variants of one seed sample alike.
     with torch.random.fork_rng(devices=[]):
         return RoIMimicLoss(cfg, student_shapes, shapes, **args)
+
+
+def _check_period(name: str, period: int) -> None:
+    if period < 0:
+        raise ValueError(f"MODEL.QMIMIC.DIAGNOSTICS.{name} is {period}; give iterations >= 0 (0 = never)")
 
 
 def _check_regions(roi_source: str, max_rois_per_image: int) -> None:
