@@ -98,10 +98,18 @@ def _qmimic_node() -> CN:
     # Teacher maps they are compared with, in the same order; [] = the same names.
     node.MIMIC.TEACHER_IN_FEATURES = []
     # Regions that are compared. "sampled": the proposals that the RoI heads sampled for their own
-    # losses; "proposals": all of the proposal generator's; "ground_truth": the annotated boxes.
+    # losses; "proposals": all of the proposal generator's; "teacher_proposals": those of the teacher's, which
+    # runs for this alone; "ground_truth": the annotated boxes; "neighbourhood": these and boxes near them.
+    # Joined by "+": their union. "whole_map": every cell of the map, the plain feature mimic.
+    # One-stage students have neither "sampled" nor "proposals".
     node.MIMIC.ROI_SOURCE = "sampled"
+    # How far a neighbour of an annotated box may be shifted, and how much larger or smaller it may be, as a
+    # share of the box's sides, from 0.0 to below 1.0. Read by ROI_SOURCE "neighbourhood" alone.
+    node.MIMIC.JITTER = 0.25
+    # Neighbours of each annotated box. Read by ROI_SOURCE "neighbourhood" alone.
+    node.MIMIC.NUM_NEIGHBOURS = 4
     # Most regions per image, the first ones of the source (sampled proposals stand foreground first,
-    # the generator's by falling score). 0 = all.
+    # a generator's by falling score, neighbours behind the annotated boxes). 0 = all.
     node.MIMIC.MAX_ROIS_PER_IMAGE = 0
     # "ROIAlignV2", "ROIAlign" (without the half-pixel offset) or "ROIPool".
     node.MIMIC.POOLER_TYPE = "ROIAlignV2"

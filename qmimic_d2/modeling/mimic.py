@@ -17,7 +17,7 @@ Efficient Network for Object Detection", CVPR 2017, equation 2, which divides by
 of elements as well (``normalize_by="element"``).
 """
 
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -154,24 +154,41 @@ class RoIMimicLoss(nn.Module):
         losses = {}
         for level, rois in enumerate(rois_of_level):
             name = self.student_features[level]
-            suffix = self._suffix(name)
-            student_map = student_maps[name]
             if len(rois) == 0:
-                losses[f"loss_mimic{suffix}"] = self._zero(name, student_map)
+                losses[f"loss_mimic{self._suffix(name)}"] = self._zero(name, student_maps[name])
                 continue
-            target = self._pooled_target(level, teacher_maps, rois)
             pooled = student_pooled
             if pooled is None:
-                pooled = self.pooler.pool(level, student_map, rois)
-            adapted = self.adapters[name](pooled)
-            if measure:
-                self._write_comparison(adapted, target, suffix)
-            if self.teacher_quantizer is not None:
-                target = self.teacher_quantizer.quantize(target)
-            if self.student_quantizer is not None:
-                adapted = self.student_quantizer(adapted)
-            losses[f"loss_mimic{suffix}"] = self._distance(adapted, target, num_rois)
+                pooled = self.pooler.pool(level, student_maps[name], rois)
+            target = self._pooled_target(level, teacher_maps, rois)
+            losses[f"loss_mimic{self._suffix(name)}"] = self._loss(name, pooled, target, num_rois, measure)
         return losses
+
+    def whole_maps(
+        self,
+        student_maps: Dict[str, Tensor],
+        teacher_maps: Dict[str, Tensor],
+        image_sizes: List[Tuple[int, int]],
+        *,
+        measure: bool = False,
+    ) -> Dict[str, Tensor]:
+        """
+        Plain feature mimic, for comparison: as :meth:`forward`, but every cell of a map that lies in its image is a
+        region of one bin, without pooling.
+
+        Args:
+            image_sizes: N heights and widths in pixels of the student's input image; cells of the padding behind
+                them are left out.
+        """
+        grids = [
+            (self._cells(student_maps[name], teacher_maps[other], image_sizes, level))
+            for level, (name, other) in enumerate(zip(self.student_features, self.teacher_features))
+        ]
+        num_cells = sum(len(pooled) for pooled, _ in grids)
+        return {
+            f"loss_mimic{self._suffix(name)}": self._loss(name, pooled, target, num_cells, measure)
+            for name, (pooled, target) in zip(self.student_features, grids)
+        }
 
     @torch.no_grad()
     def compare(
@@ -202,6 +219,31 @@ class RoIMimicLoss(nn.Module):
             f"loss_mimic{self._suffix(name)}": self._zero(name, student_maps[name])
             for name in self.student_features
         }
+
+    def _loss(self, name: str, pooled: Tensor, target: Tensor, num_rois: int, measure: bool) -> Tensor:
+        adapted = self.adapters[name](pooled)
+        if measure:
+            self._write_comparison(adapted, target, self._suffix(name))
+        if self.teacher_quantizer is not None:
+            target = self.teacher_quantizer.quantize(target)
+        if self.student_quantizer is not None:
+            adapted = self.student_quantizer(adapted)
+        return self._distance(adapted, target, num_rois)
+
+    def _cells(
+        self, student_map: Tensor, teacher_map: Tensor, image_sizes: List[Tuple[int, int]], level: int
+    ) -> Tuple[Tensor, Tensor]:
+        """Cells inside the images as regions: (cells, C, 1, 1) of the student and (cells, T, 1, 1) of the teacher."""
+        stride = self.pooler.strides[level]
+        height = min(student_map.shape[-2], teacher_map.shape[-2])
+        width = min(student_map.shape[-1], teacher_map.shape[-1])
+        sizes = torch.tensor(image_sizes, device=student_map.device)
+        # the cell of pixel 0 begins at pixel 0
+        is_inside = (torch.arange(height, device=sizes.device) * stride < sizes[:, :1])[:, :, None] & (
+            torch.arange(width, device=sizes.device) * stride < sizes[:, 1:]
+        )[:, None, :]
+        rows = [each[..., :height, :width].permute(0, 2, 3, 1)[is_inside] for each in (student_map, teacher_map)]
+        return rows[0][:, :, None, None], rows[1][:, :, None, None]
 
     def _suffix(self, name: str) -> str:
         return f"_{name}" if len(self.student_features) > 1 else ""

@@ -17,7 +17,7 @@ from qmimic_d2.modeling.feature_comparison import FeatureComparison
 from qmimic_d2.modeling.gradient_share import averaged, gradient_share, summed
 from qmimic_d2.modeling.mimic import RoIMimicLoss
 from qmimic_d2.modeling.quantizer_hook import check_features
-from qmimic_d2.modeling.rois import ROI_SOURCES, select_rois
+from qmimic_d2.modeling.rois import ROI_SOURCES, WHOLE_MAP, check_roi_source, select_rois, sources_of
 from qmimic_d2.modeling.step_record import StepRecord
 from qmimic_d2.modeling.teacher import FrozenTeacher, load_teacher_modules, teacher_shapes
 from qmimic_d2.modeling.trunk_adapter import is_in_trunk
@@ -40,6 +40,8 @@ class MimicStudent(nn.Module):
 
     # Names of the submodules that INIT_HEADS_FROM_TEACHER fills.
     head_names: Sequence[str] = ()
+    # Parts of ROI_SOURCE that the detector has.
+    roi_sources: Sequence[str] = ("ground_truth", "neighbourhood", "teacher_proposals")
 
     def __init__(
         self,
@@ -50,6 +52,8 @@ class MimicStudent(nn.Module):
         weight: Optional[MimicWeight] = None,
         roi_source: str = "sampled",
         max_rois_per_image: int = 0,
+        jitter: float = 0.25,
+        num_neighbours: int = 4,
         diagnostics_period: int = 20,
         gradient_period: int = 0,
         **kwargs,
@@ -62,8 +66,9 @@ class MimicStudent(nn.Module):
             load_heads: fills the given submodules from the teacher when training begins; None: they keep their
                 own initial weights.
             weight: lambda over time.
-            roi_source: a key of :data:`ROI_SOURCES`.
+            roi_source: see :func:`check_roi_source`.
             max_rois_per_image: most regions per image; 0 = all.
+            jitter, num_neighbours: see :class:`TrainingRegions`.
             diagnostics_period: iterations between two comparisons of student and teacher; 0 = never.
             gradient_period: iterations between two measurements of the mimic's share of the gradient; 0 = never.
             kwargs: of the detector class.
@@ -74,7 +79,8 @@ class MimicStudent(nn.Module):
         super().__init__(**kwargs)
         if mimic_loss is not None and build_teacher is None:
             raise ValueError(f"{type(self).__name__} got a mimic_loss and no build_teacher; give both or none")
-        _check_regions(roi_source, max_rois_per_image)
+        check_roi_source(roi_source, self.roi_sources if build_teacher is not None else tuple(ROI_SOURCES))
+        _check_regions(max_rois_per_image, jitter, num_neighbours)
         _check_period("PERIOD", diagnostics_period)
         _check_period("GRADIENT_PERIOD", gradient_period)
         self.mimic_loss = mimic_loss
@@ -83,6 +89,8 @@ class MimicStudent(nn.Module):
             mimic_loss.weight = weight or MimicWeight()
         self.roi_source = roi_source
         self.max_rois_per_image = max_rois_per_image
+        self.jitter = jitter
+        self.num_neighbours = num_neighbours
         self.diagnostics_period = diagnostics_period
         self.gradient_period = gradient_period
         self._build_teacher = build_teacher
@@ -103,6 +111,8 @@ class MimicStudent(nn.Module):
         args = {
             "roi_source": node.ROI_SOURCE,
             "max_rois_per_image": node.MAX_ROIS_PER_IMAGE,
+            "jitter": node.JITTER,
+            "num_neighbours": node.NUM_NEIGHBOURS,
             "diagnostics_period": cfg.MODEL.QMIMIC.DIAGNOSTICS.PERIOD,
             "gradient_period": cfg.MODEL.QMIMIC.DIAGNOSTICS.GRADIENT_PERIOD,
             "weight": build_mimic_weight(cfg),
@@ -232,11 +242,24 @@ class MimicStudent(nn.Module):
                 storage.put_scalar(name, value, smoothing_hint=False)
         return weight
 
-    def _compare(self, batched_inputs, measure: bool) -> Dict[str, Tensor]:
-        boxes = select_rois(self.roi_source, self._record.regions, self.max_rois_per_image)
+    def _compare(self, batched_inputs: List[Dict[str, Tensor]], measure: bool) -> Dict[str, Tensor]:
+        image_sizes = [tuple(each["image"].shape[-2:]) for each in batched_inputs]
+        if self.roi_source == WHOLE_MAP:
+            teacher_maps = self._teacher.features(batched_inputs)
+            return self.mimic_loss.whole_maps(self._record.maps, teacher_maps, image_sizes, measure=measure)
+        regions = self._record.regions
+        regions.image_sizes = image_sizes
+        regions.ground_truth = [each["instances"].gt_boxes.to(self.device) for each in batched_inputs]
+        regions.jitter, regions.num_neighbours = self.jitter, self.num_neighbours
+        regions.seed = get_event_storage().iter
+        if "teacher_proposals" in sources_of(self.roi_source):
+            teacher_maps, regions.teacher_proposals = self._teacher.features_and_proposals(batched_inputs)
+        else:
+            teacher_maps = self._teacher.features(batched_inputs)
+        boxes = select_rois(self.roi_source, regions, self.max_rois_per_image)
         return self.mimic_loss(
             self._record.maps,
-            self._teacher.features(batched_inputs),
+            teacher_maps,
             boxes,
             student_pooled=self._already_pooled(boxes),
             measure=measure,
@@ -278,12 +301,11 @@ def _check_period(name: str, period: int) -> None:
         raise ValueError(f"MODEL.QMIMIC.DIAGNOSTICS.{name} is {period}; give iterations >= 0 (0 = never)")
 
 
-def _check_regions(roi_source: str, max_rois_per_image: int) -> None:
-    if roi_source not in ROI_SOURCES:
-        raise ValueError(
-            f"MODEL.QMIMIC.MIMIC.ROI_SOURCE is {roi_source!r}; choose one of {sorted(ROI_SOURCES)}"
-        )
+def _check_regions(max_rois_per_image: int, jitter: float, num_neighbours: int) -> None:
+    prefix = "MODEL.QMIMIC.MIMIC."
     if max_rois_per_image < 0:
-        raise ValueError(
-            f"MODEL.QMIMIC.MIMIC.MAX_ROIS_PER_IMAGE is {max_rois_per_image}; give a number >= 0 (0 = all)"
-        )
+        raise ValueError(f"{prefix}MAX_ROIS_PER_IMAGE is {max_rois_per_image}; give a number >= 0 (0 = all)")
+    if not 0.0 <= jitter < 1.0:
+        raise ValueError(f"{prefix}JITTER is {jitter}; give a share of a box's sides from 0.0 to below 1.0")
+    if num_neighbours < 0:
+        raise ValueError(f"{prefix}NUM_NEIGHBOURS is {num_neighbours}; give a number >= 0")

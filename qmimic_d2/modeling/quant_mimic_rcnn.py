@@ -12,6 +12,7 @@ from torch import Tensor
 from qmimic_d2.modeling.mimic_student import MimicStudent
 from qmimic_d2.modeling.quant_rcnn import QuantRCNN
 from qmimic_d2.modeling.roi_pooling import is_same_pooling
+from qmimic_d2.modeling.rois import ROI_SOURCES, sources_of
 
 __all__ = ["QuantMimicRCNN"]
 
@@ -25,6 +26,7 @@ class QuantMimicRCNN(MimicStudent, QuantRCNN):
     """
 
     head_names = ("proposal_generator", "roi_heads")
+    roi_sources = tuple(ROI_SOURCES)
 
     @configurable
     def __init__(self, **kwargs):
@@ -37,7 +39,7 @@ class QuantMimicRCNN(MimicStudent, QuantRCNN):
         """
         super().__init__(**kwargs)
         keeps_regions = isinstance(self.roi_heads, Res5ROIHeads)
-        if self._build_teacher is not None and self.roi_source == "sampled" and keeps_regions:
+        if self._build_teacher is not None and "sampled" in sources_of(self.roi_source) and keeps_regions:
             raise ValueError(
                 'MODEL.QMIMIC.MIMIC.ROI_SOURCE is "sampled", but Res5ROIHeads keeps its sampled proposals to '
                 'itself; set it to "proposals" or "ground_truth"'

@@ -7,33 +7,52 @@ Shape letters:
 """
 
 from dataclasses import dataclass, field
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Sequence, Tuple
 
+import torch
 from detectron2.structures import Boxes, Instances
 
-__all__ = ["ROI_SOURCES", "TrainingRegions", "select_rois"]
+__all__ = ["ROI_SOURCES", "WHOLE_MAP", "TrainingRegions", "check_roi_source", "select_rois", "sources_of"]
+
+# The value of MODEL.QMIMIC.MIMIC.ROI_SOURCE that compares whole maps, cell by cell, and no region.
+WHOLE_MAP = "whole_map"
+
+_KEY = "MODEL.QMIMIC.MIMIC.ROI_SOURCE"
 
 
 @dataclass
 class TrainingRegions:
     """
-    The regions that one training step of an R-CNN knows of, one Instances per image.
+    The regions that one training step of a detector knows of, one entry per image.
 
     Boxes are (x0, y0, x1, y1) in pixels of the student's input image.
+
+    Attributes:
+        sampled: proposals that the RoI heads sampled for their losses, foreground first.
+        proposals: all proposals of the student's generator, by falling score.
+        teacher_proposals: all of the teacher's.
+        ground_truth: annotated boxes.
+        image_sizes: height and width of each image in pixels.
+        jitter: largest shift of a neighbour of an annotated box and largest change of its sides, as a share of
+            the box's own sides.
+        num_neighbours: of each annotated box.
+        seed: of the neighbours. They have a generator of their own: a run with the mimic and one without sample alike.
     """
 
-    # Proposals that the RoI heads sampled for their losses, foreground first.
     sampled: List[Instances] = field(default_factory=list)
-    # All proposals of the proposal generator, by falling score.
     proposals: List[Instances] = field(default_factory=list)
-    # Annotations.
-    ground_truth: Optional[List[Instances]] = None
+    teacher_proposals: List[Boxes] = field(default_factory=list)
+    ground_truth: List[Boxes] = field(default_factory=list)
+    image_sizes: List[Tuple[int, int]] = field(default_factory=list)
+    jitter: float = 0.0
+    num_neighbours: int = 0
+    seed: int = 0
 
 
 def _sampled(regions: TrainingRegions) -> List[Boxes]:
     if not regions.sampled:
         raise ValueError(
-            'MODEL.QMIMIC.MIMIC.ROI_SOURCE is "sampled", but the RoI heads return no sampled proposals '
+            f'{_KEY} is "sampled", but the RoI heads return no sampled proposals '
             'in training (StandardROIHeads and its subclasses do); use "proposals" or "ground_truth"'
         )
     return [instances.proposal_boxes for instances in regions.sampled]
@@ -43,16 +62,55 @@ def _proposals(regions: TrainingRegions) -> List[Boxes]:
     return [instances.proposal_boxes for instances in regions.proposals]
 
 
+def _teacher_proposals(regions: TrainingRegions) -> List[Boxes]:
+    return regions.teacher_proposals
+
+
 def _ground_truth(regions: TrainingRegions) -> List[Boxes]:
-    return [instances.gt_boxes for instances in regions.ground_truth or []]
+    return regions.ground_truth
 
 
-# Values of MODEL.QMIMIC.MIMIC.ROI_SOURCE.
+def _neighbourhood(regions: TrainingRegions) -> List[Boxes]:
+    """Each annotated box and, behind all of them, its neighbours: boxes near it, of about its size."""
+    generator = torch.Generator().manual_seed(regions.seed)
+    found = []
+    for boxes, size in zip(regions.ground_truth, regions.image_sizes):
+        neighbours = _neighbours(boxes, regions.jitter, regions.num_neighbours, generator)
+        neighbours.clip(size)
+        found.append(Boxes.cat([boxes, neighbours]))
+    return found
+
+
+# Parts of MODEL.QMIMIC.MIMIC.ROI_SOURCE, which may be joined by "+".
 ROI_SOURCES: Dict[str, Callable[[TrainingRegions], List[Boxes]]] = {
     "sampled": _sampled,
     "proposals": _proposals,
+    "teacher_proposals": _teacher_proposals,
     "ground_truth": _ground_truth,
+    "neighbourhood": _neighbourhood,
 }
+
+
+def sources_of(source: str) -> List[str]:
+    """The parts of a union: "sampled+ground_truth" is ["sampled", "ground_truth"]."""
+    return source.split("+")
+
+
+def check_roi_source(source: str, available: Sequence[str] = tuple(ROI_SOURCES)) -> None:
+    """
+    Args:
+        source: a value of ``MODEL.QMIMIC.MIMIC.ROI_SOURCE``.
+        available: the parts that the detector at hand has.
+
+    Raises:
+        ValueError: it is neither :data:`WHOLE_MAP` nor a union of available parts, each once.
+    """
+    parts = sources_of(source)
+    if source != WHOLE_MAP and (not set(parts) <= set(available) or len(set(parts)) < len(parts)):
+        raise ValueError(
+            f'{_KEY} is {source!r}; choose one of {sorted(available)}, several of them joined by "+", or '
+            f"{WHOLE_MAP!r}"
+        )
 
 
 def select_rois(source: str, regions: TrainingRegions, max_per_image: int = 0) -> List[Boxes]:
@@ -60,15 +118,27 @@ def select_rois(source: str, regions: TrainingRegions, max_per_image: int = 0) -
     The regions that the mimic loss compares.
 
     Args:
-        source: a key of :data:`ROI_SOURCES`.
+        source: a key of :data:`ROI_SOURCES`, or several joined by "+" for their union, in that order.
         regions: what the training step knows of.
-        max_per_image: most regions per image, the first ones of the source; 0 = all. Taking the
+        max_per_image: most regions per image, the first ones of the union; 0 = all. Taking the
             first draws no random number, so that a run with the mimic and one without sample alike.
 
     Returns:
         N Boxes of shape (R, 4), R from 0 to ``max_per_image``, detached.
     """
-    boxes = [Boxes(each.tensor.detach()) for each in ROI_SOURCES[source](regions)]
-    if max_per_image:
-        boxes = [each[:max_per_image] for each in boxes]
-    return boxes
+    parts = [ROI_SOURCES[part](regions) for part in sources_of(source)]
+    union = [torch.cat([boxes.tensor.detach() for boxes in of_image]) for of_image in zip(*parts)]
+    return [Boxes(each[:max_per_image] if max_per_image else each) for each in union]
+
+
+def _neighbours(boxes: Boxes, jitter: float, count: int, generator: torch.Generator) -> Boxes:
+    """``count`` for each of R boxes, shape (count * R, 4); the first R are one neighbour of each."""
+    shape = (count, len(boxes), 2)
+    # on the CPU and moved, so that every device gets the same neighbours
+    shift = (2.0 * torch.rand(shape, generator=generator) - 1.0).mul_(jitter).to(boxes.device)
+    growth = (2.0 * torch.rand(shape, generator=generator) - 1.0).mul_(jitter).to(boxes.device)
+    tensor = boxes.tensor.detach()
+    sides = tensor[:, 2:] - tensor[:, :2]
+    centers = (tensor[:, 2:] + tensor[:, :2]) / 2.0 + shift * sides
+    halves = (1.0 + growth) * sides / 2.0
+    return Boxes(torch.cat([centers - halves, centers + halves], dim=-1).view(-1, 4))

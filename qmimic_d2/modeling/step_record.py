@@ -58,12 +58,7 @@ class StepRecord:
 
     def _on_roi_heads(self, roi_heads: nn.Module, inputs, output) -> None:
         if self.is_recording:
-            _, _, proposals, *ground_truth = inputs
-            self.regions = TrainingRegions(
-                sampled=list(output[0]),
-                proposals=list(proposals),
-                ground_truth=ground_truth[0] if ground_truth else None,
-            )
+            self.regions = TrainingRegions(sampled=list(output[0]), proposals=list(inputs[2]))
 
     def _on_box_pooler(self, pooler: nn.Module, inputs, output) -> None:
         # a cascade pools once per stage; the first pools the sampled proposals

@@ -8,19 +8,20 @@ Shape letters:
 """
 
 import math
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
-from detectron2.structures import ImageList
+from detectron2.structures import Boxes, ImageList
 from torch import Tensor, nn
 
 from qmimic_d2.checkpoint import load_audited, read_checkpoint
 from qmimic_d2.modeling.quantizer import Quantizer, build_quantizer
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer, check_features
+from qmimic_d2.modeling.rois import sources_of
 from qmimic_d2.modeling.teacher_config import TeacherConfig, load_teacher_config
 
 __all__ = ["FrozenTeacher", "load_teacher_modules", "teacher_feature_names", "teacher_shapes"]
@@ -52,6 +53,7 @@ class FrozenTeacher:
         student_input_format: str,
         input_scale: float = 1.0,
         quantizer: Optional[Quantizer] = None,
+        proposal_generator: Optional[nn.Module] = None,
         digest: str = "",
     ):
         """
@@ -63,6 +65,8 @@ class FrozenTeacher:
             student_input_format: channel order of the images it will be given.
             input_scale: factor by which these images are enlarged first.
             quantizer: put on the named features; None for full-precision ones.
+            proposal_generator: with its trained weights, where its proposals are asked for; it reads the
+                quantized maps.
             digest: of the loaded weights, for whoever wants to name them.
 
         Raises:
@@ -75,6 +79,9 @@ class FrozenTeacher:
         self._flip_channels = _needs_flip(student_input_format, input_format)
         self._backbone = backbone.eval().requires_grad_(False)
         self._features = tuple(features)
+        self._proposal_generator = proposal_generator
+        if proposal_generator is not None:
+            proposal_generator.eval().requires_grad_(False)
         self._input_scale = float(input_scale)
         self.digest = digest
         if quantizer is not None:
@@ -99,6 +106,17 @@ class FrozenTeacher:
             source=f"{weights} (teacher of {config.path})",
             key=key,
         )
+        proposal_generator = None
+        if "teacher_proposals" in sources_of(node.MIMIC.ROI_SOURCE):
+            proposal_generator = _build_proposal_generator(config, backbone)
+            load_audited(
+                proposal_generator,
+                state,
+                prefix="proposal_generator.",
+                source=f"{weights} (teacher of {config.path}, whose proposals ROI_SOURCE asks for)",
+                key=key,
+            )
+            proposal_generator.to(cfg.MODEL.DEVICE)
         return {
             "backbone": backbone.to(cfg.MODEL.DEVICE),
             "features": teacher_feature_names(cfg),
@@ -108,6 +126,7 @@ class FrozenTeacher:
             "student_input_format": cfg.INPUT.FORMAT,
             "input_scale": node.TEACHER.INPUT_SCALE,
             "quantizer": build_quantizer(cfg) if node.QUANTIZER.TEACHER_ON else None,
+            "proposal_generator": proposal_generator,
             "digest": digest,
         }
 
@@ -129,6 +148,8 @@ class FrozenTeacher:
         device = torch.device(device)
         if device != self._device:
             self._backbone.to(device)
+            if self._proposal_generator is not None:
+                self._proposal_generator.to(device)
             self._pixel_mean = self._pixel_mean.to(device)
             self._pixel_std = self._pixel_std.to(device)
             self._device = device
@@ -151,19 +172,56 @@ class FrozenTeacher:
             Maps of shape (N, T, H', W') by name, inference tensors. Smaller maps are continued to the
             right and below by their last column and row, as ROIAlign itself continues them.
         """
+        return self._maps_of_groups(batched_inputs, lambda images, maps: None)[0]
+
+    @torch.inference_mode()
+    def features_and_proposals(
+        self, batched_inputs: List[Dict[str, Tensor]]
+    ) -> Tuple[Dict[str, Tensor], List[Boxes]]:
+        """
+        As :meth:`features`, and the proposals of the teacher's own generator, as many as its config gives at
+        inference.
+
+        Returns:
+            The maps, and N Boxes in pixels of the student's input image, by falling score.
+
+        Raises:
+            ValueError: the teacher was built without a proposal generator.
+        """
+        if self._proposal_generator is None:
+            raise ValueError("this FrozenTeacher has no proposal_generator; give it one")
+
+        def propose(images: List[Tensor], maps: Dict[str, Tensor]) -> List[Boxes]:
+            sizes = [tuple(each.shape[-2:]) for each in images]
+            proposals, _ = self._proposal_generator(ImageList(torch.stack(images), sizes), maps, None)
+            return [Boxes(each.proposal_boxes.tensor / self._input_scale) for each in proposals]
+
+        maps, proposals = self._maps_of_groups(batched_inputs, propose)
+        for boxes, each in zip(proposals, batched_inputs):
+            boxes.clip(tuple(each["image"].shape[-2:]))
+        return maps, proposals
+
+    def _maps_of_groups(self, batched_inputs: List[Dict[str, Tensor]], also: Callable) -> Tuple:
+        """
+        The named maps of the images, those of one size in one batch, and what ``also`` makes of each group's images
+        and maps, in the order of the images.
+        """
         images = [self._preprocess(each["image"]) for each in batched_inputs]
         groups: Dict[Tuple[int, ...], List[int]] = {}
         for index, image in enumerate(images):
             groups.setdefault(tuple(image.shape), []).append(index)
-        if len(groups) == 1:
-            maps = self._backbone(torch.stack(images))
-            return {name: maps[name] for name in self._features}
+        others: List = [None] * len(images)
         maps_of_image: List[Dict[str, Tensor]] = [{} for _ in images]
         for members in groups.values():
-            maps = self._backbone(torch.stack([images[index] for index in members]))
+            group = [images[index] for index in members]
+            maps = self._backbone(torch.stack(group))
+            for index, other in zip(members, also(group, maps) or [None] * len(group)):
+                others[index] = other
+            if len(groups) == 1:
+                return {name: maps[name] for name in self._features}, others
             for position, index in enumerate(members):
                 maps_of_image[index] = {name: maps[name][position] for name in self._features}
-        return {name: _stack([maps[name] for maps in maps_of_image]) for name in self._features}
+        return {name: _stack([maps[name] for maps in maps_of_image]) for name in self._features}, others
 
     def _preprocess(self, image: Tensor) -> Tensor:
         """Shape (3, H, W) of the student's input to (3, H', W') of the teacher's."""
@@ -251,6 +309,23 @@ def _build_backbone(config: TeacherConfig) -> Backbone:
                 f"{type(error).__name__}: {error}. Correct that config, or import the package that "
                 "registers its backbone before the model is built"
             ) from error
+
+
+def _build_proposal_generator(config: TeacherConfig, backbone: Backbone) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        try:
+            generator = config.build_proposal_generator(backbone.output_shape())
+        except Exception as error:
+            raise ValueError(
+                f"MODEL.QMIMIC.MIMIC.ROI_SOURCE asks for the teacher's proposals, but the proposal generator of "
+                f"{config.path!r} cannot be built: {type(error).__name__}: {error}. Choose another ROI_SOURCE"
+            ) from error
+    if generator is None:
+        raise ValueError(
+            f"MODEL.QMIMIC.MIMIC.ROI_SOURCE asks for the teacher's proposals, but the detector of {config.path!r} has "
+            'no proposal generator; use "ground_truth" or "neighbourhood"'
+        )
+    return generator
 
 
 def _check_input_scale(input_scale: float) -> None:

@@ -2,11 +2,20 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Callable, List, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
-from detectron2.modeling import Backbone, build_backbone
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    Backbone,
+    GeneralizedRCNN,
+    ProposalNetwork,
+    build_backbone,
+    build_proposal_generator,
+)
 from detectron2.utils.logger import log_first_n
+from torch import nn
 
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.config_files import find_config_file
@@ -24,6 +33,8 @@ class TeacherConfig:
     Attributes:
         path: absolute path of the config file.
         build_backbone: builds the backbone with random weights.
+        build_proposal_generator: the same of the proposal generator, from the backbone's output shapes; gives None
+            where the detector has none.
         weights: checkpoint that the config names; "" when it names none.
         pixel_mean, pixel_std: of the teacher's own preprocessing, in units of the pixel values.
         input_format: channel order, for example "BGR".
@@ -32,6 +43,7 @@ class TeacherConfig:
 
     path: str
     build_backbone: Callable[[], Backbone]
+    build_proposal_generator: Callable[[Dict[str, ShapeSpec]], Optional[nn.Module]]
     weights: str
     pixel_mean: Tuple[float, ...]
     pixel_std: Tuple[float, ...]
@@ -73,6 +85,7 @@ def _read_yaml(path: str, opts: List[str], student_cfg: CfgNode) -> TeacherConfi
     return TeacherConfig(
         path=path,
         build_backbone=lambda: build_backbone(teacher),
+        build_proposal_generator=lambda shapes: _build_generator(teacher, shapes),
         weights=teacher.MODEL.WEIGHTS,
         pixel_mean=tuple(teacher.MODEL.PIXEL_MEAN),
         pixel_std=tuple(teacher.MODEL.PIXEL_STD),
@@ -88,11 +101,18 @@ def _read_lazy(path: str, opts: List[str], student_cfg: CfgNode) -> TeacherConfi
     return TeacherConfig(
         path=path,
         build_backbone=lambda: instantiate(model.backbone),
+        build_proposal_generator=lambda shapes: instantiate(model.get("proposal_generator", None)),
         weights=str(teacher.get("train", {}).get("init_checkpoint", "") or ""),
         pixel_mean=tuple(_numbers(model.pixel_mean)),
         pixel_std=tuple(_numbers(model.pixel_std)),
         input_format=model.get("input_format", None) or "BGR",
     )
+
+
+def _build_generator(teacher: CfgNode, shapes: Dict[str, ShapeSpec]) -> Optional[nn.Module]:
+    # RPN is the default of the key even of a one-stage detector, which has none
+    has_one = issubclass(META_ARCH_REGISTRY.get(teacher.MODEL.META_ARCHITECTURE), (GeneralizedRCNN, ProposalNetwork))
+    return build_proposal_generator(teacher, shapes) if has_one else None
 
 
 def _numbers(values: Sequence[float]) -> List[float]:
