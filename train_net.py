@@ -13,6 +13,7 @@ from detectron2.evaluation.testing import verify_results
 from detectron2.utils import comm
 
 from qmimic_d2.engine import (
+    MimicEvaluator,
     Trainer,
     argument_parser,
     check_run,
@@ -31,6 +32,7 @@ def main(args, cfg):
         model = Trainer.build_model(cfg)
         load_evaluated_weights(model, cfg, resume=args.resume)
         results = Trainer.test(cfg, model)
+        MimicEvaluator(cfg)(model)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results

@@ -172,7 +172,7 @@ def build_steps(folder: str, opts: Sequence[str] = ()) -> Tuple[Actions, int]:
     torch.save({"model": teacher.state_dict()}, weights)
     actions: Actions = {name: TrainingStep(cfg, batches) for name, cfg in configs.items()}
     actions["b"] = TeacherForward(teacher, batches)
-    return {name: actions[name] for name in LABELS}, configs["c"].MODEL.QMIMIC.MIMIC.MATCH_PERIOD
+    return {name: actions[name] for name in LABELS}, configs["c"].MODEL.QMIMIC.DIAGNOSTICS.PERIOD
 
 
 def build_teacher(cfg: CfgNode, batches: Sequence[List[Dict[str, Any]]]) -> nn.Module:

@@ -95,8 +95,15 @@ def _qmimic_node() -> CN:
     # r, which brings the student's channels to the teacher's: "conv1x1" (linear, as in the equation),
     # "conv1x1_relu", or "" for none (the channels must be equal).
     node.MIMIC.ADAPTER = "conv1x1"
-    # Iterations between two measurements of the RoI match ratio. 0 = never.
-    node.MIMIC.MATCH_PERIOD = 20
+
+    # What is measured of student and teacher beside the losses; docs/diagnostics.md explains the figures.
+    node.DIAGNOSTICS = CN()
+    # Iterations between two comparisons of student and teacher inside the mimic's regions of the training
+    # batch. 0 = never.
+    node.DIAGNOSTICS.PERIOD = 20
+    # At each evaluation, student and teacher are also compared inside the annotated boxes of this many
+    # images of the first test set, at equal distances in it; all of them where there are fewer. 0 = never.
+    node.DIAGNOSTICS.EVAL_IMAGES = 100
     return node
 
 

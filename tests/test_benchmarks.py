@@ -37,7 +37,7 @@ def opts(tmp_path_factory):
     spec = DigitsSpec(DATASET, split="train", num_images=4)
     folder = Path(prepare_digits(spec, str(tmp_path_factory.mktemp("root"))))
     register_coco_instances(DATASET, {}, str(folder / "annotations.json"), str(folder / "images"))
-    yield ["DATASETS.TRAIN", f"('{DATASET}',)", "SOLVER.IMS_PER_BATCH", "2", "MODEL.QMIMIC.MIMIC.MATCH_PERIOD", "2"]
+    yield ["DATASETS.TRAIN", f"('{DATASET}',)", "SOLVER.IMS_PER_BATCH", "2", "MODEL.QMIMIC.DIAGNOSTICS.PERIOD", "2"]
     DatasetCatalog.remove(DATASET)
     MetadataCatalog.remove(DATASET)
 

@@ -342,7 +342,7 @@ def test_without_regions_the_loss_is_a_zero_that_reaches_every_parameter(normali
     loss = make_loss(normalize_by=normalize_by, student_quantizer=UniformQuantizer(0.5))
     student = maps(2, seed=1)
     student["f"].requires_grad_(True)
-    value = loss(student, maps(3, seed=2), no_boxes(), measure_match=True)["loss_mimic"]
+    value = loss(student, maps(3, seed=2), no_boxes(), measure=True)["loss_mimic"]
     assert value.shape == () and value.item() == 0.0
     value.backward()
     for tensor in (student["f"], *loss.parameters()):
@@ -404,7 +404,7 @@ def test_autocast():
     student, teacher, boxes = maps(2, seed=1), maps(3, seed=2), three_boxes()
     student["f"].requires_grad_(True)
     with EventStorage() as storage, torch.autocast("cpu", torch.bfloat16):
-        value = loss(student, teacher, boxes, measure_match=True)["loss_mimic"]
+        value = loss(student, teacher, boxes, measure=True)["loss_mimic"]
         empty = loss(student, teacher, no_boxes())["loss_mimic"]
     (value + empty).backward()
     assert value.dtype == torch.float32
@@ -495,7 +495,7 @@ def test_match_ratio_of_every_level_with_regions():
             level_maps([1.0, 2.0, 3.0], 2),
             level_maps([1.2, 3.0, 3.0], 1, "teacher_"),
             boxes,
-            measure_match=True,
+            measure=True,
         )
     written = {name: value for name, (value, _) in storage.latest().items()}
     assert written == {
@@ -536,7 +536,7 @@ def test_the_match_ratio_is_written_when_asked_for():
     with EventStorage() as storage:
         loss(*arguments)
         assert storage.latest() == {}
-        loss(*arguments, measure_match=True)
+        loss(*arguments, measure=True)
     written = {name: value for name, (value, _) in storage.latest().items()}
     assert written == {"qmimic/match_ratio": 0.5, "qmimic/match_ratio_nonzero": 0.5}
 
@@ -546,7 +546,7 @@ def test_the_match_ratio_is_that_of_adapted_student_and_pooled_teacher():
     loss = make_loss(student_quantizer=ClampQuantizer(1.0), code_quantizer=quantizer)
     student, teacher, boxes = maps(2, seed=1), maps(3, seed=2), three_boxes()
     with EventStorage() as storage:
-        loss(student, teacher, boxes, measure_match=True)
+        loss(student, teacher, boxes, measure=True)
     with torch.no_grad():
         adapted = loss.adapters["f"](pooled_by_detectron2(student["f"], boxes))
     expected = match_ratio(adapted, pooled_by_detectron2(teacher["f"], boxes), quantizer)
@@ -558,16 +558,16 @@ def test_a_match_ratio_of_silence_is_nan_and_stops_nothing():
     loss = make_loss(1, 1, code_quantizer=UniformQuantizer(1.0))
     set_adapter(loss, 1.0, 0.0)
     with EventStorage() as storage:
-        loss(constant_maps(0.1), constant_maps(0.2), three_boxes(), measure_match=True)
+        loss(constant_maps(0.1), constant_maps(0.2), three_boxes(), measure=True)
     assert storage.latest()["qmimic/match_ratio"][0] == 1.0
     assert math.isnan(storage.latest()["qmimic/match_ratio_nonzero"][0])
 
 
 def test_no_match_ratio_without_storage_or_without_a_dictionary():
     arguments = (maps(2, seed=1), maps(3, seed=2), three_boxes())
-    make_loss(code_quantizer=UniformQuantizer(1.0))(*arguments, measure_match=True)
+    make_loss(code_quantizer=UniformQuantizer(1.0))(*arguments, measure=True)
     with EventStorage() as storage:
-        make_loss()(*arguments, measure_match=True)
+        make_loss()(*arguments, measure=True)
     assert storage.latest() == {}
 
 

@@ -16,6 +16,7 @@ from qmimic_d2.engine import check_run, describe_error, load_config
 TEACHER = "MODEL.QMIMIC.TEACHER"
 QUANTIZER = "MODEL.QMIMIC.QUANTIZER"
 MIMIC = "MODEL.QMIMIC.MIMIC"
+DIAGNOSTICS = "MODEL.QMIMIC.DIAGNOSTICS"
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,8 @@ WRONG_VALUES = [
     (f"{MIMIC}.POOLER_TYPE", "ROIAlignV3", ["'ROIAlignV3'", "ROIAlignV2", "ROIPool"]),
     (f"{MIMIC}.NORMALIZE_BY", "area", ["'area'", "roi", "element", "target"]),
     (f"{MIMIC}.ADAPTER", "linear", ["'linear'", "conv1x1"]),
-    (f"{MIMIC}.MATCH_PERIOD", "-1", ["-1", ">= 0"]),
+    (f"{DIAGNOSTICS}.PERIOD", "-1", ["-1", ">= 0"]),
+    (f"{DIAGNOSTICS}.EVAL_IMAGES", "-1", ["-1", ">= 0"]),
     (f"{TEACHER}.INPUT_SCALE", "0.0", ["0.0", "positive"]),
     ("MODEL.META_ARCHITECTURE", "QuantMimicCNN", ["QuantMimicCNN", "QuantMimicRCNN"]),
     ("SOLVER.OPTIMIZER", "Adam", ["'Adam'", "SGD", "AdamW"]),

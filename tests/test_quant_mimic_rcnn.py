@@ -47,7 +47,7 @@ STUDENT_AT = f"{QMIMIC}.QUANTIZER.STUDENT_AT"
 LOSS_WEIGHT = f"{QMIMIC}.MIMIC.LOSS_WEIGHT"
 ROI_SOURCE = f"{QMIMIC}.MIMIC.ROI_SOURCE"
 MAX_ROIS = f"{QMIMIC}.MIMIC.MAX_ROIS_PER_IMAGE"
-MATCH_PERIOD = f"{QMIMIC}.MIMIC.MATCH_PERIOD"
+PERIOD = f"{QMIMIC}.DIAGNOSTICS.PERIOD"
 IN_FEATURES = f"{QMIMIC}.MIMIC.IN_FEATURES"
 TEACHER_IN_FEATURES = f"{QMIMIC}.MIMIC.TEACHER_IN_FEATURES"
 TRAIN_ON_PRED_BOXES = "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES"
@@ -230,7 +230,7 @@ def test_weight_zero_measures_and_trains_as_without_the_mimic(vgg_teacher):
 @pytest.mark.parametrize("period, measured", [(0, []), (1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (20, [0])])
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_the_match_is_measured_every_period(vgg_teacher, monkeypatch, period, measured, weight):
-    model = mimic_model(*vgg_teacher.options, MATCH_PERIOD, period, LOSS_WEIGHT, weight)
+    model = mimic_model(*vgg_teacher.options, PERIOD, period, LOSS_WEIGHT, weight)
     model.train()
     runs = []
     features = FrozenTeacher.features
@@ -729,7 +729,7 @@ def test_mixed_precision(vgg_teacher, options):
 
 
 def test_detectron2s_trainer_and_hooks(vgg_teacher, tmp_path):
-    cfg = mimic_cfg(*vgg_teacher.options, "SOLVER.MAX_ITER", 4, "SOLVER.WARMUP_ITERS", 2, MATCH_PERIOD, 2)
+    cfg = mimic_cfg(*vgg_teacher.options, "SOLVER.MAX_ITER", 4, "SOLVER.WARMUP_ITERS", 2, PERIOD, 2)
     model = seeded_model(cfg)
     assert model.teacher is None
     optimizer = build_optimizer(cfg, model)
@@ -829,7 +829,7 @@ def test_two_processes_one_without_regions(vgg_teacher, fpn_teacher, tmp_path):
         (f"{QMIMIC}.MIMIC.SCHEDULE", "cosine", ["'cosine'", "'warmup'"]),
         (f"{QMIMIC}.MIMIC.ROI_SOURCE", "anchors", ["'anchors'", "'sampled'"]),
         (f"{QMIMIC}.MIMIC.MAX_ROIS_PER_IMAGE", -1, ["-1", "0 = all"]),
-        (f"{QMIMIC}.MIMIC.MATCH_PERIOD", -5, ["-5", "0 = never"]),
+        (f"{QMIMIC}.DIAGNOSTICS.PERIOD", -5, ["-5", "0 = never"]),
         (f"{QMIMIC}.MIMIC.POOLER_TYPE", "Crop", ["'Crop'", "'ROIPool'"]),
         (f"{QMIMIC}.MIMIC.NORMALIZE_BY", "rois", ["'rois'", "'target'"]),
         (f"{QMIMIC}.MIMIC.ADAPTER", "mlp", ["'mlp'", "'conv1x1'"]),

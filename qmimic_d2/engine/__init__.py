@@ -1,5 +1,6 @@
 """Training and evaluation: what train_net.py and the command line are made of."""
 
+from qmimic_d2.engine.mimic_evaluator import MimicEvaluator, add_mimic_hook
 from qmimic_d2.engine.preflight import check_run
 from qmimic_d2.engine.setup import (
     argument_parser,
@@ -12,7 +13,9 @@ from qmimic_d2.engine.setup import (
 from qmimic_d2.engine.trainer import Trainer, build_checkpointer, build_evaluator, load_evaluated_weights
 
 __all__ = [
+    "MimicEvaluator",
     "Trainer",
+    "add_mimic_hook",
     "argument_parser",
     "build_checkpointer",
     "build_evaluator",

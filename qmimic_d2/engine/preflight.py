@@ -19,6 +19,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from qmimic_d2.engine.data_order import SAMPLERS
+from qmimic_d2.engine.mimic_evaluator import MimicEvaluator
 from qmimic_d2.engine.trainer import (
     OPTIMIZERS,
     Trainer,
@@ -69,6 +70,7 @@ def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False, resu
             load_evaluated_weights(model, on_cpu, resume=resume)
         else:
             _check_optimizer(on_cpu, model)
+            MimicEvaluator(on_cpu)  # raises at a wrong MODEL.QMIMIC.DIAGNOSTICS.EVAL_IMAGES
             model.train()  # a QuantMimicRCNN builds its teacher, and audits the weights
             _warn_of_unused_teacher(cfg, model)
             build_checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)

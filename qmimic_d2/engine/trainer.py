@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qmimic_d2.checkpoint import SafeCheckpointer
 from qmimic_d2.engine.data_order import build_resumable_train_loader, resumable_sampler
 from qmimic_d2.engine.hooks import ResumableBestCheckpointer, SaveOnInterrupt, SeedEachIteration
+from qmimic_d2.engine.mimic_evaluator import add_mimic_hook
 from qmimic_d2.json_file import write_json
 from qmimic_d2.modeling.backbone.imagenet_names import converted_imagenet_weights
 
@@ -110,7 +111,10 @@ class Trainer(DefaultTrainer):
         return state
 
     def build_hooks(self) -> List[Optional[HookBase]]:
-        """Detectron2's hooks and this project's: what saves on a signal before, the best after, the evaluation."""
+        """
+        Detectron2's hooks and this project's: what saves on a signal before the evaluation; behind it the
+        comparison of student and teacher, and the best checkpoint.
+        """
         built = [SeedEachIteration(self.cfg.SEED)]
         for hook in super().build_hooks():
             if isinstance(hook, hooks.EvalHook):
@@ -118,7 +122,7 @@ class Trainer(DefaultTrainer):
             built.append(hook)
             if isinstance(hook, hooks.EvalHook) and comm.is_main_process():
                 built.append(self._build_best_checkpointer())
-        return built
+        return add_mimic_hook(built, self.cfg, self.model)
 
     def _build_best_checkpointer(self) -> Optional[HookBase]:
         period, names = self.cfg.TEST.EVAL_PERIOD, self.cfg.DATASETS.TEST

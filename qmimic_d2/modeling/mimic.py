@@ -1,5 +1,5 @@
 """
-The RoI mimic loss: adapter, pooling of both maps, L_m, and the RoI match ratio.
+The RoI mimic loss: adapter, pooling of both maps, L_m, and how alike both sides are.
 
 Shape letters:
     N: number of images.
@@ -17,7 +17,7 @@ Efficient Network for Object Detection", CVPR 2017, equation 2, which divides by
 of elements as well (``normalize_by="element"``).
 """
 
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -28,40 +28,18 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
+from qmimic_d2.modeling.comparison_events import write_comparison
+from qmimic_d2.modeling.feature_comparison import FeatureComparison, compare_features
 from qmimic_d2.modeling.quantizer import Quantizer, build_code_quantizer, build_quantizer
 from qmimic_d2.modeling.roi_pooling import LevelPooler
 
-__all__ = ["ADAPTERS", "NORMALIZERS", "RoIMimicLoss", "match_ratio"]
+__all__ = ["ADAPTERS", "NORMALIZERS", "RoIMimicLoss"]
 
 # Values of MODEL.QMIMIC.MIMIC.ADAPTER.
 ADAPTERS = ("conv1x1", "conv1x1_relu", "")
 
 # Values of MODEL.QMIMIC.MIMIC.NORMALIZE_BY.
 NORMALIZERS = ("roi", "element", "target")
-
-
-def match_ratio(student: Tensor, teacher: Tensor, quantizer: Quantizer) -> Tuple[float, float]:
-    """
-    Share of entries on which student and teacher have the same code.
-
-    Args:
-        student, teacher: features of equal shape (*), in units of the feature.
-        quantizer: the dictionary both are put on.
-
-    Returns:
-        The share among all entries, and among those where either code is not zero (zeros are most of
-        a ReLU map, so that two maps agree on much that says nothing). In 0..1; NaN where there is no
-        such entry.
-    """
-    student, teacher = quantizer.quantize(student), quantizer.quantize(teacher)
-    same = student == teacher
-    both_zero = (student == 0).logical_and_(teacher == 0)
-    num_same, num_zero = int(same.count_nonzero()), int(both_zero.count_nonzero())
-    num_occupied = same.numel() - num_zero
-    return (
-        num_same / same.numel() if same.numel() else float("nan"),
-        (num_same - num_zero) / num_occupied if num_occupied else float("nan"),
-    )
 
 
 class RoIMimicLoss(nn.Module):
@@ -101,7 +79,7 @@ class RoIMimicLoss(nn.Module):
             normalize_by: one of :data:`NORMALIZERS`.
             student_quantizer: Q around r(f_s); None for none.
             teacher_quantizer: Q around f_t; None for none.
-            code_quantizer: dictionary of the match ratio; None: the match ratio cannot be asked for.
+            code_quantizer: the dictionary on which student and teacher are compared; None: they cannot be.
 
         Raises:
             ValueError: an unknown option, or maps whose number, strides or channels do not fit; names
@@ -155,7 +133,7 @@ class RoIMimicLoss(nn.Module):
         boxes: List[Boxes],
         *,
         student_pooled: Optional[Tensor] = None,
-        measure_match: bool = False,
+        measure: bool = False,
     ) -> Dict[str, Tensor]:
         """
         Args:
@@ -164,8 +142,8 @@ class RoIMimicLoss(nn.Module):
             boxes: N Boxes in pixels of the student's input image.
             student_pooled: the student's only map pooled at ``boxes`` with this loss's own pooler
                 settings, shape (M, C, P, P), when somebody has it already.
-            measure_match: also write ``qmimic/match_ratio`` and ``qmimic/match_ratio_nonzero`` to the
-                event storage (with the level's name behind it where there are several).
+            measure: also write how alike both sides are to the event storage, with the level's name behind
+                it where there are several (see :func:`write_comparison`); no loss depends on it.
 
         Returns:
             L_m, unweighted, as ``loss_mimic``, or as ``loss_mimic_<map>`` for each of several levels,
@@ -182,17 +160,42 @@ class RoIMimicLoss(nn.Module):
             if len(rois) == 0:
                 losses[f"loss_mimic{suffix}"] = self._zero(name, student_map)
                 continue
-            target = self._target(level, teacher_maps[self.teacher_features[level]], rois)
+            target = self._pooled_target(level, teacher_maps, rois)
             pooled = student_pooled
             if pooled is None:
                 pooled = self.pooler.pool(level, student_map, rois)
             adapted = self.adapters[name](pooled)
-            if measure_match:
-                self._write_match(adapted.detach(), target, suffix)
+            if measure:
+                self._write_comparison(adapted, target, suffix)
+            if self.teacher_quantizer is not None:
+                target = self.teacher_quantizer.quantize(target)
             if self.student_quantizer is not None:
                 adapted = self.student_quantizer(adapted)
             losses[f"loss_mimic{suffix}"] = self._distance(adapted, target, num_rois)
         return losses
+
+    @torch.no_grad()
+    def compare(
+        self, student_maps: Dict[str, Tensor], teacher_maps: Dict[str, Tensor], boxes: List[Boxes]
+    ) -> Dict[str, FeatureComparison]:
+        """
+        How alike r(f_s) and f_t are inside regions; arguments as in :meth:`forward`.
+
+        Returns:
+            By name of the student's map, those without a region included.
+
+        Raises:
+            ValueError: there is no ``code_quantizer``.
+        """
+        if self.code_quantizer is None:
+            raise ValueError("this RoIMimicLoss has no code_quantizer to compare features with; give it one")
+        comparisons = {}
+        for level, rois in enumerate(self.pooler.assign(boxes)):
+            name = self.student_features[level]
+            adapted = self.adapters[name](self.pooler.pool(level, student_maps[name], rois))
+            target = self._pooled_target(level, teacher_maps, rois)
+            comparisons[name] = compare_features(adapted, target, self.code_quantizer)
+        return comparisons
 
     def zeros(self, student_maps: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """The losses of a step in which lambda is 0: zeros that still reach every parameter."""
@@ -210,11 +213,8 @@ class RoIMimicLoss(nn.Module):
         return sum((parameter.sum() * 0.0 for parameter in self.adapters[name].parameters()), zero)
 
     @torch.no_grad()
-    def _target(self, level: int, teacher_map: Tensor, rois: Tensor) -> Tensor:
-        target = self.pooler.pool(level, teacher_map, rois)
-        if self.teacher_quantizer is not None:
-            target = self.teacher_quantizer.quantize(target)
-        return target
+    def _pooled_target(self, level: int, teacher_maps: Dict[str, Tensor], rois: Tensor) -> Tensor:
+        return self.pooler.pool(level, teacher_maps[self.teacher_features[level]], rois)
 
     def _distance(self, adapted: Tensor, target: Tensor, num_rois: int) -> Tensor:
         # float32 throughout: a sum of a million squares leaves the range of 16 bits
@@ -228,13 +228,10 @@ class RoIMimicLoss(nn.Module):
         # A teacher that is silent in every region has nothing to relate to: no loss, not a huge one.
         return squares * torch.where(energy > 0.0, 0.5 / energy, 0.0)
 
-    def _write_match(self, adapted: Tensor, target: Tensor, suffix: str) -> None:
-        if self.code_quantizer is None or not has_event_storage():
-            return
-        storage = get_event_storage()
-        overall, nonzero = match_ratio(adapted.float(), target.float(), self.code_quantizer)
-        storage.put_scalar(f"qmimic/match_ratio{suffix}", overall, smoothing_hint=False)
-        storage.put_scalar(f"qmimic/match_ratio_nonzero{suffix}", nonzero, smoothing_hint=False)
+    def _write_comparison(self, adapted: Tensor, target: Tensor, suffix: str) -> None:
+        if self.code_quantizer is not None and has_event_storage():
+            comparison = compare_features(adapted, target, self.code_quantizer)
+            write_comparison(get_event_storage(), comparison, self.code_quantizer, suffix)
 
 
 def _build_adapter(kind: str, in_channels: int, out_channels: int) -> nn.Module:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["nearest_power_of_two_"]
+__all__ = ["index_of_power", "nearest_power_of_two_"]
 
 # Per dtype: the integer of the same width, the mask of the exponent bits, and the largest addend that
 # does not carry a mantissa of exactly one half (1.5 * 2^k) into the exponent.
@@ -20,6 +20,9 @@ _FLOAT_BITS = {
     torch.float32: (torch.int32, 0x7F800000, 0x003FFFFF),
     torch.float64: (torch.int64, 0x7FF0000000000000, 0x0007FFFFFFFFFFFF),
 }
+
+# Per dtype: the integer of the same width, the number of mantissa bits, and the exponent bits of 1/2.
+_EXPONENT = {torch.float32: (torch.int32, 23, 126), torch.float64: (torch.int64, 52, 1022)}
 
 
 def nearest_power_of_two_(x: Tensor) -> Tensor:
@@ -33,6 +36,20 @@ def nearest_power_of_two_(x: Tensor) -> Tensor:
         shape (*). NaN stays NaN, infinity stays infinity.
     """
     return _by_logarithm(x) if torch.jit.is_tracing() else _by_bits_(x)
+
+
+def index_of_power(x: Tensor) -> Tensor:
+    """
+    k + 1 for every 2^k >= 1, 0 for 0: the inverse of the codes 0, 1, 2, 4, ... by their index.
+
+    Args:
+        x: float32 or float64, shape (*), finite powers of two from 1 on, and zeros.
+
+    Returns:
+        shape (*), the integer of the same width as ``x``.
+    """
+    integer, num_mantissa_bits, exponent_of_half = _EXPONENT[x.dtype]
+    return x.view(integer).bitwise_right_shift(num_mantissa_bits).sub_(exponent_of_half).clamp_(min=0)
 
 
 def _by_bits_(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from qmimic_d2.modeling.feature_comparison import FeatureComparison
 from qmimic_d2.modeling.mimic import RoIMimicLoss
 from qmimic_d2.modeling.quant_rcnn import QuantRCNN
 from qmimic_d2.modeling.quantizer_hook import check_features
@@ -91,7 +92,7 @@ class QuantMimicRCNN(QuantRCNN):
         weight: Optional[MimicWeight] = None,
         roi_source: str = "sampled",
         max_rois_per_image: int = 0,
-        match_period: int = 20,
+        diagnostics_period: int = 20,
         **kwargs,
     ):
         """
@@ -102,7 +103,7 @@ class QuantMimicRCNN(QuantRCNN):
             weight: lambda over time.
             roi_source: a key of :data:`ROI_SOURCES`.
             max_rois_per_image: most regions per image; 0 = all.
-            match_period: iterations between two measurements of the match ratio; 0 = never.
+            diagnostics_period: iterations between two comparisons of student and teacher; 0 = never.
             kwargs: of :class:`QuantRCNN`.
 
         Raises:
@@ -114,15 +115,15 @@ class QuantMimicRCNN(QuantRCNN):
         _check_regions(roi_source, max_rois_per_image)
         if build_teacher is not None:
             _check_keeps_regions(roi_source, self.roi_heads)
-        if match_period < 0:
+        if diagnostics_period < 0:
             raise ValueError(
-                f"MODEL.QMIMIC.MIMIC.MATCH_PERIOD is {match_period}; give iterations >= 0 (0 = never)"
+                f"MODEL.QMIMIC.DIAGNOSTICS.PERIOD is {diagnostics_period}; give iterations >= 0 (0 = never)"
             )
         self.mimic_loss = mimic_loss
         self.weight = weight or MimicWeight(1.0)
         self.roi_source = roi_source
         self.max_rois_per_image = max_rois_per_image
-        self.match_period = match_period
+        self.diagnostics_period = diagnostics_period
         self._build_teacher = build_teacher
         self._teacher: Optional[FrozenTeacher] = None
         self._has_warned = False
@@ -138,7 +139,7 @@ class QuantMimicRCNN(QuantRCNN):
             weight=MimicWeight(node.LOSS_WEIGHT, node.SCHEDULE, node.WARMUP_ITERS),
             roi_source=node.ROI_SOURCE,
             max_rois_per_image=node.MAX_ROIS_PER_IMAGE,
-            match_period=node.MATCH_PERIOD,
+            diagnostics_period=cfg.MODEL.QMIMIC.DIAGNOSTICS.PERIOD,
         )
         if cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE:
             args["build_teacher"] = functools.partial(FrozenTeacher, cfg)
@@ -171,6 +172,29 @@ class QuantMimicRCNN(QuantRCNN):
             losses.update(self._mimic_losses(batched_inputs))
         return losses
 
+    @torch.no_grad()
+    def compare(self, batched_inputs: List[Dict[str, Tensor]], boxes: List[Boxes]) -> Dict[str, FeatureComparison]:
+        """
+        How alike student and teacher are inside given regions, in the mode that the model is in.
+
+        Compared is what the mimic loss compares: r of the student's map as it was before its quantizer.
+
+        Args:
+            batched_inputs: N dicts as Detectron2's ``DatasetMapper`` makes them; "image" is read.
+            boxes: N Boxes in pixels of these images.
+
+        Returns:
+            By name of the student's map.
+
+        Raises:
+            ValueError: there is no teacher yet; training begins with one.
+        """
+        if self._teacher is None:
+            raise ValueError("this model has no teacher to be compared with; call train() first, which loads it")
+        with self._record:
+            self.backbone(self.preprocess_image(batched_inputs).tensor)
+            return self.mimic_loss.compare(self._record.maps, self._teacher.features(batched_inputs), boxes)
+
     def _apply(self, *args, **kwargs):
         module = super()._apply(*args, **kwargs)
         if self._teacher is not None:
@@ -196,7 +220,7 @@ class QuantMimicRCNN(QuantRCNN):
     def _mimic_losses(self, batched_inputs: List[Dict[str, Tensor]]) -> Dict[str, Tensor]:
         iteration = get_event_storage().iter
         weight = self.weight.at(iteration)
-        measure = self.match_period > 0 and iteration % self.match_period == 0
+        measure = self.diagnostics_period > 0 and iteration % self.diagnostics_period == 0
         losses = {}
         if weight > 0.0 or measure:
             with torch.set_grad_enabled(weight > 0.0 and torch.is_grad_enabled()):
@@ -212,7 +236,7 @@ class QuantMimicRCNN(QuantRCNN):
             self._teacher.features(batched_inputs),
             boxes,
             student_pooled=self._pooled_by_box_head(boxes),
-            measure_match=measure,
+            measure=measure,
         )
 
     def _pooled_by_box_head(self, boxes: List[Boxes]) -> Optional[Tensor]:

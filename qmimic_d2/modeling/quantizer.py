@@ -26,7 +26,7 @@ from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from qmimic_d2.modeling.nearest_power import nearest_power_of_two_
+from qmimic_d2.modeling.nearest_power import index_of_power, nearest_power_of_two_
 
 __all__ = [
     "QUANTIZER_REGISTRY",
@@ -307,9 +307,8 @@ class PowerOfTwoQuantizer(Quantizer):
         return 2.0 ** min(index - 1, 1023) if index else 0.0  # 2^1024 is no Python float
 
     def _index(self, multiples: Tensor) -> Tensor:
-        # frexp(2^k) = (1/2, k + 1), which is the index of that code.
-        exponent = torch.frexp(multiples).exponent.to(torch.int64)
-        return exponent.masked_fill_(multiples == 0, 0).mul_(multiples.sign().to(torch.int64))
+        index = index_of_power(multiples.abs() if self.signed else multiples).to(torch.int64)
+        return index.mul_(multiples.sign().to(torch.int64)) if self.signed else index
 
     def _multiple_of_index(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         codes = codes.to(torch.int64)  # one below the uint8 code 0 is 255

@@ -1,0 +1,230 @@
+"""
+How alike student and teacher are inside regions of interest, measured on one code dictionary.
+
+Shape letters:
+    M: number of regions.
+    C: channels.
+    *: bins of a region.
+    K: codes of a histogram.
+
+Everything that is kept is a count or a sum, so that comparisons of several batches, images or processes add
+up to the comparison of all of them. The match ratio is the paper's (Wei et al., "Quantization Mimic", ECCV
+2018, https://arxiv.org/abs/1805.02152v3); the other figures are this project's.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Dict, List
+
+import torch
+from torch import Tensor
+
+from qmimic_d2.modeling.quantizer import Quantizer
+
+__all__ = ["FIGURES", "LAST_BIN", "FeatureComparison", "compare_features", "histogram_codes", "histogram_indices"]
+
+# What FeatureComparison.figures() gives, in this order.
+FIGURES = (
+    "match_ratio",
+    "match_ratio_nonzero",
+    "within_one",
+    "within_one_nonzero",
+    "cosine",
+    "relative_error",
+    "student_sparsity",
+    "teacher_sparsity",
+    "student_saturation",
+    "teacher_saturation",
+    "student_dead_channels",
+    "teacher_dead_channels",
+)
+
+# Histograms have a bin for each code up to this index; codes beyond it are counted in its bin.
+LAST_BIN = 32
+
+# Entries that are compared at a time on a CPU, so that codes and scratch stay in a core's cache.
+_CHUNK = 1 << 16
+
+# Features whose norm is so many strides have diverged. Codes below it fit into 32 bits, which are cheaper.
+_MOST_STRIDES = 2.0**31
+
+
+@dataclass
+class FeatureComparison:
+    """
+    Counts and sums of one comparison; ``a + b`` is the comparison of both data together.
+
+    Attributes:
+        num_rois: M.
+        num_entries: M * C * bins.
+        num_equal: entries with the same code on both sides.
+        num_within_one: entries whose codes are the same or neighbours in the dictionary.
+        num_both_zero: entries whose code is 0 on both sides.
+        num_student_saturated, num_teacher_saturated: entries with the outermost code (signed: either of
+            the two); 0 for an unbounded dictionary.
+        product, student_energy, teacher_energy, error_energy: sums of s*t, s*s, t*t and (s-t)*(s-t) over
+            the features themselves, before they are coded.
+        student_active, teacher_active: entries whose code is not 0, by channel, shape (C,).
+        student_histogram, teacher_histogram: entries by code, shape (K,); see :func:`histogram_indices`.
+
+    All but ``num_rois`` are NaN where a feature was NaN, infinite or beyond any sensible code: such
+    features make every figure NaN, as they make the loss.
+    """
+
+    num_rois: int
+    num_entries: float
+    num_equal: float
+    num_within_one: float
+    num_both_zero: float
+    num_student_saturated: float
+    num_teacher_saturated: float
+    product: float
+    student_energy: float
+    teacher_energy: float
+    error_energy: float
+    student_active: Tensor
+    teacher_active: Tensor
+    student_histogram: Tensor
+    teacher_histogram: Tensor
+
+    def __add__(self, other: "FeatureComparison") -> "FeatureComparison":
+        names = [each.name for each in fields(self)]
+        return FeatureComparison(*(getattr(self, name) + getattr(other, name) for name in names))
+
+    @property
+    def is_finite(self) -> bool:
+        """False where the features had diverged, and every figure is NaN."""
+        return math.isfinite(self.num_entries)
+
+    def figures(self) -> Dict[str, float]:
+        """
+        The comparison in figures, by the names of :data:`FIGURES`.
+
+        Returns:
+            Shares in 0..1, the cosine in -1..1, the relative error >= 0. NaN where a figure has nothing
+            to be a share of: all of them without a region; the ``_nonzero`` ones where every code is 0;
+            ``cosine`` where one side is 0 everywhere, ``relative_error`` where the teacher is.
+        """
+        num_occupied = self.num_entries - self.num_both_zero
+        norms = math.sqrt(self.student_energy) * math.sqrt(self.teacher_energy)
+        return {
+            "match_ratio": _ratio(self.num_equal, self.num_entries),
+            "match_ratio_nonzero": _ratio(self.num_equal - self.num_both_zero, num_occupied),
+            "within_one": _ratio(self.num_within_one, self.num_entries),
+            "within_one_nonzero": _ratio(self.num_within_one - self.num_both_zero, num_occupied),
+            "cosine": _ratio(self.product, norms),
+            "relative_error": math.sqrt(_ratio(self.error_energy, self.teacher_energy)),
+            "student_sparsity": self._sparsity(self.student_active),
+            "teacher_sparsity": self._sparsity(self.teacher_active),
+            "student_saturation": _ratio(self.num_student_saturated, self.num_entries),
+            "teacher_saturation": _ratio(self.num_teacher_saturated, self.num_entries),
+            "student_dead_channels": self._dead_share(self.student_active),
+            "teacher_dead_channels": self._dead_share(self.teacher_active),
+        }
+
+    def _sparsity(self, active: Tensor) -> float:
+        return _ratio(self.num_entries - float(active.sum()), self.num_entries)
+
+    def _dead_share(self, active: Tensor) -> float:
+        return int((active == 0).sum()) / active.numel() if self.num_entries > 0 else math.nan
+
+
+def histogram_indices(quantizer: Quantizer) -> List[int]:
+    """
+    Indices of the codes that a histogram's bins stand for, ascending.
+
+    They are those up to :data:`LAST_BIN` (and down to its mirror image, if signed), or the whole
+    dictionary where that is shorter. In a longer or unbounded one the last bin (signed: the first one,
+    too) holds every code from there on.
+    """
+    last = _last_bin(quantizer)
+    return list(range(-last if quantizer.signed else 0, last + 1))
+
+
+def histogram_codes(quantizer: Quantizer) -> List[float]:
+    """The codes of :func:`histogram_indices`, in units of the feature."""
+    return quantizer.dequantize(torch.tensor(histogram_indices(quantizer)), torch.float64).tolist()
+
+
+@torch.no_grad()
+def compare_features(student: Tensor, teacher: Tensor, quantizer: Quantizer) -> FeatureComparison:
+    """
+    Compares features entry by entry. Draws no random number and changes nothing.
+
+    Args:
+        student: r(f_s), before any quantizer, shape (M, C, *).
+        teacher: f_t, same shape. Codes that lie on the dictionary keep it; others are put on it.
+        quantizer: the dictionary both are put on; one with codes, which a ``ClampQuantizer`` has not.
+
+    Returns:
+        Its tensors on the CPU. M = 0 is a comparison without entries, which adds nothing to others.
+
+    Raises:
+        ValueError: the shapes differ, or the quantizer has no codes.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student and teacher have shapes {tuple(student.shape)} and {tuple(teacher.shape)}; the adapter "
+            "brings the student's channels to the teacher's"
+        )
+    student, teacher = (each.detach().float().flatten(2) for each in (student, teacher))
+    num_rois, num_channels, num_bins = student.shape
+    total = _compare(student[:0], teacher[:0], quantizer)
+    per_roi = num_channels * num_bins
+    rows = max(1, _CHUNK // max(1, per_roi)) if student.device.type == "cpu" else max(1, num_rois)
+    for ours, theirs in zip(student.split(rows), teacher.split(rows)):
+        total = total + _compare(ours, theirs, quantizer)
+    return total
+
+
+def _compare(student: Tensor, teacher: Tensor, quantizer: Quantizer) -> FeatureComparison:
+    """:func:`compare_features` of features that fit into a core's cache, shape (M, C, bins)."""
+    difference = student - teacher
+    energies = [_dot(*pair) for pair in ((student, teacher), (student, student), (teacher, teacher))]
+    energies.append(_dot(difference, difference))
+    num_bins = len(histogram_indices(quantizer))
+    if not math.sqrt(max(energies[1:])) < _MOST_STRIDES * quantizer.stride:
+        return _diverged(len(student), student.shape[1], num_bins)
+    codes, others = (quantizer.codes(each).to(torch.int32) for each in (student, teacher))
+    steps = (codes - others).abs_()
+    num_entries = codes.numel()
+    return FeatureComparison(
+        len(student),
+        num_entries,
+        num_entries - int(steps.count_nonzero()),
+        int((steps <= 1).count_nonzero()),
+        num_entries - int((codes | others).count_nonzero()),
+        _num_saturated(codes, quantizer),
+        _num_saturated(others, quantizer),
+        *energies,
+        *(each.count_nonzero(dim=(0, 2)).cpu() for each in (codes, others)),
+        *(_histogram(each, quantizer, num_bins) for each in (codes, others)),
+    )
+
+
+def _diverged(num_rois: int, num_channels: int, num_bins: int) -> FeatureComparison:
+    numbers = [math.nan] * 10
+    lengths = (num_channels, num_channels, num_bins, num_bins)
+    return FeatureComparison(num_rois, *numbers, *(torch.full((length,), math.nan) for length in lengths))
+
+
+def _num_saturated(codes: Tensor, quantizer: Quantizer) -> int:
+    return 0 if quantizer.max_code is None else int((codes.abs() >= quantizer.max_code).count_nonzero())
+
+
+def _histogram(codes: Tensor, quantizer: Quantizer, num_bins: int) -> Tensor:
+    last = _last_bin(quantizer)
+    bins = codes.clamp(min=-last, max=last).flatten()
+    return torch.bincount(bins + last if quantizer.signed else bins, minlength=num_bins).cpu()
+
+
+def _last_bin(quantizer: Quantizer) -> int:
+    return LAST_BIN if quantizer.max_code is None else min(quantizer.max_code, LAST_BIN)
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(torch.dot(a.flatten(), b.flatten()))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else math.nan
