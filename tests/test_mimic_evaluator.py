@@ -365,7 +365,7 @@ def test_train_net_evaluates_alone_without_comparing(tmp_path):
     with Run(*arguments, cwd=tmp_path, datasets=tmp_path / "datasets") as process:
         assert process.finish() == 0, process.texts()
         text = "".join(process.texts())
-    assert "Student and teacher are not compared: the only a training loads the teacher" in text
+    assert "Student and teacher are not compared: only a training loads the teacher" in text
     assert (tmp_path / "output" / "evaluation.json").exists()
     assert not (tmp_path / "output" / "mimic.json").exists()
 
