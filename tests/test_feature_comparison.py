@@ -1,6 +1,7 @@
 """Student against teacher on one dictionary: every figure by hand, sums that add up, and what is undefined."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -335,6 +336,11 @@ def test_index_of_power():
 
 
 # --------------------------------------------------------------------------------------------- writing
+
+
+def test_the_guide_explains_every_figure():
+    guide = (Path(__file__).resolve().parent.parent / "docs" / "diagnostics.md").read_text(encoding="utf-8")
+    assert [name for name in FIGURES if f"`{name}`" not in guide] == []
 
 
 def written_events(comparison: FeatureComparison, quantizer, suffix=""):

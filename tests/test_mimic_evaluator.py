@@ -150,10 +150,12 @@ def test_the_data_set_is_read_once(tmp_path, teacher, monkeypatch):
 # ------------------------------------------------------------------------------------------ what is written
 
 
-def test_the_file(tmp_path, teacher):
+def test_the_file_and_the_log(tmp_path, teacher, caplog):
     cfg = heldout_cfg(tmp_path, teacher, "MODEL.QMIMIC.QUANTIZER.NUM_CODES", 4)
-    with EventStorage(17):
+    with EventStorage(17), caplog.at_level(logging.INFO, "qmimic_d2"):
         found = MimicEvaluator(cfg)(trained_model(cfg))["qmimic"]
+    line = f"boxes of 7 images of {DATASET}: heldout_match_ratio {found['heldout_match_ratio']:.3f}, "
+    assert line in caplog.text
     written = content_of(tmp_path)
     assert list(written) == ["dataset", "num_images", "num_rois", "iteration", "quantizer", "levels"]
     levels = written.pop("levels")

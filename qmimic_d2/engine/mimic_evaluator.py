@@ -128,7 +128,14 @@ class MimicEvaluator:
             )
             return {}
         self._write(comparisons, len(images), model.mimic_loss.code_quantizer)
-        return {"qmimic": _scalars(comparisons)}
+        scalars = _scalars(comparisons)
+        logging.getLogger(__name__).info(
+            "Student and teacher inside the boxes of %d images of %s: %s",
+            len(images),
+            self._dataset_name,
+            ", ".join(f"{name} {value:.3f}" for name, value in scalars.items()),
+        )
+        return {"qmimic": scalars}
 
     def _annotated_images(self) -> List[Dict[str, Any]]:
         if self._images is None:
