@@ -70,7 +70,7 @@ Row = Dict[str, Any]
 
 
 def measure_steps(repeats: int, opts: Sequence[str] = ()) -> List[Row]:
-    """Time of the steps. A repeat is as long as a period of the match measurement, and so holds one of them."""
+    """Time of the steps. A repeat is as long as a period of the diagnostics, and so holds one comparison."""
     with tempfile.TemporaryDirectory() as folder:
         actions, period = build_steps(folder, opts)
         for _ in range(_WARM_UP_STEPS):
@@ -79,7 +79,7 @@ def measure_steps(repeats: int, opts: Sequence[str] = ()) -> List[Row]:
 
 
 def measure_memory(repeats: int, opts: Sequence[str] = ()) -> List[Row]:
-    """Peak memory of the steps. A repeat is one step; 20 of them hold a measurement of the match."""
+    """Peak memory of the steps. A repeat is one step; 20 of them hold a comparison of student and teacher."""
     with tempfile.TemporaryDirectory() as folder:
         actions, _ = build_steps(folder, opts)
         for _ in range(_WARM_UP_STEPS):
@@ -161,7 +161,7 @@ def build_steps(folder: str, opts: Sequence[str] = ()) -> Tuple[Actions, int]:
         opts: KEY VALUE pairs over every config.
 
     Returns:
-        One action per key of :data:`LABELS`, and the period of the match measurement, in steps.
+        One action per key of :data:`LABELS`, and the period of the diagnostics, in steps.
     """
     weights = os.path.join(folder, "teacher.pth")
     student_opts = ["MODEL.QMIMIC.TEACHER.WEIGHTS", weights, *opts]

@@ -1,4 +1,4 @@
-"""The RoI mimic loss against the equation written out in loops, and the match ratio by hand."""
+"""The RoI mimic loss against the equation written out in loops, and what it compares of both sides."""
 
 import itertools
 import math
@@ -14,6 +14,7 @@ from helpers import tiny_cfg
 from torch import nn
 
 from qmimic_d2.modeling.adapter import ADAPTERS
+from qmimic_d2.modeling.feature_comparison import FIGURES, compare_features
 from qmimic_d2.modeling.mimic import NORMALIZERS, RoIMimicLoss
 from qmimic_d2.modeling.quantizer import ClampQuantizer, PowerOfTwoQuantizer, UniformQuantizer
 
@@ -110,47 +111,6 @@ def loss_by_loops(student, teacher, adapter, student_q, teacher_q, normalize_by)
 def pooled_by_detectron2(feature, boxes, pooler_type="ROIAlignV2"):
     pooler = ROIPooler(output_size=2, scales=[1 / 8], sampling_ratio=2, pooler_type=pooler_type)
     return pooler([feature], boxes)
-
-
-# ------------------------------------------------------------------------------------- match ratio
-
-
-def test_match_ratio_by_hand():
-    #                       code 0   1    1    0    3
-    student = torch.tensor([0.2, 0.6, 1.4, 0.0, 2.6])
-    #                       code 0   1    2    0    3
-    teacher = torch.tensor([0.0, 1.0, 2.0, 0.5, 3.0])
-    overall, nonzero = match_ratio(student, teacher, UniformQuantizer(1.0))
-    assert overall == pytest.approx(4 / 5)
-    assert nonzero == pytest.approx(2 / 3)
-
-
-def test_match_ratio_follows_the_dictionary():
-    #                       codes 0, 1, 2, 4, 8 of a power of two
-    student = torch.tensor([5.0, 6.0, 6.1, -3.0])
-    teacher = torch.tensor([4.0, 4.0, 4.0, 0.1])
-    assert match_ratio(student, teacher, PowerOfTwoQuantizer(1.0)) == (3 / 4, 2 / 3)
-    assert match_ratio(student, teacher, UniformQuantizer(1.0)) == (1 / 4, 0.0)
-
-
-def test_match_ratio_counts_a_pair_as_occupied_when_either_is():
-    assert match_ratio(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), UniformQuantizer(1.0)) == (0.0, 0.0)
-
-
-def test_match_ratio_of_zeros_has_no_nonzero_share():
-    overall, nonzero = match_ratio(torch.zeros(4), torch.full((4,), -2.0), UniformQuantizer(1.0))
-    assert overall == 1.0
-    assert math.isnan(nonzero)
-
-
-def test_match_ratio_of_nothing_is_nan():
-    assert all(math.isnan(each) for each in match_ratio(torch.zeros(0), torch.zeros(0), UniformQuantizer(1.0)))
-
-
-def test_match_ratio_leaves_its_inputs_alone():
-    student, teacher = torch.tensor([0.6]), torch.tensor([1.2])
-    match_ratio(student, teacher, UniformQuantizer(1.0))
-    assert (student.item(), teacher.item()) == (pytest.approx(0.6), pytest.approx(1.2))
 
 
 # ------------------------------------------------------------------------- the loss by the equation
@@ -263,10 +223,12 @@ def test_max_pooled_codes_are_not_quantized_away():
 def test_aligned_codes_are_put_back_on_the_dictionary():
     quantizer = UniformQuantizer(0.5)
     codes, boxes = {"f": quantizer.quantize(maps(3, seed=2)["f"])}, three_boxes()
+    pooled = pooled_by_detectron2(codes["f"], boxes)
+    assert not torch.allclose(pooled, quantizer.quantize(pooled))
     loss = make_loss(teacher_quantizer=quantizer)
-    target = loss._target(0, codes["f"], loss.pooler.assign(boxes)[0])
-    assert torch.equal(target, quantizer.quantize(target))
-    assert not torch.equal(target, pooled_by_detectron2(codes["f"], boxes))
+    set_adapter(loss, 0.0, 0.0)  # so that the loss is the teacher's energy
+    value = loss(maps(2, seed=1), codes, boxes)["loss_mimic"].item()
+    assert value == pytest.approx(quantizer.quantize(pooled).square().sum().item() / (2 * 3), rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------- gradients
@@ -488,23 +450,23 @@ def test_levels_without_any_region():
     assert {name: each.item() for name, each in losses.items()} == {f"loss_mimic_{name}": 0.0 for name in LEVELS}
 
 
-def test_match_ratio_of_every_level_with_regions():
+def test_every_level_with_regions_is_measured():
     boxes = [Boxes(torch.tensor([[64.0, 64.0, 100.0, 100.0], [64.0, 64.0, 300.0, 300.0]]))]
     loss = make_level_loss(code_quantizer=UniformQuantizer(1.0))
+    arguments = (level_maps([1.0, 2.0, 3.0], 2), level_maps([1.2, 3.0, 3.0], 1, "teacher_"), boxes)
     with EventStorage() as storage:
-        loss(
-            level_maps([1.0, 2.0, 3.0], 2),
-            level_maps([1.2, 3.0, 3.0], 1, "teacher_"),
-            boxes,
-            measure=True,
-        )
+        loss(*arguments, measure=True)
     written = {name: value for name, (value, _) in storage.latest().items()}
-    assert written == {
-        "qmimic/match_ratio_p3": 1.0,
-        "qmimic/match_ratio_nonzero_p3": 1.0,
-        "qmimic/match_ratio_p4": 0.0,
-        "qmimic/match_ratio_nonzero_p4": 0.0,
-    }
+    assert set(written) == {f"qmimic/{name}_{level}" for name in FIGURES for level in ("p3", "p4")}
+    assert (written["qmimic/match_ratio_p3"], written["qmimic/match_ratio_nonzero_p3"]) == (1.0, 1.0)
+    assert (written["qmimic/match_ratio_p4"], written["qmimic/within_one_p4"]) == (0.0, 1.0)
+    assert written["qmimic/relative_error_p3"] == pytest.approx(0.2 / 1.2)
+    tags = [each["tag"] for each in storage._histograms]
+    assert tags == [f"qmimic/{side}_codes_{level}" for level in ("p3", "p4") for side in ("student", "teacher")]
+    # apart from a training, levels without regions are there, too
+    compared = loss.compare(*arguments)
+    assert {name: each.num_rois for name, each in compared.items()} == {"p3": 1, "p4": 1, "p5": 0}
+    assert {f"qmimic/{name}_p4": value for name, value in compared["p4"].figures().items()}.items() <= written.items()
 
 
 # ------------------------------------------------------------------------- pooled elsewhere, storage
@@ -528,7 +490,7 @@ def test_a_tensor_that_was_pooled_elsewhere_gives_the_same(quantizer):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_the_match_ratio_is_written_when_asked_for():
+def test_the_figures_are_written_when_asked_for():
     # r(f_s) = [1.0, 3.0]; the teacher 0.9 everywhere has code 1: half of the entries agree
     loss = make_loss(1, 2, code_quantizer=UniformQuantizer(1.0))
     loss.adapters["f"].weight.data[:, 0, 0, 0] = torch.tensor([0.5, 1.5])
@@ -536,26 +498,61 @@ def test_the_match_ratio_is_written_when_asked_for():
     arguments = (constant_maps(2.0), constant_maps(0.9, channels=2), three_boxes())
     with EventStorage() as storage:
         loss(*arguments)
-        assert storage.latest() == {}
+        assert storage.latest() == {} and storage._histograms == []
         loss(*arguments, measure=True)
     written = {name: value for name, (value, _) in storage.latest().items()}
-    assert written == {"qmimic/match_ratio": 0.5, "qmimic/match_ratio_nonzero": 0.5}
+    assert written == pytest.approx(
+        {
+            **{"qmimic/match_ratio": 0.5, "qmimic/match_ratio_nonzero": 0.5},
+            **{"qmimic/within_one": 0.5, "qmimic/within_one_nonzero": 0.5},
+            "qmimic/cosine": 4.0 / math.sqrt(2 * 10.0),
+            "qmimic/relative_error": math.sqrt((0.1**2 + 2.1**2) / (2 * 0.81)),
+            **{f"qmimic/{side}_sparsity": 0.0 for side in ("student", "teacher")},
+            **{f"qmimic/{side}_saturation": 0.0 for side in ("student", "teacher")},
+            **{f"qmimic/{side}_dead_channels": 0.0 for side in ("student", "teacher")},
+        }
+    )
+    entries = 3 * 2 * 4
+    assert [(each["tag"], each["num"]) for each in storage._histograms] == [
+        ("qmimic/student_codes", entries),
+        ("qmimic/teacher_codes", entries),
+    ]
 
 
-def test_the_match_ratio_is_that_of_adapted_student_and_pooled_teacher():
-    quantizer = UniformQuantizer(1.0)
-    loss = make_loss(student_quantizer=ClampQuantizer(1.0), code_quantizer=quantizer)
+@pytest.mark.parametrize("quantizer", sorted(QUANTIZERS))
+def test_compared_are_adapted_student_and_pooled_teacher_before_any_quantizer(quantizer):
+    codes = UniformQuantizer(1.0)
+    sides = {"student_quantizer": QUANTIZERS[quantizer], "teacher_quantizer": QUANTIZERS[quantizer]}
+    loss = make_loss(**sides, code_quantizer=codes)
     student, teacher, boxes = maps(2, seed=1), maps(3, seed=2), three_boxes()
     with EventStorage() as storage:
         loss(student, teacher, boxes, measure=True)
     with torch.no_grad():
         adapted = loss.adapters["f"](pooled_by_detectron2(student["f"], boxes))
-    expected = match_ratio(adapted, pooled_by_detectron2(teacher["f"], boxes), quantizer)
-    written = (storage.latest()["qmimic/match_ratio"][0], storage.latest()["qmimic/match_ratio_nonzero"][0])
-    assert written == pytest.approx(expected)
+    expected = compare_features(adapted, pooled_by_detectron2(teacher["f"], boxes), codes).figures()
+    assert {name: value for name, (value, _) in storage.latest().items()} == pytest.approx(
+        {f"qmimic/{name}": value for name, value in expected.items()}, abs=1e-5
+    )
+    assert loss.compare(student, teacher, boxes)["f"].figures() == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_match_ratio_of_silence_is_nan_and_stops_nothing():
+def test_measuring_leaves_loss_and_gradients_as_they_are():
+    quantizer = UniformQuantizer(0.5)
+    results = []
+    for measure in (False, True):
+        loss = make_loss(student_quantizer=quantizer, teacher_quantizer=quantizer, code_quantizer=quantizer)
+        student = maps(2, seed=1)
+        student["f"].requires_grad_(True)
+        state = torch.get_rng_state()
+        with EventStorage():
+            value = loss(student, maps(3, seed=2), three_boxes(), measure=measure)["loss_mimic"]
+        assert torch.equal(torch.get_rng_state(), state)
+        value.backward()
+        results.append((value.detach(), student["f"].grad, *(each.grad for each in loss.parameters())))
+    assert all(torch.equal(first, second) for first, second in zip(*results))
+
+
+def test_figures_of_silence_are_nan_and_stop_nothing():
     loss = make_loss(1, 1, code_quantizer=UniformQuantizer(1.0))
     set_adapter(loss, 1.0, 0.0)
     with EventStorage() as storage:
@@ -564,12 +561,17 @@ def test_a_match_ratio_of_silence_is_nan_and_stops_nothing():
     assert math.isnan(storage.latest()["qmimic/match_ratio_nonzero"][0])
 
 
-def test_no_match_ratio_without_storage_or_without_a_dictionary():
-    arguments = (maps(2, seed=1), maps(3, seed=2), three_boxes())
-    make_loss(code_quantizer=UniformQuantizer(1.0))(*arguments, measure=True)
+def test_nothing_is_measured_without_storage_regions_or_dictionary():
+    arguments = (maps(2, seed=1), maps(3, seed=2))
+    make_loss(code_quantizer=UniformQuantizer(1.0))(*arguments, three_boxes(), measure=True)
     with EventStorage() as storage:
-        make_loss()(*arguments, measure=True)
+        make_loss()(*arguments, three_boxes(), measure=True)
+        make_loss(code_quantizer=UniformQuantizer(1.0))(*arguments, no_boxes(), measure=True)
     assert storage.latest() == {}
+    compared = make_loss(code_quantizer=UniformQuantizer(1.0)).compare(*arguments, no_boxes())["f"]
+    assert compared.num_rois == 0 and len(compared.student_active) == 3
+    with pytest.raises(ValueError, match="code_quantizer"):
+        make_loss().compare(*arguments, three_boxes())
 
 
 # -------------------------------------------------------------------------- construction and config

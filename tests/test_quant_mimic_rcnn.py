@@ -37,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qmimic_d2.engine.trainer import build_checkpointer
 from qmimic_d2.modeling import FrozenTeacher, QuantMimicRCNN, UniformQuantizer, attach_quantizer
+from qmimic_d2.modeling.feature_comparison import FIGURES, histogram_codes
 from qmimic_d2.modeling.mimic import RoIMimicLoss
 
 QMIMIC = "MODEL.QMIMIC"
@@ -229,7 +230,7 @@ def test_weight_zero_measures_and_trains_as_without_the_mimic(vgg_teacher):
 
 @pytest.mark.parametrize("period, measured", [(0, []), (1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (20, [0])])
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_the_match_is_measured_every_period(vgg_teacher, monkeypatch, period, measured, weight):
+def test_student_and_teacher_are_compared_every_period(vgg_teacher, monkeypatch, period, measured, weight):
     model = mimic_model(*vgg_teacher.options, PERIOD, period, LOSS_WEIGHT, weight)
     model.train()
     runs = []
@@ -252,10 +253,76 @@ def test_a_student_that_equals_its_teacher_has_no_loss_and_full_match(tmp_path, 
     model = mimic_model(*written.options, *fixed, *options, f"{QMIMIC}.MIMIC.ADAPTER", "")
     model.load_state_dict(written.model.state_dict())
     step = training_step(model, batch())
-    match = {name: value for name, (value, _) in step.storage.latest().items() if "match" in name}
+    latest = {name: value for name, (value, _) in step.storage.latest().items()}
     assert step.losses["loss_mimic"].item() == pytest.approx(0.0, abs=1e-6)
-    assert step.storage.latest()["qmimic/grad_norm_mimic_map"][0] == pytest.approx(0.0, abs=1e-6)
-    assert match == {"qmimic/match_ratio": 1.0, "qmimic/match_ratio_nonzero": 1.0}
+    assert latest["qmimic/match_ratio"] == latest["qmimic/match_ratio_nonzero"] == 1.0
+    assert latest["qmimic/within_one_nonzero"] == 1.0
+    assert latest["qmimic/grad_norm_mimic_map"] == pytest.approx(0.0, abs=1e-6)
+    # the teacher's map was quantized before it was pooled, the student's was not
+    assert latest["qmimic/relative_error"] == 0.0 if options == PLAIN else latest["qmimic/relative_error"] > 0.0
+
+
+VARIANTS = {
+    "uniform": (),
+    "plain": PLAIN,
+    "clamp": (NAME, "Clamp"),
+    "power of two": (NAME, "PowerOfTwo"),
+    "signed": (f"{QMIMIC}.QUANTIZER.SIGNED", True),
+    "bounded": (f"{QMIMIC}.QUANTIZER.NUM_CODES", 3),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_compared_on_a_common_dictionary(vgg_teacher, variant):
+    model = mimic_model(*vgg_teacher.options, *VARIANTS[variant])
+    step = training_step(model, batch())
+    latest = {name: value for name, (value, _) in step.storage.latest().items()}
+    assert {f"qmimic/{name}" for name in FIGURES} <= set(latest)
+    assert all(math.isfinite(latest[f"qmimic/{name}"]) for name in FIGURES)
+    assert [len(each["bucket_counts"]) for each in step.storage._histograms] == [
+        len(histogram_codes(model.mimic_loss.code_quantizer))
+    ] * 2
+    is_bounded = variant == "bounded"
+    assert (latest["qmimic/teacher_saturation"] > 0.0) == is_bounded
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_diagnostics_change_no_bit_of_a_training(vgg_teacher, weight):
+    def losses_and_weights(period):
+        gradients = (f"{QMIMIC}.DIAGNOSTICS.GRADIENT_PERIOD", period)
+        cfg = mimic_cfg(*vgg_teacher.options, LOSS_WEIGHT, weight, PERIOD, period, *gradients)
+        model = seeded_model(cfg)
+        data = itertools.cycle([batch(seed=seed) for seed in range(2)])
+        trainer = SimpleTrainer(model, data, build_optimizer(cfg, model))
+        torch.manual_seed(9)  # and drawn on from step to step
+        with EventStorage() as trainer.storage:
+            for trainer.iter in range(6):
+                trainer.storage.iter = trainer.iter
+                trainer.run_step()
+        figures = "qmimic/match_ratio" in trainer.storage.histories()
+        names = [name for name in trainer.storage.histories() if "loss" in name]
+        return {name: trainer.storage.history(name).values() for name in names}, dict(model.state_dict()), figures
+
+    (losses, trained, measured), (expected, weights, not_measured) = losses_and_weights(1), losses_and_weights(0)
+    assert measured and not not_measured
+    assert len(expected["total_loss"]) == 6 and losses == expected
+    assert_equal(trained, weights)
+
+
+def test_compare_gives_what_the_mimic_compares(vgg_teacher):
+    model = mimic_model(*vgg_teacher.options)
+    with pytest.raises(ValueError, match="no teacher"):
+        model.compare(batch(), [])
+    model.train()
+    inputs, calls = batch((64, 64), (48, 80)), calls_of_mimic_loss(model)
+    state = copy.deepcopy(model.state_dict())
+    step = training_step(model, inputs)
+    model.load_state_dict(state)  # BatchNorm's running statistics
+    comparison = model.compare(inputs, calls[0]["boxes"])["conv5"]
+    figures = {f"qmimic/{name}": value for name, value in comparison.figures().items()}
+    written = {name: value for name, (value, _) in step.storage.latest().items()}
+    assert {name: written[name] for name in figures} == pytest.approx(figures, abs=1e-4)
+    assert model._record.maps == {}  # no graph, no map outlives it
 
 
 # ------------------------------------------------------------------------------- maps, levels, scales

@@ -80,12 +80,14 @@ class MimicEvaluator:
             "output_dir": cfg.OUTPUT_DIR,
         }
 
+    @property
+    def _is_on(self) -> bool:
+        return bool(self._dataset_name) and self._num_images > 0
+
     def measures(self, model: nn.Module) -> bool:
-        """Whether a call with this model would measure anything, once it has its teacher."""
-        model = _unwrapped(model)
-        has_mimic = isinstance(model, MimicStudent) and model.mimic_loss is not None
-        is_on = bool(self._dataset_name) and self._num_images > 0
-        return is_on and has_mimic and model.mimic_loss.code_quantizer is not None
+        """Whether a call with this model measures something, once it has its teacher."""
+        mimic_loss = getattr(_unwrapped(model), "mimic_loss", None)
+        return self._is_on and mimic_loss is not None and mimic_loss.code_quantizer is not None
 
     def __call__(self, model: nn.Module) -> Dict[str, Dict[str, float]]:
         """
@@ -102,14 +104,14 @@ class MimicEvaluator:
             first, and where nothing is measured: the model has no mimic, its teacher is not loaded, or
             the data set no box.
         """
-        if not self.measures(model):
-            return {}
         model = _unwrapped(model)
-        if model.teacher is None:
+        if self._is_on and isinstance(model, MimicStudent) and model.teacher is None:
             logging.getLogger(__name__).info(
-                "Student and teacher are not compared: the teacher is loaded for training alone. The training's own "
-                "last comparison is in mimic.json of its OUTPUT_DIR"
+                "Student and teacher are not compared: only a training loads the teacher. Its own last comparison is "
+                "in mimic.json of its OUTPUT_DIR"
             )
+            return {}
+        if not self.measures(model):
             return {}
         images = self._annotated_images()
         own = images[comm.get_rank() :: comm.get_world_size()]
@@ -126,7 +128,14 @@ class MimicEvaluator:
             )
             return {}
         self._write(comparisons, len(images), model.mimic_loss.code_quantizer)
-        return {"qmimic": _scalars(comparisons)}
+        scalars = _scalars(comparisons)
+        logging.getLogger(__name__).info(
+            "Student and teacher inside the boxes of %d images of %s: %s",
+            len(images),
+            self._dataset_name,
+            ", ".join(f"{name} {value:.3f}" for name, value in scalars.items()),
+        )
+        return {"qmimic": scalars}
 
     def _annotated_images(self) -> List[Dict[str, Any]]:
         if self._images is None:
@@ -151,9 +160,7 @@ class MimicEvaluator:
             write_json(os.path.join(self._output_dir, "mimic.json"), content)
 
 
-def add_mimic_hook(
-    built: Sequence[Optional[HookBase]], cfg: CfgNode, model: nn.Module
-) -> List[Optional[HookBase]]:
+def add_mimic_hook(built: Sequence[Optional[HookBase]], cfg: CfgNode, model: nn.Module) -> List[Optional[HookBase]]:
     """
     Makes a trainer call a :class:`MimicEvaluator` after each of its evaluations and at the end.
 

@@ -45,8 +45,9 @@ LAST_BIN = 32
 # Entries that are compared at a time on a CPU, so that codes and scratch stay in a core's cache.
 _CHUNK = 1 << 16
 
-# Features whose norm is so many strides have diverged. Codes below it fit into 32 bits, which are cheaper.
-_MOST_STRIDES = 2.0**31
+# Features whose norm is so many strides have diverged. Codes below it, and their differences, fit into 32
+# bits, which are cheaper.
+_MOST_STRIDES = 2.0**30
 
 
 @dataclass
@@ -167,8 +168,9 @@ def compare_features(student: Tensor, teacher: Tensor, quantizer: Quantizer) -> 
             f"student and teacher have shapes {tuple(student.shape)} and {tuple(teacher.shape)}; the adapter "
             "brings the student's channels to the teacher's"
         )
-    student, teacher = (each.detach().float().flatten(2) for each in (student, teacher))
-    num_rois, num_channels, num_bins = student.shape
+    num_rois, num_channels, num_bins = *student.shape[:2], math.prod(student.shape[2:])
+    shape = (num_rois, num_channels, num_bins)
+    student, teacher = (each.detach().float().reshape(shape) for each in (student, teacher))
     total = _compare(student[:0], teacher[:0], quantizer)
     per_roi = num_channels * num_bins
     rows = max(1, _CHUNK // max(1, per_roi)) if student.device.type == "cpu" else max(1, num_rois)
@@ -183,7 +185,7 @@ def _compare(student: Tensor, teacher: Tensor, quantizer: Quantizer) -> FeatureC
     energies = [_dot(*pair) for pair in ((student, teacher), (student, student), (teacher, teacher))]
     energies.append(_dot(difference, difference))
     num_bins = len(histogram_indices(quantizer))
-    if not math.sqrt(max(energies[1:])) < _MOST_STRIDES * quantizer.stride:
+    if not all(math.sqrt(energy) < _MOST_STRIDES * quantizer.stride for energy in energies[1:3]):
         return _diverged(len(student), student.shape[1], num_bins)
     codes, others = (quantizer.codes(each).to(torch.int32) for each in (student, teacher))
     steps = (codes - others).abs_()

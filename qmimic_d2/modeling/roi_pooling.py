@@ -39,7 +39,7 @@ class LevelPooler:
     Pools maps at regions, each region at its own level, as Detectron2's box head assigns it.
 
     Unlike :class:`detectron2.modeling.poolers.ROIPooler` it keeps the levels apart, because every
-    level has its own adapter, loss and match ratio.
+    level has its own adapter, loss and figures.
 
     Args:
         shapes: stride of every map, by name, finest first when there are several.
