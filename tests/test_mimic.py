@@ -679,3 +679,52 @@ def test_levels_whose_strides_do_not_double_are_refused():
     shapes = {"p3": spec(2, 8), "p5": spec(2, 32)}
     with pytest.raises(ValueError, match="double from"):
         from_config(student=shapes, teacher=shapes)
+
+
+# ------------------------------------------------------------------------------------------- whole maps
+
+
+def test_whole_maps_compare_the_cells_inside_the_images():
+    loss = make_loss(student=1, teacher=1)
+    set_adapter(loss, 2.0, 0.0)
+    student, teacher = constant_maps(1.0, size=3), constant_maps(5.0, size=3)
+    # stride 8: 9 x 16 pixels are 2 x 2 cells, 24 x 1 pixels are 3 x 1
+    value = loss.whole_maps(student, teacher, [(9, 16), (24, 1)])["loss_mimic"]
+    # each of the 7 cells contributes (2 - 5)^2, divided by 2 * 7
+    assert value.item() == pytest.approx(4.5)
+    teacher["f"][0, :, 2] = 99.0  # the padding below the first image
+    teacher["f"][1, :, :, 1:] = -99.0
+    assert loss.whole_maps(student, teacher, [(9, 16), (24, 1)])["loss_mimic"].item() == pytest.approx(4.5)
+    teacher["f"][1, :, 2, 0] = 7.0
+    # six cells of 9 and one of 25
+    assert loss.whole_maps(student, teacher, [(9, 16), (24, 1)])["loss_mimic"].item() == pytest.approx(79 / 14)
+
+
+def test_whole_maps_of_several_levels_and_of_a_smaller_teacher():
+    torch.manual_seed(0)
+    shapes = {"fine": spec(1, stride=4), "coarse": spec(1, stride=8)}
+    loss = RoIMimicLoss(student_shapes=shapes, teacher_shapes=shapes, adapter="")
+    student = {"fine": torch.ones(1, 1, 4, 4), "coarse": torch.ones(1, 1, 2, 2)}
+    teacher = {"fine": torch.zeros(1, 1, 4, 3), "coarse": torch.zeros(1, 1, 2, 2)}
+    losses = loss.whole_maps(student, teacher, [(16, 16)])
+    # 12 cells and 4: divided by twice all of them
+    assert {name: value.item() for name, value in losses.items()} == {
+        "loss_mimic_fine": pytest.approx(12 / 32),
+        "loss_mimic_coarse": pytest.approx(4 / 32),
+    }
+
+
+def test_whole_maps_are_quantized_measured_and_have_a_gradient():
+    quantizer = UniformQuantizer(1.0)
+    loss = make_loss(
+        student=1, teacher=1, student_quantizer=quantizer, teacher_quantizer=quantizer, code_quantizer=quantizer
+    )
+    set_adapter(loss, 1.0, 0.0)
+    student, teacher = constant_maps(1.2), constant_maps(2.9)
+    student["f"].requires_grad_()
+    with EventStorage() as storage:
+        value = loss.whole_maps(student, teacher, [(48, 48)] * 2, measure=True)["loss_mimic"]
+    assert value.item() == pytest.approx(2.0)
+    assert storage.latest()["qmimic/match_ratio"][0] == 0.0
+    value.backward()
+    assert student["f"].grad.abs().min() > 0.0

@@ -371,29 +371,58 @@ def test_a_coarser_teacher_meets_the_student_by_its_input_scale(tmp_path):
 # --------------------------------------------------------------------------------------- the regions
 
 
-@pytest.mark.parametrize("source", ["sampled", "proposals", "ground_truth"])
+@pytest.mark.parametrize(
+    "source", ["sampled", "proposals", "teacher_proposals", "ground_truth", "ground_truth+sampled"]
+)
 @pytest.mark.parametrize("most", [0, 1, 3])
 def test_the_regions_are_those_of_the_source(vgg_teacher, source, most):
     model, inputs = mimic_model(*vgg_teacher.options, ROI_SOURCE, source, MAX_ROIS, most), batch()
+    model.train()
     known = {"ground_truth": [each["instances"].gt_boxes for each in inputs]}
+    if source == "teacher_proposals":
+        known[source] = model.teacher.features_and_proposals(inputs)[1]
 
     def record(module, args, output):
         known["proposals"] = [each.proposal_boxes for each in args[2]]
         known["sampled"] = [each.proposal_boxes for each in output[0]]
+        known["ground_truth+sampled"] = [Boxes.cat(each) for each in zip(known["ground_truth"], known["sampled"])]
 
     model.roi_heads.register_forward_hook(record)
     calls = calls_of_mimic_loss(model)
     assert training_step(model, inputs).losses["loss_mimic"].item() > 0.0
     expected = [each.tensor[: most or None] for each in known[source]]
+    assert all(len(each) for each in expected)
     assert_equal([each.tensor for each in calls[0]["boxes"]], expected)
 
 
-@pytest.mark.parametrize("source", ["sampled", "proposals", "ground_truth"])
+def test_neighbours_change_from_step_to_step_and_not_by_chance(vgg_teacher):
+    options = (ROI_SOURCE, "neighbourhood", f"{QMIMIC}.MIMIC.NUM_NEIGHBOURS", 2, f"{QMIMIC}.MIMIC.JITTER", 0.1)
+    model, inputs = mimic_model(*vgg_teacher.options, *options), batch()
+    calls = calls_of_mimic_loss(model)
+    for seed, iteration in ((1, 0), (2, 0), (1, 3)):
+        training_step(model, inputs, seed=seed, iteration=iteration)
+    first, second, third = ([each.tensor for each in call["boxes"]] for call in calls)
+    assert [len(each) for each in first] == [3 * len(each["instances"]) for each in inputs]
+    assert_equal(first, second)
+    assert not torch.equal(first[0], third[0])
+    assert_equal(first[0][: len(inputs[0]["instances"])], inputs[0]["instances"].gt_boxes.tensor)
+
+
+def test_whole_maps(vgg_teacher, fpn_teacher):
+    inputs = batch((64, 64), (48, 80))
+    step = training_step(mimic_model(*vgg_teacher.options, ROI_SOURCE, "whole_map"), inputs)
+    assert step.losses["loss_mimic"].item() > 0.0
+    assert set(step.gradients) > {"mimic_loss.adapters.conv5.weight"}
+    step = training_step(mimic_model(*RESNET_FPN, *fpn_teacher.options, ROI_SOURCE, "whole_map"), inputs)
+    assert all(step.losses[f"loss_mimic_{name}"].item() > 0.0 for name in ("p3", "p4", "p5"))
+
+
+@pytest.mark.parametrize("source", ["sampled", "proposals", "teacher_proposals", "ground_truth", "neighbourhood"])
 def test_images_without_ground_truth(vgg_teacher, source):
     model = mimic_model(*vgg_teacher.options, ROI_SOURCE, source)
     step = training_step(model, batch(num_boxes=(0,)))
     assert all(math.isfinite(loss.item()) for loss in step.losses.values())
-    assert (step.losses["loss_mimic"].item() > 0.0) == (source != "ground_truth")
+    assert (step.losses["loss_mimic"].item() > 0.0) == (source not in ("ground_truth", "neighbourhood"))
     assert all(torch.isfinite(gradient).all() for gradient in step.gradients.values())
     # whatever the regions, every parameter takes part in the step
     assert set(step.gradients) == {name for name, _ in model.named_parameters()}
@@ -899,6 +928,8 @@ def test_two_processes_one_without_regions(vgg_teacher, fpn_teacher, tmp_path):
         (f"{QMIMIC}.DIAGNOSTICS.GRADIENT_PERIOD", -1, ["-1", "0 = never"]),
         (f"{QMIMIC}.MIMIC.ROI_SOURCE", "anchors", ["'anchors'", "'sampled'"]),
         (f"{QMIMIC}.MIMIC.MAX_ROIS_PER_IMAGE", -1, ["-1", "0 = all"]),
+        (f"{QMIMIC}.MIMIC.JITTER", 1.0, ["1.0", "below 1.0"]),
+        (f"{QMIMIC}.MIMIC.NUM_NEIGHBOURS", -1, ["-1", ">= 0"]),
         (f"{QMIMIC}.DIAGNOSTICS.PERIOD", -5, ["-5", "0 = never"]),
         (f"{QMIMIC}.MIMIC.POOLER_TYPE", "Crop", ["'Crop'", "'ROIPool'"]),
         (f"{QMIMIC}.MIMIC.NORMALIZE_BY", "rois", ["'rois'", "'target'"]),

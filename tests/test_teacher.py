@@ -748,3 +748,66 @@ def test_a_student_may_differ_in_everything(tmp_path):
     with torch.no_grad():
         expected = model.backbone(ImageList.from_tensors([rgb], 32).tensor)["p3"]
     assert torch.equal(features, expected)
+
+
+# ------------------------------------------------------------------------------------ the teacher's proposals
+
+PROPOSALS = ("MODEL.QMIMIC.MIMIC.ROI_SOURCE", "neighbourhood+teacher_proposals")
+
+
+def test_proposals_are_those_of_the_saved_detector(tmp_path):
+    written = write_teacher(tmp_path)
+    teacher = FrozenTeacher(tiny_cfg(*written.options, *PROPOSALS, "MODEL.QMIMIC.QUANTIZER.TEACHER_ON", False))
+    images = [image(64, 48, seed=1), image(48, 80, seed=2), image(64, 48, seed=3)]
+    maps, proposals = teacher.features_and_proposals(inputs(*images))
+    torch.testing.assert_close(maps, teacher.features(inputs(*images)))
+    written.model.eval()
+    for each, boxes in zip(images, proposals):
+        with torch.no_grad():
+            batched = written.model.preprocess_image(inputs(each))
+            alone, _ = written.model.proposal_generator(batched, written.model.backbone(batched.tensor), None)
+        assert len(boxes) > 0
+        torch.testing.assert_close(boxes.tensor, alone[0].proposal_boxes.tensor)
+
+
+def test_proposals_are_in_pixels_of_the_students_image(tmp_path):
+    written = write_teacher(tmp_path)
+    scale = ("MODEL.QMIMIC.TEACHER.INPUT_SCALE", 2.0)
+    teacher = FrozenTeacher(tiny_cfg(*written.options, *PROPOSALS, *scale))
+    small = inputs(image(40, 24, seed=1))
+    boxes = teacher.features_and_proposals(small)[1][0].tensor
+    assert boxes[:, 0::2].max() <= 24.0 and boxes[:, 1::2].max() <= 40.0
+    assert boxes.max() > 12.0, "they fill the image, and not a quarter of it"
+
+
+def test_a_proposal_generator_is_built_when_asked_for_alone(tmp_path):
+    teacher = FrozenTeacher(tiny_cfg(*write_teacher(tmp_path).options))
+    with pytest.raises(ValueError, match="no proposal_generator"):
+        teacher.features_and_proposals(inputs(image()))
+
+
+def test_a_one_stage_teacher_has_no_proposals(tmp_path):
+    written = write_teacher(tmp_path)
+    opts = ("MODEL.QMIMIC.TEACHER.OPTS", ["MODEL.META_ARCHITECTURE", "RetinaNet"])
+    with pytest.raises(ValueError) as error:
+        FrozenTeacher(tiny_cfg(*written.options, *PROPOSALS, *opts))
+    for part in ("ROI_SOURCE", "no proposal generator", '"neighbourhood"', written.config_file):
+        assert part in str(error.value)
+
+
+def test_a_proposal_generator_that_cannot_be_built_names_the_config(tmp_path):
+    written = write_teacher(tmp_path)
+    opts = ("MODEL.QMIMIC.TEACHER.OPTS", ["MODEL.RPN.HEAD_NAME", "NoHead"])
+    with pytest.raises(ValueError) as error:
+        FrozenTeacher(tiny_cfg(*written.options, *PROPOSALS, *opts))
+    for part in ("ROI_SOURCE", "NoHead", written.config_file):
+        assert part in str(error.value)
+
+
+def test_weights_without_the_proposal_generator_are_no_teacher(tmp_path):
+    written = write_teacher(tmp_path)
+    state = {name: each for name, each in written.model.state_dict().items() if "proposal_generator" not in name}
+    torch.save({"model": state}, written.weights)
+    FrozenTeacher(tiny_cfg(*written.options))
+    with pytest.raises(ValueError, match="proposal_generator"):
+        FrozenTeacher(tiny_cfg(*written.options, *PROPOSALS))
