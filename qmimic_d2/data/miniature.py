@@ -69,12 +69,14 @@ def paint_images(
         ImportError: scikit-learn is needed and not installed.
         ValueError: no list was usable.
     """
+    painter = DigitsPainter(spec)
+    empty_painter = DigitsPainter(replace(spec, digits_per_image=(0, 0)))
     for attempt in range(_ATTEMPTS):
-        named = replace(spec, name=f"{spec.name}-{attempt}")
-        painter, empty = DigitsPainter(named), DigitsPainter(replace(named, digits_per_image=(0, 0)))
         images = []
         for index in range(spec.num_images):
-            pixels, objects = (empty if is_empty(index) else painter).paint(index)
+            # Every attempt has images of its own.
+            number = attempt * spec.num_images + index
+            pixels, objects = (empty_painter if is_empty(index) else painter).paint(number)
             if is_turned(index):
                 height = pixels.shape[0]
                 pixels = np.ascontiguousarray(np.rot90(pixels, k=-1))

@@ -23,7 +23,7 @@ _SPLITS: Dict[int, Tuple[Tuple[str, str], ...]] = {
     2012: (("train", "train"), ("val", "train")),
 }
 _ID = {2007: "{:06d}", 2012: "2008_{:06d}"}
-_SETTINGS = dict(image_size=160, digits_per_image=(4, 7), size=(24, 56))
+_SETTINGS = dict(image_size=160, digits_per_image=(5, 8), size=(20, 48))
 # Of every so many images of an orientation, the first has a difficult object.
 _DIFFICULT_PERIOD = 4
 
