@@ -361,7 +361,8 @@ class TestEvaluators:
         assert isinstance(build_evaluator(training_cfg(tmp_path, data), "tiny_evaluated"), PascalVOCEvaluator)
 
     def test_unknown(self, tmp_path, data, named):
-        with pytest.raises(ValueError, match="'tiny_evaluated'.*evaluator_type ''.*'coco', 'pascal_voc' or 'wider_face'"):
+        expected = "'tiny_evaluated'.*evaluator_type ''.*'coco', 'pascal_voc' or 'wider_face'"
+        with pytest.raises(ValueError, match=expected):
             build_evaluator(training_cfg(tmp_path, data), "tiny_evaluated")
 
     def test_nothing_is_written_where_nothing_was_evaluated(self, tmp_path, data):
