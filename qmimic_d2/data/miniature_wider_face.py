@@ -89,7 +89,7 @@ def _record(index: int, image: PaintedImage) -> WiderFaceRecord:
             "illumination": int(image.brightness < 100.0),
             "invalid": int(index % _INVALID_PERIOD == 1 and height == smallest),
             "occlusion": int(covered_share(image, position) > 0.0) + int(covered_share(image, position) > 0.1),
-            "pose": int(width > 0.8 * height),
+            "pose": int(width > 0.7 * height),
         }
         faces.append((x0, y0, width, height, *(attributes[name] for name in ATTRIBUTES)))
     if index == _ZERO_SIZE_IMAGE:
