@@ -374,11 +374,11 @@ def test_evaluator(dataset, truth, tmp_path, caplog):
     expected = reference_evaluation(truth, predictions)
     assert list(results) == ["bbox"]
     assert results["bbox"] == pytest.approx(
-        {"AP": 100 * np.mean(list(expected.values())), **{f"AP-{each}": 100 * expected[each] for each in SUBSETS}}
+        {"AP": 100 * np.mean(list(expected.values())), **{f"AP_{each}": 100 * expected[each] for each in SUBSETS}}
     )
     # the files that it wrote are what it scored
     read = read_predictions(str(tmp_path / "out" / dataset), truth)
-    assert {f"AP-{k}": 100 * v for k, v in evaluate_predictions(truth, read).items()}.items() <= results["bbox"].items()
+    assert {f"AP_{k}": 100 * v for k, v in evaluate_predictions(truth, read).items()}.items() <= results["bbox"].items()
     assert not caplog.records
     evaluator.reset()
     assert evaluator.evaluate()["bbox"]["AP"] == 0.0

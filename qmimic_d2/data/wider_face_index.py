@@ -17,7 +17,7 @@ import logging
 import os
 import tempfile
 from dataclasses import dataclass
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 from PIL import Image
 
@@ -144,7 +144,7 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _read_cache(path: str, source: bytes):
+def _read_cache(path: str, source: bytes) -> Optional[List[IndexedImage]]:
     """What an earlier call wrote for this annotation file, or None: missing, damaged, or of another file."""
     try:
         with open(path, "rb") as file:

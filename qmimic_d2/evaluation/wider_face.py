@@ -69,7 +69,7 @@ class WiderFaceEvaluator(DatasetEvaluator):
     def evaluate(self) -> Optional[Dict[str, Dict[str, float]]]:
         """
         Returns:
-            In the main process: "bbox" with AP-easy, AP-medium, AP-hard and their mean AP (which is this
+            In the main process: "bbox" with AP_easy, AP_medium, AP_hard and their mean AP (which is this
             project's, for choosing a checkpoint by one figure), all in points, 0 to 100. None in the others.
 
         Raises:
@@ -92,5 +92,5 @@ class WiderFaceEvaluator(DatasetEvaluator):
             write_predictions(self._predictions_dir, predictions)
         # What is scored is what the files say.
         results = evaluate_predictions(ground_truth, {each: as_written(rows) for each, rows in predictions.items()})
-        points = {f"AP-{subset}": 100 * value for subset, value in results.items()}
+        points = {f"AP_{subset}": 100 * value for subset, value in results.items()}
         return OrderedDict(bbox={"AP": float(np.mean(list(points.values()))), **points})
