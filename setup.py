@@ -19,6 +19,7 @@ INSTALL_REQUIRES = [
     "fvcore",
     "iopath",
     "yacs",
+    "scipy",  # reads WIDER FACE's ground truth, MATLAB files
     "scikit-learn",  # its 1,797 embedded digits are the images of the Digits configs
     "tensorboard",
     # Detectron2's model_zoo imports pkg_resources, which setuptools announced to drop from 81 on.

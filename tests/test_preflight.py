@@ -302,6 +302,24 @@ class TestAnnotations:
             DatasetCatalog.remove("tiny_voc")
             MetadataCatalog.remove("tiny_voc")
 
+    def test_wider_face(self, student, folder):
+        root = folder / "wider"
+        metadata = MetadataCatalog.get("tiny_wider_face").set(
+            evaluator_type="wider_face", annotation_file=str(root / "bbx_gt.txt"), ground_truth_dir=str(root)
+        )
+        DatasetCatalog.register("tiny_wider_face", lambda: [])
+        try:
+            message = refusal(student, "DATASETS.TRAIN", "('tiny_wider_face',)")
+            assert "'tiny_wider_face'" in message and metadata.annotation_file in message
+            message = refusal(student, "DATASETS.TEST", "('tiny_wider_face',)")
+            assert "wider_easy_val.mat" in message and str(root) in message
+            root.mkdir()
+            (root / "bbx_gt.txt").write_text("0\n")
+            check(student, "DATASETS.TRAIN", "('tiny_wider_face',)")
+        finally:
+            DatasetCatalog.remove("tiny_wider_face")
+            MetadataCatalog.remove("tiny_wider_face")
+
 
 class TestEvaluation:
     @pytest.fixture(scope="class")

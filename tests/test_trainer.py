@@ -10,7 +10,7 @@ import pytest
 import torch
 from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, hooks
-from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import COCOEvaluator
 from helpers import write_teacher
 from tiny_training import Recorder, registered_data, training_cfg
 from torch import nn
@@ -20,6 +20,7 @@ from qmimic_d2.engine import Trainer, build_checkpointer, build_evaluator, load_
 from qmimic_d2.engine.data_order import build_resumable_train_loader, resumable_sampler
 from qmimic_d2.engine.hooks import ResumableBestCheckpointer, SaveOnInterrupt, SeedEachIteration
 from qmimic_d2.engine.mimic_summary import MimicSummary
+from qmimic_d2.evaluation import PascalVOCEvaluator
 
 VGG_11 = vgg.cfgs["A"]
 
@@ -359,10 +360,11 @@ class TestEvaluators:
 
     def test_pascal_voc(self, tmp_path, data, named):
         named.set(evaluator_type="pascal_voc", dirname=str(tmp_path), split="test", year=2007, thing_classes=["a"])
-        assert isinstance(build_evaluator(training_cfg(tmp_path, data), "tiny_evaluated"), PascalVOCDetectionEvaluator)
+        assert isinstance(build_evaluator(training_cfg(tmp_path, data), "tiny_evaluated"), PascalVOCEvaluator)
 
     def test_unknown(self, tmp_path, data, named):
-        with pytest.raises(ValueError, match="'tiny_evaluated'.*evaluator_type ''.*'coco' or 'pascal_voc'"):
+        expected = "'tiny_evaluated'.*evaluator_type ''.*'coco', 'pascal_voc' or 'wider_face'"
+        with pytest.raises(ValueError, match=expected):
             build_evaluator(training_cfg(tmp_path, data), "tiny_evaluated")
 
     def test_nothing_is_written_where_nothing_was_evaluated(self, tmp_path, data):

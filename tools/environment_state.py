@@ -27,6 +27,7 @@ REQUIREMENTS = (
     ("fvcore", "fvcore", ""),
     ("iopath", "iopath", ""),
     ("yacs", "yacs", ""),
+    ("scipy", "scipy", ""),
     ("sklearn", "scikit-learn", ""),
     ("tensorboard", "tensorboard", ""),
     ("pkg_resources", "setuptools<81", ""),

@@ -7,7 +7,17 @@ from qmimic_d2.data.digits import (
     register_digits,
     verify_digits,
 )
+from qmimic_d2.data.wider_face import load_wider_face, register_wider_face
 
-__all__ = ["DIGITS_SPECS", "DigitsSpec", "prepare_digits", "register_digits", "verify_digits"]
+__all__ = [
+    "DIGITS_SPECS",
+    "DigitsSpec",
+    "load_wider_face",
+    "prepare_digits",
+    "register_digits",
+    "register_wider_face",
+    "verify_digits",
+]
 
 register_digits()
+register_wider_face()

@@ -168,8 +168,11 @@ def _check_annotations(key: str, name: str) -> None:
     metadata = MetadataCatalog.get(name)
     path = metadata.get("json_file", "")
     is_coco = bool(path)
-    if metadata.get("evaluator_type", "") == "pascal_voc":
+    kind = metadata.get("evaluator_type", "")
+    if kind == "pascal_voc":
         path = os.path.join(metadata.dirname, "ImageSets", "Main", f"{metadata.split}.txt")
+    elif kind == "wider_face":
+        path = metadata.get("annotation_file", "")
     if not path:
         return
     path = PathManager.get_local_path(path)

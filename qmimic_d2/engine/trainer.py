@@ -17,7 +17,7 @@ from detectron2.engine import (
     create_ddp_model,
     hooks,
 )
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -29,6 +29,7 @@ from qmimic_d2.engine.data_order import build_resumable_train_loader, resumable_
 from qmimic_d2.engine.hooks import ResumableBestCheckpointer, SaveOnInterrupt, SeedEachIteration
 from qmimic_d2.engine.mimic_evaluator import add_mimic_hook
 from qmimic_d2.engine.mimic_summary import MimicSummary
+from qmimic_d2.evaluation import PascalVOCEvaluator, WiderFaceEvaluator
 from qmimic_d2.json_file import write_json
 from qmimic_d2.modeling.backbone.imagenet_names import converted_imagenet_weights
 
@@ -185,15 +186,19 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
 
     Raises:
         ValueError: there is none for that type.
+        FileNotFoundError: WIDER FACE's ground truth is missing.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "")
+    output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
     if kind == "coco":
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        return COCOEvaluator(dataset_name, output_dir=output_dir)
     if kind == "pascal_voc":
-        return PascalVOCDetectionEvaluator(dataset_name)
+        return PascalVOCEvaluator(dataset_name)
+    if kind == "wider_face":
+        return WiderFaceEvaluator(dataset_name, output_dir=output_dir)
     raise ValueError(
         f"DATASETS.TEST names {dataset_name!r}, whose metadata has evaluator_type {kind!r}; set "
-        "MetadataCatalog.get(name).evaluator_type to 'coco' or 'pascal_voc', or override "
+        "MetadataCatalog.get(name).evaluator_type to 'coco', 'pascal_voc' or 'wider_face', or override "
         "Trainer.build_evaluator"
     )
 

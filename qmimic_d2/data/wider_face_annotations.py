@@ -1,0 +1,115 @@
+"""
+The text annotations of WIDER FACE: ``wider_face_{train,val}_bbx_gt.txt``.
+
+A record is the image's path below ``images/``, the number of faces, and a line per face::
+
+    0--Parade/0_Parade_marchingband_1_849.jpg
+    1
+    449 330 122 149 0 0 0 0 0 0
+
+which the readme of ``wider_face_split.zip`` explains as "x1, y1, w, h, blur, expression, illumination,
+invalid, occlusion, pose". An image without a face has the number 0 and yet one line, of ten zeros.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Iterable, Iterator, List, Tuple
+
+__all__ = ["ATTRIBUTES", "WiderFaceRecord", "format_annotations", "parse_annotations"]
+
+# In the order of the columns behind x, y, w, h.
+ATTRIBUTES = ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
+
+_NUM_COLUMNS = 4 + len(ATTRIBUTES)
+_IMAGE = re.compile(r"[^/\\]+/[^/\\]+\.(jpg|jpeg|png)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class WiderFaceRecord:
+    """
+    One image of the annotation file.
+
+    Attributes:
+        image: path below ``images/``: "<event>/<name>.jpg".
+        faces: a tuple per face as the file has it: x, y, w, h in pixels, then :data:`ATTRIBUTES`.
+    """
+
+    image: str
+    faces: Tuple[Tuple[int, ...], ...]
+
+
+def parse_annotations(text: str, name: str) -> List[WiderFaceRecord]:
+    """
+    Args:
+        text: content of an annotation file.
+        name: of the file, for error messages.
+
+    Returns:
+        The records in the order of the file. An image without a face has no faces, whether the line of
+        zeros is there or not. Boxes are as in the file, those of no size and invalid ones among them.
+
+    Raises:
+        ValueError: a line is not what it should be; names file and line.
+    """
+    lines = enumerate((line.strip() for line in text.splitlines()), start=1)
+    records, first_lines = [], {}
+    pending = None
+    while True:
+        number, image = pending or _next_line(lines)
+        pending = None
+        if image is None:
+            break
+        if not _IMAGE.fullmatch(image):
+            raise ValueError(f"{name}, line {number}: {image!r} is no image; it should be <event>/<name>.jpg")
+        if image in first_lines:
+            raise ValueError(f"{name}, line {number}: {image!r} has a record already, in line {first_lines[image]}")
+        first_lines[image] = number
+        count = _parse_count(name, image, *_next_line(lines))
+        faces = [_parse_face(name, image, *_next_line(lines)) for _ in range(count)]
+        if count == 0:
+            number, line = _next_line(lines)
+            if line is not None and _IMAGE.fullmatch(line):
+                pending = number, line
+            elif line is not None and any(_parse_face(name, image, number, line)):
+                raise ValueError(f"{name}, line {number}: {image!r} is said to have 0 faces, and here is one: {line!r}")
+        records.append(WiderFaceRecord(image, tuple(faces)))
+    if not records:
+        raise ValueError(f"{name} holds no record; it should be the file of that name in wider_face_split.zip")
+    return records
+
+
+def _next_line(lines: Iterator[Tuple[int, str]]) -> Tuple[int, str]:
+    """The next line that is not blank, with its number; (0, None) at the end."""
+    return next(((number, line) for number, line in lines if line), (0, None))
+
+
+def _parse_count(name: str, image: str, number: int, line: str) -> int:
+    if line is None:
+        raise ValueError(f"{name} ends behind {image!r}: the number of its faces is missing")
+    if not re.fullmatch(r"\d+", line):
+        raise ValueError(f"{name}, line {number}: {line!r} is not the number of faces in {image!r}")
+    return int(line)
+
+
+def _parse_face(name: str, image: str, number: int, line: str) -> Tuple[int, ...]:
+    if line is None:
+        raise ValueError(f"{name} ends within the faces of {image!r}")
+    try:
+        face = tuple(map(int, line.split()))
+    except ValueError:
+        face = ()
+    if len(face) != _NUM_COLUMNS:
+        raise ValueError(
+            f"{name}, line {number}: {line!r} is no face of {image!r}; it should be {_NUM_COLUMNS} whole "
+            f"numbers: x y w h {' '.join(ATTRIBUTES)}"
+        )
+    return face
+
+
+def format_annotations(records: Iterable[WiderFaceRecord]) -> str:
+    """The text of an annotation file, blank at the end of every line of numbers as in the official ones."""
+    lines = []
+    for record in records:
+        lines += [record.image, str(len(record.faces))]
+        lines += ["".join(f"{value} " for value in face) for face in record.faces or [(0,) * _NUM_COLUMNS]]
+    return "\n".join(lines) + "\n"
