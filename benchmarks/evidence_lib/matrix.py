@@ -63,10 +63,12 @@ class Axis:
     Attributes:
         label: its name.
         lines: by the line's name, its value of every variant on the line.
+        beside: variants that have no value there and are drawn as levels.
     """
 
     label: str
     lines: Dict[str, Dict[str, float]]
+    beside: Tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -240,8 +242,8 @@ def _group(name: str, entry: Dict[str, Any], seeds: Dict[str, List[int]], varian
             raise ValueError(f"group {name}: {list(pair)} is no contrast of two variants")
     axis = entry.get("x")
     if axis:
-        for line in axis["lines"].values():
-            _check_names(f"group {name}, x", line, members)
+        for named in [*axis["lines"].values(), axis.get("beside", [])]:
+            _check_names(f"group {name}, x", named, members)
     return Group(
         name=name,
         title=entry["title"],
@@ -250,7 +252,7 @@ def _group(name: str, entry: Dict[str, Any], seeds: Dict[str, List[int]], varian
         seed_list=entry["seeds"],
         contrasts=tuple(contrasts),
         measures=tuple(entry.get("measures", _DEFAULT_MEASURES)),
-        axis=Axis(axis["label"], axis["lines"]) if axis else None,
+        axis=Axis(axis["label"], axis["lines"], tuple(axis.get("beside", []))) if axis else None,
         on_request=entry.get("on_request", False),
     )
 

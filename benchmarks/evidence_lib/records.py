@@ -23,8 +23,8 @@ __all__ = ["Record", "Records", "digest_of_weights", "figures_of_run", "versions
 Record = Dict[str, Any]
 
 DONE, FAILED = "done", "failed"
-# Measurements behind the figure "late" of a training scalar.
-_LATE = 10
+# Measurements behind the figures "early" and "late" of a training scalar.
+_FEW = 10
 _DIGITS = 6
 _PREFIX = "qmimic/"
 
@@ -73,9 +73,10 @@ def figures_of_run(folder: str) -> Dict[str, Any]:
     What a run folder of ``train_net.py`` says: accuracy and the mimic's measurements.
 
     Returns:
-        "AP", "AP50" and "AP75", in per cent; "per_class": AP by class; "measures": by name without
-        ``qmimic/``, each {"last", "late": mean of the last ten, "mean": of all}. What is measured on held-out
-        images (``mimic.json``) is called ``heldout_<name>``, followed by the level where there are several.
+        "AP", "AP50" and "AP75", in per cent; "per_class": AP by class; "measures": by name without ``qmimic/``,
+        each with "early", the mean of the first ten, "late", of the last ten, "last" and "mean". What is measured
+        on held-out images (``mimic.json``) is called ``heldout_<name>``, followed by the level where there are
+        several.
 
     Raises:
         FileNotFoundError, ValueError, KeyError: there is no evaluation, or one without boxes.
@@ -129,8 +130,9 @@ def _scalars(path: str) -> Dict[str, Dict[str, float]]:
                 values.setdefault(name[len(_PREFIX) :], []).append(value)
     return {
         name: {
+            "early": _rounded(float(np.mean(series[:_FEW]))),
+            "late": _rounded(float(np.mean(series[-_FEW:]))),
             "last": _rounded(series[-1]),
-            "late": _rounded(float(np.mean(series[-_LATE:]))),
             "mean": _rounded(float(np.mean(series))),
         }
         for name, series in sorted(values.items())
@@ -147,7 +149,7 @@ def _heldout(path: str) -> Dict[str, Dict[str, float]]:
         for name, value in scalars.items():
             if isinstance(value, (int, float)):
                 suffix = f"_{level}" if len(levels) > 1 else ""
-                measures[f"heldout_{name}{suffix}"] = dict.fromkeys(("last", "late", "mean"), _rounded(value))
+                measures[f"heldout_{name}{suffix}"] = dict.fromkeys(("early", "late", "last", "mean"), _rounded(value))
     return measures
 
 

@@ -109,10 +109,13 @@ class Runs:
         for run in wanted:
             self._add_missing_teachers(run, teachers)
         wanted_names = {run.name for run in wanted}
-        depending = [run for run in runs if run.name not in wanted_names and self._is_below(run, set(teachers))]
-        students = [run for run in runs if run.name not in teachers and (run in wanted or run in depending)]
+        others = [
+            run
+            for run in runs
+            if run.name not in teachers and (run.name in wanted_names or self._is_below(run, set(teachers)))
+        ]
         tasks = [self._task(run, is_forced=True) for run in teachers.values()]
-        return tasks + [self._task(run, is_forced=False) for run in students if not run.variant.not_yet]
+        return tasks + [self._task(run, is_forced=False) for run in others if not run.variant.not_yet]
 
     def _add_missing_teachers(self, run: Run, missing: Dict[str, Run]) -> None:
         for need in self._needs(run):
@@ -140,9 +143,8 @@ class Runs:
         return f"{self._output}/{run.name}"
 
     def _load_config(self, variant: Variant) -> CfgNode:
-        return load_config(
-            f"configs/{variant.config}", [*variant.opts, *self._opts], eval_only=variant.eval_only, device="cpu"
-        )
+        opts = [*variant.opts, *self._opts]
+        return load_config(variant.config, opts, eval_only=variant.eval_only, device="cpu")
 
     def _task(self, run: Run, is_forced: bool) -> Task:
         variant, folder = run.variant, self._folder(run)

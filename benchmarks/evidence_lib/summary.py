@@ -8,9 +8,24 @@ from evidence_lib.records import Record
 from evidence_lib.runs import DONE, FAILED, NOT_YET, OPEN, Runs
 from evidence_lib.statistics import Contrast, Sample, describe, family
 
-__all__ = ["ACCURACIES", "GroupSummary", "VariantSummary", "measure_of", "summarize", "to_dict"]
+__all__ = [
+    "ACCURACIES",
+    "EARLY_SHARE",
+    "HELDOUT_MATCH",
+    "MATCH",
+    "SHARE",
+    "GroupSummary",
+    "VariantSummary",
+    "measure_of",
+    "summarize",
+    "to_dict",
+]
 
-ACCURACIES = ("AP", "AP50", "AP75")
+ACCURACIES = ("AP", "AP50")
+# What tables and plots show of every group besides its own measures, where it was measured.
+MATCH, HELDOUT_MATCH = "match_ratio_nonzero", "heldout_match_ratio_nonzero"
+EARLY_SHARE, SHARE = "grad_share_backbone:early", "grad_share_backbone:mean"
+_SHOWN = (*ACCURACIES, MATCH, HELDOUT_MATCH, EARLY_SHARE, SHARE)
 
 
 @dataclass(frozen=True)
@@ -68,12 +83,17 @@ def summarize(runs: Runs) -> List[GroupSummary]:
 
 def measure_of(record: Record, measure: str) -> Optional[float]:
     """
-    AP, AP50 and AP75 as they are; of a training scalar the mean of its last ten measurements. None where it was
-    not measured.
+    Args:
+        measure: "AP" or "AP50"; else a scalar of the training, alone for the mean of its last ten measurements, or
+            followed by ":early", ":last" or ":mean" for another figure of the record.
+
+    Returns:
+        None where it was not measured.
     """
     if measure in ACCURACIES:
         return record[measure]
-    return record["measures"].get(measure, {}).get("late")
+    name, _, figure = measure.partition(":")
+    return record["measures"].get(name, {}).get(figure or "late")
 
 
 def to_dict(summaries: List[GroupSummary]) -> Dict[str, Any]:
@@ -84,13 +104,19 @@ def to_dict(summaries: List[GroupSummary]) -> Dict[str, Any]:
         groups[group.name] = {
             "title": group.title,
             "seeds": list(group.seeds),
-            "variants": [asdict(each) for each in summary.variants],
+            "variants": [_variant_dict(each) for each in summary.variants],
             "contrasts": {
                 measure: [{"a": a, "b": b, **asdict(each)} for (a, b), each in zip(group.contrasts, contrasts)]
                 for measure, contrasts in summary.contrasts.items()
             },
         }
     return {"groups": groups}
+
+
+def _variant_dict(variant: VariantSummary) -> Dict[str, Any]:
+    content = asdict(variant)
+    content["values"] = {"AP": content["values"]["AP"]}  # the others stand in the records
+    return content
 
 
 def _group(group: Group, runs: Runs) -> GroupSummary:
@@ -117,14 +143,13 @@ def _variant(name: str, group: Group, runs: Runs) -> VariantSummary:
             failed[seed] = runs.record(run)["reason"]
         elif state in (OPEN, NOT_YET):
             open_seeds.append(seed)
-    measures = {*ACCURACIES, *(measure for record in done.values() for measure in record["measures"])}
     values = {
         measure: {
             seed: value
             for seed, value in ((seed, measure_of(record, measure)) for seed, record in done.items())
             if value is not None
         }
-        for measure in sorted(measures)
+        for measure in dict.fromkeys((*_SHOWN, *group.measures))
     }
     return VariantSummary(
         name=name,

@@ -5,17 +5,25 @@ from typing import Callable, List, Optional, Sequence, Tuple
 from tabulate import tabulate
 
 from evidence_lib.statistics import Contrast, Sample
-from evidence_lib.summary import GroupSummary, VariantSummary
+from evidence_lib.summary import (
+    ACCURACIES,
+    EARLY_SHARE,
+    HELDOUT_MATCH,
+    MATCH,
+    SHARE,
+    GroupSummary,
+    VariantSummary,
+)
 
 __all__ = ["comparison_table", "contrast_table", "group_section", "insert_between_markers", "seed_table"]
 
 NOTHING = "-"
-_AP_MEASURES = ("AP", "AP50", "AP75")
 # Further columns of a group's table where the runs have them: title and measure.
 _COLUMNS = (
-    ("match, not both 0", "match_ratio_nonzero"),
-    ("the same, held-out", "heldout_match_ratio_nonzero"),
-    ("gradient share", "grad_share_map"),
+    ("match, not both 0", MATCH),
+    ("the same, held-out", HELDOUT_MATCH),
+    ("gradient share, early", EARLY_SHARE),
+    ("gradient share", SHARE),
 )
 
 
@@ -28,7 +36,7 @@ def group_section(summary: GroupSummary, heading: str = "###") -> str:
         return "\n\n".join([*parts, "Not run."])
     parts.append(_variant_table(summary))
     for measure, contrasts in summary.contrasts.items():
-        if contrasts:
+        if any(contrast.sample.n for contrast in contrasts):
             parts += [f"Paired differences, {_named(measure)}:", contrast_table(summary, measure)]
     notes = _notes(summary.variants)
     return "\n\n".join(parts + ([notes] if notes else []))
@@ -135,15 +143,14 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 
 def _named(measure: str) -> str:
-    return measure if measure in _AP_MEASURES else f"`{measure}`"
+    return measure if measure in ACCURACIES else f"`{measure}`, in percentage points"
 
 
 def _shown(measure: str, sign: bool = False) -> Callable[[Optional[float]], str]:
-    """How a value of a measure is written: APs are in per cent already, ratios and shares become so."""
-    plus = "+" if sign else ""
-    if measure in _AP_MEASURES:
-        return lambda value: NOTHING if value is None else f"{value:{plus}.1f}"
-    return lambda value: NOTHING if value is None else f"{100.0 * value:{plus}.1f} %"
+    """How a value, or with a sign a difference, is written: APs are in per cent already, ratios become so."""
+    factor = 1.0 if measure in ACCURACIES else 100.0
+    plus, unit = ("+", "") if sign else ("", "" if measure in ACCURACIES else " %")
+    return lambda value: NOTHING if value is None else f"{factor * value:{plus}.1f}{unit}"
 
 
 def _mean_sd(sample: Optional[Sample]) -> str:
