@@ -15,8 +15,10 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 from typing import List, Optional, Sequence
 
+warnings.filterwarnings("ignore", category=FutureWarning)  # PyTorch's own, of torch.jit
 # Progress goes to a pipe or a file as well as to a screen; there it should appear line by line.
 sys.stdout.reconfigure(line_buffering=True)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -29,6 +31,7 @@ from evidence_lib.records import Records  # noqa: E402
 from evidence_lib.report import write_report  # noqa: E402
 from evidence_lib.runs import DONE, FAILED, OPEN, Runs  # noqa: E402
 from evidence_lib.tables import comparison_table  # noqa: E402
+from qmimic_d2.engine import describe_error  # noqa: E402
 from task_runner import run_tasks  # noqa: E402
 
 RECORDS = "benchmarks/evidence"
@@ -55,8 +58,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
             print(f"written: {path}")
         if args.quick:
             compare(runs, selected)
-    except ValueError as error:
-        sys.exit(str(error))
+    except (KeyError, ValueError, OSError) as error:
+        sys.exit(describe_error(error))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command continues from here")
 
@@ -101,6 +104,9 @@ def run(runs: Runs, selected: List[Run], args: argparse.Namespace) -> None:
     print(f"{len(selected)} runs selected, {len(tasks)} to run (with teachers), {_minutes(expected)}")
     # One thread each: two single-thread processes use two cores better than two threads of one.
     run_tasks(tasks, args.output, args.jobs, {"OMP_NUM_THREADS": "1"}, keeps_going=True)
+    failed = [each.name for each in selected if runs.state(each) == FAILED]
+    if failed:
+        print(f"failed: {', '.join(failed)}. Their logs are in {args.output}/logs; --retry-failed runs them again")
 
 
 def show(runs: Runs, selected: List[Run], jobs: int) -> None:

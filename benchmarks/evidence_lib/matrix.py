@@ -214,8 +214,11 @@ def _variant(name: str, entry: Dict[str, Any], common: List[Any], settings: Dict
 
 
 def _check_needs(variants: Dict[str, Variant]) -> None:
+    above: List[str] = []
     for variant in variants.values():
-        _check_names(f"variant {variant.name}, teacher or weights", variant.needs, variants)
+        # above it, so that there are no circles
+        _check_names(f"variant {variant.name}, teacher or weights (of those above it)", variant.needs, above)
+        above.append(variant.name)
         for need in map(variants.__getitem__, variant.needs):
             if need.seed is None or need.eval_only:
                 raise ValueError(

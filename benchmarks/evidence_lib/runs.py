@@ -49,6 +49,7 @@ class Runs:
         self._opts = tuple(opts)
         self._retries_failed = retries_failed
         self._cost: Dict[str, Tuple[int, int]] = {}
+        self._expected: Dict[str, float] = {}
         # one config per variant; a seed changes one key of it
         self._config = functools.lru_cache(maxsize=None)(self._load_config)
         self._settings = functools.lru_cache(maxsize=None)(lambda variant: settings_of(self._config(variant)))
@@ -63,16 +64,18 @@ class Runs:
 
     def digest(self, run: Run) -> str:
         """Of everything in the config that has an effect on the result."""
-        return config_digest({**self._settings(run.variant), "SEED": run.seed}, self.matrix.revision)
+        settings = {**self._settings(run.variant), "SEED": run.seed}
+        if run.variant.eval_only:
+            settings["EVAL_ONLY"] = True
+        return config_digest(settings, self.matrix.revision)
 
     def record(self, run: Run) -> Optional[Record]:
         """The record of a run, if it is of this config and of the teachers as their own records have them."""
         record = self.records.read(run.variant.name, run.seed)
         if record is None or record["config_digest"] != self.digest(run):
             return None
-        if record["inputs"] != {need.variant.name: self._recorded_weights(need) for need in self._needs(run)}:
-            return None
-        return record
+        inputs = self._inputs(run)
+        return record if all(inputs.values()) and record["inputs"] == inputs else None
 
     def state(self, run: Run) -> str:
         """:data:`DONE`, :data:`FAILED`, :data:`OPEN` or :data:`NOT_YET`."""
@@ -88,13 +91,15 @@ class Runs:
 
     def expected_seconds(self, run: Run) -> float:
         """As earlier runs of the variant took, or by the number of iterations."""
-        seeds = {seed for group in self.matrix.groups.values() for seed in group.seeds}
-        found = [self.records.read(run.variant.name, seed) for seed in sorted(seeds | {run.seed})]
-        seconds = [record["seconds"] for record in found if record and record["status"] == DONE]
-        if seconds:
-            return statistics.median(seconds)
-        iterations = 0 if run.variant.eval_only else self._config(run.variant).SOLVER.MAX_ITER
-        return self.matrix.seconds_besides + self.matrix.seconds_per_iteration * iterations
+        name = run.variant.name
+        if name not in self._expected:
+            seeds = {seed for group in self.matrix.groups.values() for seed in group.seeds}
+            found = [self.records.read(name, seed) for seed in sorted(seeds | {run.seed})]
+            seconds = [record["seconds"] for record in found if record and record["status"] == DONE]
+            rate, besides = self.matrix.seconds_per_iteration, self.matrix.seconds_besides
+            by_length = besides + rate * self._iterations(run.variant)
+            self._expected[name] = statistics.median(seconds) if seconds else by_length
+        return self._expected[name]
 
     def tasks(self, runs: Sequence[Run]) -> List[Task]:
         """
@@ -104,23 +109,33 @@ class Runs:
         be trained again and comes out with other weights than its record has, the runs beside the earlier one
         are open again, so these are among the tasks and asked once more when it is done.
         """
-        wanted = [run for run in runs if not self.is_settled(run)]
-        teachers: Dict[str, Run] = {}
-        for run in wanted:
-            self._add_missing_teachers(run, teachers)
-        wanted_names = {run.name for run in wanted}
-        others = [
-            run
-            for run in runs
-            if run.name not in teachers and (run.name in wanted_names or self._is_below(run, set(teachers)))
+        wanted = {run.name: run for run in runs if not self.is_settled(run)}
+        missing: Dict[str, Run] = {}
+        for run in wanted.values():
+            self._add_missing(run, missing)
+        names = set(missing)
+        asked: Dict[str, Run] = {}
+        for run in runs:
+            if run.name in wanted or self._is_below(run, names):
+                for need in self._all_needs(run):
+                    if self._is_below(need, names):
+                        asked[need.name] = need
+                asked[run.name] = run
+        tasks = [self._task(run, is_forced=True) for run in missing.values()]
+        return tasks + [
+            self._task(run, is_forced=False)
+            for name, run in asked.items()
+            if name not in missing and not run.variant.not_yet
         ]
-        tasks = [self._task(run, is_forced=True) for run in teachers.values()]
-        return tasks + [self._task(run, is_forced=False) for run in others if not run.variant.not_yet]
 
-    def _add_missing_teachers(self, run: Run, missing: Dict[str, Run]) -> None:
+    def _all_needs(self, run: Run) -> List[Run]:
+        """The needs' needs first."""
+        return [each for need in self._needs(run) for each in (*self._all_needs(need), need)]
+
+    def _add_missing(self, run: Run, missing: Dict[str, Run]) -> None:
         for need in self._needs(run):
             if need.name not in missing and not self._has_weights(need):
-                self._add_missing_teachers(need, missing)
+                self._add_missing(need, missing)
                 missing[need.name] = need
 
     def _has_weights(self, teacher: Run) -> bool:
@@ -162,7 +177,7 @@ class Runs:
             output_dir=folder,
             needs=[need.name for need in self._needs(run)],
             inputs=lambda: json.dumps([self.digest(run), self._inputs(run)]),
-            max_iter=0 if variant.eval_only else self._config(variant).SOLVER.MAX_ITER,
+            max_iter=self._iterations(variant),
             resumes=not variant.eval_only,
             expected_seconds=self.expected_seconds(run),
             is_done=(lambda: False) if is_forced else (lambda: self.is_settled(run)),
@@ -183,7 +198,7 @@ class Runs:
             **figures,
             "parameters": parameters,
             "flops": flops,
-            "iterations": 0 if run.variant.eval_only else self._config(run.variant).SOLVER.MAX_ITER,
+            "iterations": self._iterations(run.variant),
             "seconds": round(seconds, 1),
             "versions": versions(),
         }
@@ -206,6 +221,9 @@ class Runs:
             "config_digest": self.digest(run),
             "inputs": self._inputs(run),
         }
+
+    def _iterations(self, variant: Variant) -> int:
+        return 0 if variant.eval_only else self._config(variant).SOLVER.MAX_ITER
 
     def _measured_cost(self, variant: Variant) -> Tuple[int, int]:
         if variant.name not in self._cost:
