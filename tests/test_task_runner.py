@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 
@@ -175,3 +176,23 @@ def test_status_tells_what_is_left(tmp_path):
     waiting = [Task("one", [], expected_seconds=90.0), Task("two", [], expected_seconds=150.0)]
     assert task_runner._status([], waiting, 2, 60.0).endswith("| 2 waiting, about 2 min")
     assert task_runner._status([], [Task("one", [])], 2, 60.0).endswith("| 1 waiting")
+
+
+def test_an_interruption_stops_what_runs_and_notes_its_time(tmp_path):
+    ready = tmp_path / "ready"
+    code = "import sys, time; open(sys.argv[1], 'w').close(); time.sleep(60)"
+
+    def interrupt_when_ready():
+        while not ready.exists():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    finished = []
+    tasks = [
+        Task("long", [sys.executable, "-c", code, str(ready)], on_success=finished.append),
+        Task("next", appending(tmp_path / "out", "next"), is_done=interrupt_when_ready),
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks(tasks, str(tmp_path), 2, {})
+    record = json.loads((tmp_path / "logs" / "long.json").read_text())
+    assert not record["done"] and 0.0 < record["seconds"] < 60.0 and not finished
