@@ -18,12 +18,12 @@ from detectron2.config import CfgNode
 # Progress goes to a pipe or a file as well as to a screen; there it should appear line by line.
 sys.stdout.reconfigure(line_buffering=True)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tools")]
 
 from results import Model, write_results  # noqa: E402
-from tasks import Task, run_tasks  # noqa: E402
 
 from qmimic_d2.engine import load_config  # noqa: E402
+from task_runner import Task, run_tasks  # noqa: E402
 
 CONFIGS = "configs/Digits"
 STUDENTS = {

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import time
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence, Set, Union
 
 from detectron2.config import CfgNode
 
@@ -35,10 +35,17 @@ class Task:
         output_dir: folder in which a training writes its ``metrics.json``; "" for other commands.
         needs: names of tasks that must be done first.
         cfg: resolved config of a train_net.py command.
-        inputs: whatever else decides whether an earlier result is still good.
+        inputs: whatever else decides whether an earlier result is still good; a function is asked when the
+            task's turn comes and its needs are done.
         max_iter: length of a training, for the status line.
         resumes: the command takes ``--resume`` after an interruption.
         shows_output: what it prints belongs on the screen, once it is done.
+        expected_seconds: for the status line; 0.0 = unknown.
+        is_done: asked when the task's turn comes, in place of the runner's own record.
+        on_start: called before it starts, with whether it continues what an earlier run began.
+        on_success: called with the seconds it took, interrupted runs included; an OSError, ValueError or
+            KeyError that it raises makes the task a failed one.
+        on_failure: called with the reason.
     """
 
     name: str
@@ -46,14 +53,20 @@ class Task:
     output_dir: str = ""
     needs: Sequence[str] = ()
     cfg: Optional[CfgNode] = None
-    inputs: str = ""
+    inputs: Union[str, Callable[[], str]] = ""
     max_iter: int = 0
     resumes: bool = False
     shows_output: bool = False
+    expected_seconds: float = 0.0
+    is_done: Optional[Callable[[], bool]] = None
+    on_start: Optional[Callable[[bool], None]] = None
+    on_success: Optional[Callable[[float], None]] = None
+    on_failure: Optional[Callable[[str], None]] = None
 
     @property
     def digest(self) -> str:
-        text = json.dumps([self.command, self.inputs, self.cfg.dump() if self.cfg else ""])
+        inputs = self.inputs() if callable(self.inputs) else self.inputs
+        text = json.dumps([self.command, inputs, self.cfg.dump() if self.cfg else ""])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -66,7 +79,9 @@ class _Running:
     started: float = field(default_factory=time.time)
 
 
-def run_tasks(tasks: Sequence[Task], folder: str, jobs: int, environment: Dict[str, str]) -> Dict[str, float]:
+def run_tasks(
+    tasks: Sequence[Task], folder: str, jobs: int, environment: Dict[str, str], keeps_going: bool = False
+) -> Dict[str, float]:
     """
     Runs what is not done yet, ``jobs`` at a time.
 
@@ -75,42 +90,69 @@ def run_tasks(tasks: Sequence[Task], folder: str, jobs: int, environment: Dict[s
         folder: for logs and records; a record makes a task done for good.
         jobs: processes at a time.
         environment: variables to set for every command.
+        keeps_going: a command that fails stops only the tasks that need it.
 
     Returns:
-        Seconds that each task took, earlier and interrupted runs included.
+        Seconds that each task took, earlier and interrupted runs included; without those that were not run.
 
     Raises:
-        SystemExit: a command failed; names its log and shows the end of it.
+        SystemExit: a command failed; names its log and shows the end of it. Not with ``keeps_going``.
         KeyboardInterrupt: after the running commands have saved and stopped.
     """
     logs = os.path.join(folder, "logs")
     os.makedirs(logs, exist_ok=True)
-    records = {task.name: _Record(os.path.join(logs, f"{task.name}.json"), task) for task in tasks}
-    waiting = [task for task in tasks if not records[task.name].is_done]
-    for task in tasks:
-        if records[task.name].is_done:
-            print(f"done already: {task.name}")
+    records: Dict[str, _Record] = {}
+    waiting, failed = list(tasks), set()
     running: List[_Running] = []
     begun = last_status = time.time()
     try:
         while waiting or running:
-            pending = {task.name for task in waiting} | {each.task.name for each in running}
-            for task in list(waiting):
-                if len(running) < jobs and not pending.intersection(task.needs):
-                    waiting.remove(task)
-                    running.append(_start(task, records[task.name], logs, environment))
-            time.sleep(_POLL_SECONDS)
+            _start_what_can(waiting, running, failed, records, jobs, logs, environment)
+            if running:
+                time.sleep(_POLL_SECONDS)
             for each in list(running):
                 if each.process.poll() is not None:
                     running.remove(each)
-                    _finish(each, records[each.task.name])
+                    if not _finish(each, records[each.task.name], keeps_going):
+                        failed.add(each.task.name)
             if running and time.time() - last_status > _STATUS_SECONDS:
                 last_status = time.time()
-                print(_status(running, len(waiting), time.time() - begun), flush=True)
+                print(_status(running, waiting, jobs, time.time() - begun), flush=True)
     except BaseException:
         _stop(running, records)
         raise
     return {name: record.seconds for name, record in records.items()}
+
+
+def _start_what_can(
+    waiting: List[Task],
+    running: List[_Running],
+    failed: Set[str],
+    records: Dict[str, "_Record"],
+    jobs: int,
+    logs: str,
+    environment: Dict[str, str],
+) -> None:
+    """Takes from ``waiting`` what is done, what cannot be run any more, and what there is a free process for."""
+    pending = {task.name for task in waiting} | {each.task.name for each in running}
+    for task in list(waiting):
+        if len(running) >= jobs:
+            return
+        if pending.intersection(task.needs):
+            continue
+        waiting.remove(task)
+        missing = sorted(failed.intersection(task.needs))
+        if missing:
+            failed.add(task.name)
+            pending.remove(task.name)
+            print(f"not run: {task.name} needs {', '.join(missing)}", flush=True)
+            continue
+        record = records[task.name] = _Record(os.path.join(logs, f"{task.name}.json"), task)
+        if task.is_done() if task.is_done else record.is_done:
+            pending.remove(task.name)
+            print(f"done already: {task.name}", flush=True)
+        else:
+            running.append(_start(task, record, logs, environment))
 
 
 class _Record:
@@ -129,6 +171,9 @@ class _Record:
         self.is_done = known.get("done", False)
         self.seconds = known.get("seconds", 0.0)
 
+    def forget(self) -> None:
+        self.was_started, self.is_done, self.seconds = False, False, 0.0
+
     def write(self, done: bool, seconds: float) -> None:
         self.is_done, self.seconds = done, self.seconds + seconds
         write_json(self._path, {"digest": self._digest, "done": done, "seconds": self.seconds})
@@ -136,8 +181,13 @@ class _Record:
 
 def _start(task: Task, record: _Record, logs: str, environment: Dict[str, str]) -> _Running:
     command = list(task.command)
-    if task.resumes and record.was_started:
+    if record.is_done:  # by its record; the task says that it is not, so what was made is gone
+        record.forget()
+    continues = task.resumes and record.was_started
+    if continues:
         command.insert(command.index("--config-file"), "--resume")
+    if task.on_start:
+        task.on_start(continues)
     record.write(done=False, seconds=0.0)
     print("$ " + shlex.join(_shown(command)), flush=True)
     log_path = os.path.join(logs, f"{task.name}.log")
@@ -148,19 +198,40 @@ def _start(task: Task, record: _Record, logs: str, environment: Dict[str, str]) 
     return _Running(task, process, log_path, output_path)
 
 
-def _finish(each: _Running, record: _Record) -> None:
-    seconds = time.time() - each.started
-    if each.process.returncode == 0:
-        record.write(done=True, seconds=seconds)
+def _finish(each: _Running, record: _Record, keeps_going: bool) -> bool:
+    """Notes how a command ended; False where it failed."""
+    status, seconds = each.process.returncode, time.time() - each.started
+    record.write(done=False, seconds=seconds)
+    if status in _INTERRUPTED:
+        raise KeyboardInterrupt
+    reason = f"{_ending(status)}: {_last_line(each.log_path)}" if status else ""
+    if not reason and each.task.on_success:
+        try:
+            each.task.on_success(record.seconds)
+        except (OSError, ValueError, KeyError) as error:
+            reason = f"{type(error).__name__}: {error}"
+    if not reason:
+        record.write(done=True, seconds=0.0)
         print(f"finished: {each.task.name} ({seconds:.0f} s)", flush=True)
         if each.task.shows_output:
             print(textwrap.indent(_end_of(each.output_path, 40), "    "), flush=True)
-        return
-    record.write(done=False, seconds=seconds)
-    if each.process.returncode in _INTERRUPTED:
-        raise KeyboardInterrupt
-    end = _end_of(each.log_path, 15)
-    raise SystemExit(f"{each.task.name} stopped with status {each.process.returncode}; end of {each.log_path}:\n{end}")
+        return True
+    if each.task.on_failure:
+        each.task.on_failure(reason)
+    if not keeps_going:
+        ending, end = _ending(status) if status else reason, _end_of(each.log_path, 15)
+        raise SystemExit(f"{each.task.name} {ending}; end of {each.log_path}:\n{end}")
+    print(f"failed: {each.task.name} ({each.log_path}): {reason}", flush=True)
+    return False
+
+
+def _ending(status: int) -> str:
+    return f"stopped with status {status}" if status >= 0 else f"was killed by signal {-status}"
+
+
+def _last_line(log_path: str) -> str:
+    lines = [line.strip() for line in _end_of(log_path, 30).splitlines() if line.strip()]
+    return lines[-1] if lines else "its log is empty"
 
 
 def _end_of(log_path: str, num_lines: int) -> str:
@@ -184,9 +255,11 @@ def _shown(command: Sequence[str]) -> List[str]:
     return ["python" if part == sys.executable else part for part in command]
 
 
-def _status(running: Sequence[_Running], waiting: int, seconds: float) -> str:
+def _status(running: Sequence[_Running], waiting: Sequence[Task], jobs: int, seconds: float) -> str:
     parts = [f"{each.task.name} {_progress(each.task)}".strip() for each in running]
-    return f"[{seconds / 60:4.1f} min] {' | '.join(parts)} | {waiting} waiting"
+    left = sum(task.expected_seconds for task in waiting) / jobs
+    about = f", about {left / 60:.0f} min" if left else ""
+    return f"[{seconds / 60:4.1f} min] {' | '.join(parts)} | {len(waiting)} waiting{about}"
 
 
 def _progress(task: Task) -> str:

@@ -1,0 +1,75 @@
+"""Which settings decide what a run comes to, and a digest of them."""
+
+import hashlib
+import json
+from typing import Any, Dict
+
+from detectron2.config import CfgNode, get_cfg
+
+from qmimic_d2.config import add_qmimic_config
+from qmimic_d2.engine import load_config
+
+__all__ = ["config_digest", "settings_of"]
+
+# Keys, or beginnings of keys, that change no weight and no AP: places, and how often something is measured or
+# saved. Weights that are read count by their own digests.
+_WITHOUT_EFFECT = (
+    "OUTPUT_DIR",
+    "VERSION",
+    "VIS_PERIOD",
+    "DATALOADER.NUM_WORKERS",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "MODEL.WEIGHTS",
+    "MODEL.QMIMIC.DIAGNOSTICS.",
+    "MODEL.QMIMIC.MIMIC.MATCH_PERIOD",
+    "MODEL.QMIMIC.TEACHER.CONFIG_FILE",
+    "MODEL.QMIMIC.TEACHER.OPTS",
+    "MODEL.QMIMIC.TEACHER.WEIGHTS",
+)
+# What of a teacher's config reaches the student.
+_OF_A_TEACHER = ("MODEL.", "INPUT.FORMAT")
+
+
+def settings_of(cfg: CfgNode) -> Dict[str, Any]:
+    """
+    The keys of a resolved config that differ from the defaults and have an effect on the result.
+
+    Differences alone, so that a key which this project gets later, with a default that changes nothing, leaves
+    earlier runs what they are. A teacher's config stands under ``TEACHER``.
+    """
+    settings = _differences(cfg)
+    file = cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE
+    if file.endswith(".yaml"):
+        teacher = _differences(load_config(file, cfg.MODEL.QMIMIC.TEACHER.OPTS, device="cpu"))
+        settings["TEACHER"] = {key: value for key, value in teacher.items() if key.startswith(_OF_A_TEACHER)}
+    elif file:
+        settings["TEACHER"] = file
+    return settings
+
+
+def config_digest(settings: Dict[str, Any], revision: int) -> str:
+    """Of :func:`settings_of` and the matrix's revision: 16 hexadecimal digits."""
+    text = json.dumps([revision, settings], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _differences(cfg: CfgNode) -> Dict[str, Any]:
+    defaults = get_cfg()
+    add_qmimic_config(defaults)
+    known = _flat(defaults)
+    absent = object()
+    return {
+        key: value
+        for key, value in sorted(_flat(cfg).items())
+        if not key.startswith(_WITHOUT_EFFECT) and known.get(key, absent) != value
+    }
+
+
+def _flat(node: CfgNode, prefix: str = "") -> Dict[str, Any]:
+    flat: Dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
