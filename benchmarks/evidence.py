@@ -12,13 +12,16 @@ Interrupted, it continues where it stopped. docs/evidence.md explains what is co
 """
 
 import argparse
+import logging
 import os
 import signal
 import sys
 import warnings
 from typing import List, Optional, Sequence
 
-warnings.filterwarnings("ignore", category=FutureWarning)  # PyTorch's own, of torch.jit
+# PyTorch's own warnings, of torch.jit when it is imported and of torch.fx when FLOPs are counted
+warnings.filterwarnings("ignore", category=FutureWarning)
+logging.getLogger("torch.fx").setLevel(logging.ERROR)
 # Progress goes to a pipe or a file as well as to a screen; there it should appear line by line.
 sys.stdout.reconfigure(line_buffering=True)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import cv2
@@ -300,3 +301,14 @@ def test_wrong_names_and_interruptions_end_in_a_message(command, monkeypatch):
     monkeypatch.setattr(evidence, "run_tasks", interrupt)
     with pytest.raises(SystemExit, match="the same command continues from here"):
         command("--records", "records")
+
+
+def test_the_guide_has_its_markers_and_commands_that_exist():
+    text = (ROOT / "docs" / "evidence.md").read_text()
+    assert insert_between_markers(text, "evidence", "new").count("new\n") >= 1
+    commands = re.findall(r"^    python benchmarks/evidence\.py (.*?)\s*(?:#.*)?$", text, re.MULTILINE)
+    assert len(commands) >= 7
+    matrix = load_matrix(str(ROOT / "benchmarks" / "evidence" / "matrix.yaml"))
+    for each in commands:
+        args = evidence.parse(each.split())
+        assert args.quick or matrix.runs(args.group, args.variant, args.seeds)
