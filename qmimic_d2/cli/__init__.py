@@ -10,4 +10,5 @@ A module's docstring is its help, the first line of it the summary. It has ``add
 COMMANDS = (
     "calibrate",
     "predict",
+    "report",
 )
