@@ -150,8 +150,7 @@ def running_browser(executable: str) -> Iterator[Page]:
     with tempfile.TemporaryDirectory(prefix="qmimic_d2_", ignore_cleanup_errors=True) as profile:
         flags = ["--headless", "--remote-debugging-pipe", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
         flags += ["--disable-background-networking", "--hide-scrollbars", f"--user-data-dir={profile}"]
-        if hasattr(os, "geteuid") and os.geteuid() == 0:
-            flags.append("--no-sandbox")  # Chromium has no sandbox for root
+        flags.append("--no-sandbox")  # root and many containers cannot have it, and the pages are our own
         # The shell puts the pipes where the browser looks for them.
         redirect = f'exec "$0" "$@" 3<&{read_commands} 4>&{write_answers}'
         process = subprocess.Popen(

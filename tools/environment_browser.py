@@ -27,22 +27,31 @@ _APT_OPTIONS = ("-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=20", "
 
 def find_browser(environment):
     """
+    A browser that runs: a name on PATH proves nothing.
+
     Args:
-        environment: variables; CHROMIUM names a browser.
+        environment: variables; CHROMIUM names a browser, the empty string none at all.
 
     Returns:
-        Its path; None where there is none, and where CHROMIUM is the empty string.
+        Its path, or None.
 
     Raises:
-        FileNotFoundError: CHROMIUM names what is no program.
+        FileNotFoundError: CHROMIUM names what does not run.
     """
     named = environment.get("CHROMIUM")
-    if named is not None:
-        path = shutil.which(named) if named else None
-        if named and path is None:
-            raise FileNotFoundError(f"CHROMIUM is {named!r}, and there is no such program")
-        return path
-    return next(filter(None, map(shutil.which, BROWSERS)), None)
+    if named is None:
+        return next(filter(runs, filter(None, map(shutil.which, BROWSERS))), None)
+    path = shutil.which(named) if named else None
+    if named and not (path and runs(path)):
+        raise FileNotFoundError(f"CHROMIUM is {named!r}, which does not run as a browser")
+    return path
+
+
+def runs(path):
+    try:
+        return run([path, "--version"])[0] == 0
+    except OSError:
+        return False
 
 
 def prepare_browser(environment):
@@ -51,12 +60,11 @@ def prepare_browser(environment):
     report page need it.
     """
     try:
-        if find_browser(environment) is not None:
-            return
+        found = find_browser(environment)
     except FileNotFoundError as error:
-        say(f"{error}; the tests of the report page will say so too")
+        say(f"{error}: the tests of the report page will fail")
         return
-    if environment.get("CHROMIUM") == "":
+    if found or environment.get("CHROMIUM") == "":
         return
     skipped = "the tests of the report page in a browser will be skipped"
     if not is_debian_root():

@@ -40,6 +40,7 @@ def training_charts(runs: Sequence[Run]) -> List[Chart]:
             "All losses but the mimic's, medians of 20 iterations.",
             lambda run: run.metrics.detection_loss(),
             y_label="loss",
+            logarithmic=True,
         ),
         _lines(
             runs,
@@ -47,6 +48,7 @@ def training_charts(runs: Sequence[Run]) -> List[Chart]:
             "λ included, so runs of another weight or normalisation have another scale.",
             lambda run: run.metrics.mimic_loss(),
             y_label="loss",
+            logarithmic=True,
         ),
     ]
     if any(len(run.ap_series) > 1 for run in runs):

@@ -1,11 +1,10 @@
 """What an output folder of ``train_net.py`` holds, finished or not; what is not there is named."""
 
 import json
-import logging
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 from detectron2.config import CfgNode
@@ -15,8 +14,6 @@ from qmimic_d2.report.held_out import HeldOut, parse_held_out
 from qmimic_d2.report.metrics import Metrics, read_metrics
 
 __all__ = ["Run", "collect_run", "collect_runs"]
-
-logger = logging.getLogger(__name__)
 
 # A folder with none of these is no run.
 _SIGNS = ("config.yaml", "metrics.json", "evaluation.json")
@@ -51,31 +48,33 @@ class Run:
     weights: str = ""
     notes: List[str] = field(default_factory=list)
 
+    def setting(self, key: str) -> Any:
+        """The config's value of a key such as "SOLVER.MAX_ITER"; None where it has none."""
+        return _setting(self.config, key)
+
     @property
     def has_teacher(self) -> bool:
         """Whether it was trained beside one."""
-        model = self.config.get("MODEL", {})
-        return model.get("META_ARCHITECTURE") == "QuantMimicRCNN" and bool(
-            model.get("QMIMIC", {}).get("TEACHER", {}).get("CONFIG_FILE")
-        )
+        is_mimic = self.setting("MODEL.META_ARCHITECTURE") == "QuantMimicRCNN"
+        return is_mimic and bool(self.setting("MODEL.QMIMIC.TEACHER.CONFIG_FILE"))
 
     @property
     def levels(self) -> List[str]:
         """The student's maps that are compared with the teacher's."""
-        model = self.config.get("MODEL", {})
-        own = model.get("QMIMIC", {}).get("MIMIC", {}).get("IN_FEATURES")
-        return list(own or model.get("ROI_HEADS", {}).get("IN_FEATURES") or [])
+        return list(
+            self.setting("MODEL.QMIMIC.MIMIC.IN_FEATURES") or self.setting("MODEL.ROI_HEADS.IN_FEATURES") or []
+        )
 
     @property
     def dataset(self) -> str:
         """The first test set, or ""."""
-        return next(iter(self.config.get("DATASETS", {}).get("TEST") or []), "")
+        return next(iter(self.setting("DATASETS.TEST") or []), "")
 
     @property
     def detections(self) -> str:
         """The evaluation's detections, a path; "" where there are none, or where several test sets share the file."""
         path = os.path.join(self.folder, "inference", "coco_instances_results.json")
-        is_its_own = len(self.config.get("DATASETS", {}).get("TEST") or []) == 1
+        is_its_own = len(self.setting("DATASETS.TEST") or []) == 1
         return path if is_its_own and os.path.isfile(path) else ""
 
     @property
@@ -86,12 +85,19 @@ class Run:
     @property
     def state(self) -> str:
         """How far it is."""
-        done, planned = self.metrics.iterations, self.config.get("SOLVER", {}).get("MAX_ITER", 0)
+        done, planned = self.metrics.iterations, self.setting("SOLVER.MAX_ITER")
         if not done:
             return "evaluation only" if self.figures else "nothing measured yet"
         if planned and done < planned:
             return f"not finished: iteration {done:,} of {planned:,}"
-        return f"{done:,} iterations"
+        return "finished" if planned else f"{done:,} iterations"
+
+
+def _setting(config: Dict[str, Any], key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def collect_runs(folders: Sequence[str]) -> List[Run]:
@@ -115,9 +121,13 @@ def collect_runs(folders: Sequence[str]) -> List[Run]:
     return [collect_run(folder, name=name) for name, (_, folder) in zip(names, pairs)]
 
 
-def _name_and_folder(argument: str) -> List[str]:
-    name, equals, folder = argument.partition("=")
-    return [name, folder] if equals and not os.path.isdir(argument) else ["", argument]
+def _name_and_folder(argument: str) -> Tuple[str, str]:
+    """Either of them may hold "=" itself; the folder that exists decides."""
+    if os.path.isdir(argument) or "=" not in argument:
+        return "", argument
+    places = [index for index, letter in enumerate(argument) if letter == "="]
+    place = next((index for index in places if os.path.isdir(argument[index + 1 :])), places[0])
+    return argument[:place], argument[place + 1 :]
 
 
 def _short_names(paths: Sequence[str]) -> List[str]:
@@ -196,7 +206,7 @@ def _read_configs(run: Run, given: Optional[CfgNode]) -> None:
         run.notes.append(
             f"no parameters, FLOPs, latency and pictures: this version cannot use config.yaml ({describe_error(error)})"
         )
-    teacher = run.config.get("MODEL", {}).get("QMIMIC", {}).get("TEACHER", {}).get("CONFIG_FILE")
+    teacher = run.setting("MODEL.QMIMIC.TEACHER.CONFIG_FILE")
     if teacher and str(teacher).endswith((".yaml", ".yml")):
         try:
             run.teacher_config = _mapping(os.path.join(run.folder, teacher))
@@ -226,7 +236,10 @@ def _read_metrics(run: Run) -> None:
     if not os.path.isfile(path):
         run.notes.append("no curves: metrics.json is not there")
         return
-    run.metrics = read_metrics(path)
+    try:
+        run.metrics = read_metrics(path)
+    except OSError as error:
+        run.notes.append(f"no curves: metrics.json cannot be read ({describe_error(error)})")
     if run.metrics.num_unreadable:
         run.notes.append(f"some figures: lines of metrics.json that cannot be read: {run.metrics.num_unreadable}")
 

@@ -4,7 +4,7 @@ import os
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Callable, Optional, Sequence
+from typing import Any, Callable, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -15,11 +15,11 @@ from torch import nn
 from qmimic_d2.analysis import measure_cost
 from qmimic_d2.engine.prediction import Predictor
 
-__all__ = ["Cost", "median_seconds", "run_cost"]
+__all__ = ["Cost", "alternating_medians", "image_seconds", "run_cost"]
 
 _WARM_UP = 3
-_MOST_CALLS = 30
-_LEAST_CALLS = 5
+_MOST_ROUNDS = 30
+_LEAST_ROUNDS = 5
 _MOST_SECONDS = 2.0
 
 
@@ -31,7 +31,7 @@ class Cost:
         flops: of one image of ``height`` x ``width`` pixels, as :func:`qmimic_d2.analysis.measure_cost` counts.
         weight_bytes: of its tensors in memory, BatchNorm's statistics included; None without weights.
         file_bytes: of the checkpoint, which holds the optimizer's state too; None without one.
-        seconds: median time of one image; None where it was not measured.
+        seconds: median time of one image, see :func:`image_seconds`; None where it was not measured.
         threads: of that measurement.
     """
 
@@ -45,21 +45,19 @@ class Cost:
     threads: int = 1
 
 
-def run_cost(
-    cfg: CfgNode, predictor: Optional[Predictor], weights: str, images: Sequence[np.ndarray], threads: int
-) -> Cost:
+def run_cost(cfg: CfgNode, predictor: Optional[Predictor], weights: str, images: Sequence[np.ndarray]) -> Cost:
     """
+    What can be counted; ``seconds`` is left open.
+
     Args:
         cfg: of the detector.
         predictor: with its weights; None where there are none.
         weights: path of the checkpoint, or "".
         images: shape (H, W, 3), BGR, uint8. The first one's size, resized as the config says, is the one that
             FLOPs are counted for; without one it is a square of ``INPUT.MIN_SIZE_TEST``.
-        threads: for the time of one image, batch 1, resizing included; 0 = do not measure it.
     """
     height, width = _input_size(cfg, images)
     cost = measure_cost(predictor.model if predictor else cfg, height, width)
-    is_timed = predictor is not None and threads > 0 and len(images) > 0
     return Cost(
         parameters=cost.parameters,
         flops=cost.flops,
@@ -67,8 +65,6 @@ def run_cost(
         width=width,
         weight_bytes=_weight_bytes(predictor.model) if predictor else None,
         file_bytes=os.path.getsize(weights) if os.path.isfile(weights) else None,
-        seconds=_seconds(predictor, images, threads) if is_timed else None,
-        threads=threads,
     )
 
 
@@ -85,26 +81,50 @@ def _weight_bytes(model: nn.Module) -> int:
     return sum(each.numel() * each.element_size() for name, each in state if not name.startswith("mimic_loss."))
 
 
-def _seconds(predictor: Predictor, images: Sequence[np.ndarray], threads: int) -> float:
+def image_seconds(
+    predictors: Sequence[Predictor], images: Sequence[Sequence[np.ndarray]], threads: int
+) -> List[float]:
+    """
+    Median time of one image, batch 1, resizing included, of every predictor.
+
+    With one thread the clock is the process's CPU time, which other processes disturb less than the time on the wall.
+
+    Args:
+        images: at least one for every predictor, taken in turn.
+        threads: that PyTorch may use meanwhile.
+    """
+    calls = [
+        lambda index, predictor=predictor, own=own: predictor(own[index % len(own)])
+        for predictor, own in zip(predictors, images)
+    ]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return median_seconds(predictor, images, time.perf_counter)
+        return alternating_medians(calls, time.process_time if threads == 1 else time.perf_counter)
     finally:
         torch.set_num_threads(before)
 
 
-def median_seconds(call: Callable, images: Sequence[np.ndarray], clock: Callable[[], float]) -> float:
+def alternating_medians(calls: Sequence[Callable[[int], Any]], clock: Callable[[], float]) -> List[float]:
     """
-    Median time of one call, after three that do not count: of 30 calls, or of as many as fit into two seconds,
-    at least five. The images are taken in turn.
+    Median times of several calls that are compared: they take turns, each round beginning with another one, so that a
+    machine that becomes slower meanwhile is slower for all of them.
+
+    There are 30 rounds after three that do not count, or as many as fit into two seconds for each call, at least five.
+
+    Args:
+        calls: get the number of the round.
+        clock: in seconds.
     """
-    for index in range(_WARM_UP):
-        call(images[index % len(images)])
-    times, begun = [], clock()
-    while len(times) < _MOST_CALLS and (len(times) < _LEAST_CALLS or clock() - begun < _MOST_SECONDS):
-        image = images[len(times) % len(images)]
-        before = clock()
-        call(image)
-        times.append(clock() - before)
-    return statistics.median(times)
+    times: List[List[float]] = [[] for _ in calls]
+    begun = clock()
+    for round_number in range(-_WARM_UP, _MOST_ROUNDS):
+        if round_number >= _LEAST_ROUNDS and clock() - begun >= _MOST_SECONDS * len(calls):
+            break
+        for place in range(len(calls)):
+            number = (place + round_number) % len(calls)
+            before = clock()
+            calls[number](round_number)
+            if round_number >= 0:
+                times[number].append(clock() - before)
+    return [statistics.median(each) for each in times]

@@ -14,11 +14,13 @@ NOT_APPLICABLE = ""
 
 def describe_run(run: Run) -> Dict[str, str]:
     """What a run's config says, by heading; "not known" throughout without a config."""
-    facts = {heading: _told(describe, run.config) for heading, describe in _PARTS.items()}
+    config = run.config
+    facts = {heading: _told(describe, config) for heading, describe in {**_DATA, **_DETECTOR}.items()}
     facts["Teacher"] = _teacher(run)
-    for heading, describe in _MIMIC_PARTS.items():
-        facts[heading] = _told(describe, run.config) if run.has_teacher else NOT_APPLICABLE
-    facts["Seed"] = _told(lambda config: str(config["SEED"]), run.config)
+    facts.update({heading: _told(describe, config) for heading, describe in _QUANTIZER.items()})
+    for heading, describe in _MIMIC.items():
+        facts[heading] = _told(describe, config) if run.has_teacher else NOT_APPLICABLE
+    facts.update({heading: _told(describe, config) for heading, describe in _TRAINING.items()})
     facts["Done"] = run.state
     return facts
 
@@ -75,10 +77,10 @@ def _input(config: Dict[str, Any]) -> str:
 def _teacher(run: Run) -> str:
     if not run.has_teacher:
         return NONE if run.config else UNKNOWN
-    node = run.config["MODEL"]["QMIMIC"]["TEACHER"]
-    scale = node.get("INPUT_SCALE", 1.0)
+    scale = run.setting("MODEL.QMIMIC.TEACHER.INPUT_SCALE") or 1.0
     enlarged = f", input enlarged by {scale:g}" if scale != 1.0 else ""
-    weights = node.get("WEIGHTS") or run.teacher_config.get("MODEL", {}).get("WEIGHTS") or UNKNOWN
+    own = run.teacher_config.get("MODEL", {}).get("WEIGHTS")
+    weights = run.setting("MODEL.QMIMIC.TEACHER.WEIGHTS") or own or UNKNOWN
     # The two last parts of the path tell which run it was; the rest belongs to the machine.
     return f"{_told(describe_backbone, run.teacher_config)}{enlarged}, {'/'.join(str(weights).split('/')[-2:])}"
 
@@ -132,17 +134,17 @@ def _optimizer(config: Dict[str, Any]) -> str:
     return f"{node.get('OPTIMIZER', 'SGD')}, learning rate {node['BASE_LR']:g}, {node['LR_SCHEDULER_NAME']}"
 
 
-_PARTS = {
-    "Backbone": describe_backbone,
-    "Heads": _heads,
+def _schedule(config: Dict[str, Any]) -> str:
+    node = config["SOLVER"]
+    return f"{node['MAX_ITER']:,} iterations of {node['IMS_PER_BATCH']} images"
+
+
+_DATA = {
     "Training data": lambda config: ", ".join(config["DATASETS"]["TRAIN"]) or NONE,
     "Test data": lambda config: ", ".join(config["DATASETS"]["TEST"]) or NONE,
     "Input": _input,
-    "Optimizer": _optimizer,
-    "Schedule": lambda config: (
-        f"{config['SOLVER']['MAX_ITER']:,} iterations of {config['SOLVER']['IMS_PER_BATCH']} images"
-    ),
-    "Quantizer": _quantizer,
-    "Quantized": _quantized,
 }
-_MIMIC_PARTS = {"λ": _weight, "Mimic loss": _mimic_loss, "Mimic RoIs": _rois}
+_DETECTOR = {"Heads": _heads, "Backbone": describe_backbone}
+_QUANTIZER = {"Quantizer": _quantizer, "Quantized": _quantized}
+_MIMIC = {"λ": _weight, "Mimic loss": _mimic_loss, "Mimic RoIs": _rois}
+_TRAINING = {"Optimizer": _optimizer, "Schedule": _schedule, "Seed": lambda config: str(config["SEED"])}

@@ -1,20 +1,17 @@
 """What a page needs and the runs' files do not hold: costs, and detections on sample images."""
 
-import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from qmimic_d2.engine import describe_error
 from qmimic_d2.engine.prediction import Predictor
 from qmimic_d2.report.collect import Run
-from qmimic_d2.report.cost import Cost, run_cost
+from qmimic_d2.report.cost import Cost, image_seconds, run_cost
 from qmimic_d2.report.pictures import PictureRow, detection_picture, picture_row
 from qmimic_d2.report.samples import Box, Sample, load_samples, predicted_boxes, read_detections
 
 __all__ = ["Measurements", "measure"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -33,7 +30,7 @@ class Measurements:
 
 def measure(runs: Sequence[Run], *, num_images: int, threads: int, score_threshold: float) -> Measurements:
     """
-    Builds every run's detector, one at a time. What cannot be had is added to the run's ``notes``.
+    Builds every run's detector. What cannot be had is added to the run's ``notes``.
 
     Args:
         num_images: sample images of each test set; 0 = none, and then no time of an image.
@@ -41,14 +38,18 @@ def measure(runs: Sequence[Run], *, num_images: int, threads: int, score_thresho
         score_threshold: least score of a detection that is drawn.
     """
     samples, sizes = _load_samples(runs, num_images)
-    costs: List[Optional[Cost]] = []
-    found: List[Optional[List[List[Box]]]] = []
-    for run in runs:
-        logger.info("Looking at %s", run.name)
-        images = samples.get(run.dataset, [])
-        predictor = _predictor(run)
-        costs.append(_cost(run, predictor, images, threads))
-        found.append(_detections(run, predictor, images, score_threshold))
+    images = [samples.get(run.dataset, []) for run in runs]
+    predictors = [_predictor(run) for run in runs]
+    costs = [_cost(*each) for each in zip(runs, predictors, images)]
+    timed = [
+        number
+        for number, (cost, predictor, own) in enumerate(zip(costs, predictors, images))
+        if threads and cost and predictor and own
+    ]
+    pixels = [[sample.pixels for sample in images[number]] for number in timed]
+    for number, seconds in zip(timed, image_seconds([predictors[number] for number in timed], pixels, threads)):
+        costs[number] = replace(costs[number], seconds=seconds, threads=threads)
+    found = [_detections(*each, score_threshold) for each in zip(runs, predictors, images)]
     rows = {name: _picture_rows(name, each, runs, found) for name, each in samples.items()}
     return Measurements(costs, rows, sizes)
 
@@ -88,11 +89,11 @@ def _predictor(run: Run) -> Optional[Predictor]:
         return None
 
 
-def _cost(run: Run, predictor: Optional[Predictor], samples: Sequence[Sample], threads: int) -> Optional[Cost]:
+def _cost(run: Run, predictor: Optional[Predictor], samples: Sequence[Sample]) -> Optional[Cost]:
     if run.cfg is None:
         return None
     try:
-        return run_cost(run.cfg, predictor, run.weights, [each.pixels for each in samples], threads)
+        return run_cost(run.cfg, predictor, run.weights, [each.pixels for each in samples])
     except Exception as error:  # as above
         run.notes.append(f"no parameters and FLOPs: they cannot be counted ({describe_error(error).splitlines()[0]})")
         return None

@@ -67,14 +67,15 @@ class Point:
 
 
 def lines(
-    name: str, curves: Sequence[Tuple[int, Series]], y_label: str, *, is_share: bool = False
+    name: str, curves: Sequence[Tuple[int, Series]], y_label: str, *, logarithmic: bool = False, is_share: bool = False
 ) -> str:
     """
-    Values over iterations; y is logarithmic where the largest is more than 20 times the smallest.
+    Values over iterations.
 
     Args:
         name: of the plot, for the ids in it; unique on the page.
         curves: numbers of runs, and what was measured; longer ones than 300 points are thinned.
+        logarithmic: y is, where the largest value is more than 20 times the smallest.
         is_share: values are shares of 1, shown in percent.
     """
     with matplotlib.rc_context(_STYLE):
@@ -90,7 +91,7 @@ def lines(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
         if is_share:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
-        elif _spans_much([value for _, series in curves for value in series.values()]):
+        elif logarithmic and _spans_much([value for _, series in curves for value in series.values()]):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
             axes.yaxis.set_minor_formatter(NullFormatter())
@@ -159,10 +160,10 @@ def _spans_much(values: Sequence[float]) -> bool:
 
 def _short(value: float) -> str:
     """1500000 -> "1.5 M"."""
-    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"
+    for least, size, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
+            return f"{value / size:g} {unit}"
+    return f"{value:,g}"
 
 
 def _svg(figure: Figure, name: str) -> str:
