@@ -5,11 +5,11 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
+from detectron2.structures import Boxes, BoxMode, Instances
 from helpers import tiny_cfg
 from report_runs import write_run
-from test_predict import detections_of
 from tiny_coco import registered_coco, write_images
 
 from qmimic_d2.analysis import measure_cost
@@ -107,10 +107,12 @@ def test_detections_of_another_make(tmp_path, dataset, text):
 
 
 def test_detections_of_a_predictor(dataset):
-    instances = detections_of([[0, 0, 5, 5], [1, 1, 6, 6], [2, 2, 7, 7]], [0.5, 0.9, 0.4], [0, 2, 1])
+    boxes = torch.tensor([[0.0, 0.0, 5.0, 5.0], [1.0, 1.0, 6.0, 6.0], [2.0, 2.0, 7.0, 7.0]])
+    instances = Instances((8, 8), pred_boxes=Boxes(boxes))
+    instances.scores, instances.pred_classes = torch.tensor([0.5, 0.9, 0.4]), torch.tensor([0, 2, 1])
     found = predicted_boxes(instances, dataset, 0.45)
     assert [(each.label, each.corners[0]) for each in found] == [("class 9", 1.0), ("class 3", 0.0)]
-    assert predicted_boxes(detections_of([], [], []), dataset, 0.0) == []
+    assert predicted_boxes(instances[:0], dataset, 0.0) == []
 
 
 # --------------------------------------------------------------------------------------------- cost

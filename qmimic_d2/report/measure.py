@@ -46,9 +46,11 @@ def measure(runs: Sequence[Run], *, num_images: int, threads: int, score_thresho
         for number, (cost, predictor, own) in enumerate(zip(costs, predictors, images))
         if threads and cost and predictor and own
     ]
-    pixels = [[sample.pixels for sample in images[number]] for number in timed]
-    for number, seconds in zip(timed, image_seconds([predictors[number] for number in timed], pixels, threads)):
-        costs[number] = replace(costs[number], seconds=seconds, threads=threads)
+    if timed:
+        pixels = [[sample.pixels for sample in images[number]] for number in timed]
+        times = image_seconds([predictors[number] for number in timed], pixels, threads)
+        for number, seconds in zip(timed, times):
+            costs[number] = replace(costs[number], seconds=seconds, threads=threads)
     found = [_detections(*each, score_threshold) for each in zip(runs, predictors, images)]
     rows = {name: _picture_rows(name, each, runs, found) for name, each in samples.items()}
     return Measurements(costs, rows, sizes)
