@@ -51,7 +51,8 @@ def test_a_run_without_teacher_has_no_mimic_loss(tmp_path):
 def test_several_levels(tmp_path):
     rows = [
         {"iteration": 19, "total_loss": 3.0, "loss_cls": 1.0, "loss_mimic_p3": 0.5, "loss_mimic_p4": 1.5},
-        {"iteration": 0, "qmimic/match_ratio_p3": 0.2, "qmimic/match_ratio_p4": 0.4, "qmimic/match_ratio_nonzero_p3": 1},
+        {"iteration": 0, "qmimic/match_ratio_p3": 0.2, "qmimic/match_ratio_p4": 0.4},
+        {"iteration": 0, "qmimic/match_ratio_nonzero_p3": 1.0},
         {"iteration": 20, "qmimic/match_ratio_p4": 0.5},
     ]
     metrics = metrics_of(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,6 +1,5 @@
 """What the report shows: matching, costs, tables, plots, pictures."""
 
-import json
 import re
 
 import numpy as np
@@ -20,7 +19,14 @@ from qmimic_d2.report.measure import measure
 from qmimic_d2.report.metrics import Metrics
 from qmimic_d2.report.pictures import GROUND_TRUTH, detection_picture, picture_row
 from qmimic_d2.report.samples import Box, Sample, load_samples, match, predicted_boxes, read_detections
-from qmimic_d2.report.tables import class_columns, class_names, held_out_columns, held_out_rows, result_columns, size_text
+from qmimic_d2.report.tables import (
+    class_columns,
+    class_names,
+    held_out_columns,
+    held_out_rows,
+    result_columns,
+    size_text,
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +85,8 @@ def test_crowds_are_left_out_and_unknown_classes_are_numbers(tmp_path):
     (path,) = write_images(tmp_path, 1)
     annotation = {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 7}
     crowd = {**annotation, "iscrowd": 1}
-    DatasetCatalog.register("crowded", lambda: [{"image_id": "a", "file_name": path, "annotations": [annotation, crowd]}])
+    image = {"image_id": "a", "file_name": path, "annotations": [annotation, crowd]}
+    DatasetCatalog.register("crowded", lambda: [image])
     try:
         (sample,), _ = load_samples("crowded", 3)
         assert sample.truth == [Box((1.0, 2.0, 3.0, 4.0), 7, "7")]

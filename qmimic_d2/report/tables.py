@@ -64,7 +64,7 @@ def result_columns(runs: Sequence[Run], costs: Sequence[Optional[Cost]]) -> List
         ),
         _column(
             f"CPU ms, {threads} thread{'' if threads == '1' else 's'}",
-            "median time of one image on the machine that wrote this page, batch 1, resizing included; all runs in turn",
+            "median time of one image where this page was written, batch 1, resizing included; all runs in turn",
             of(lambda cost: cost.seconds and 1e3 * cost.seconds),
             lambda value: f"{value:.1f}",
         ),
