@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -143,11 +144,21 @@ class Page:
 
 
 @contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    """Its removal may fail: a browser's processes write until the last one has ended."""
+    path = tempfile.mkdtemp(prefix="qmimic_d2_")
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def running_browser(executable: str) -> Iterator[Page]:
     """Starts a browser with a profile of its own; it ends with the block."""
     read_commands, write_commands = os.pipe()
     read_answers, write_answers = os.pipe()
-    with tempfile.TemporaryDirectory(prefix="qmimic_d2_", ignore_cleanup_errors=True) as profile:
+    with _folder() as profile:
         flags = ["--headless", "--remote-debugging-pipe", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
         flags += ["--disable-background-networking", "--hide-scrollbars", f"--user-data-dir={profile}"]
         flags.append("--no-sandbox")  # root and many containers cannot have it, and the pages are our own
