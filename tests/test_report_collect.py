@@ -339,4 +339,8 @@ def test_backbones(name, text):
 def test_common_facts():
     facts = [{"a": "1", "b": "", "c": "x", "d": ""}, {"a": "1", "b": "2", "c": "y", "d": ""}]
     assert split_common(facts) == ({"a": "1", "b": "2"}, ["c"])
+    assert split_common([{"a": "not known", "b": "not known"}, {"a": "1", "b": "not known"}]) == (
+        {"a": "1", "b": "not known"},
+        [],
+    )
     assert split_common([]) == ({}, [])

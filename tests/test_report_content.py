@@ -265,6 +265,7 @@ def test_result_columns():
     assert columns[0].values == [12.345, None]
     assert "128 × 128" in columns[3].hint
     assert result_columns([Run("a", "a")], [None]) == []
+    assert shown(result_columns([Run("a", "a")], [Cost(900, 1000, 8, 8)])) == {"parameters": ["900"], "FLOPs": ["1 k"]}
     assert size_text(1500) == "1.5 kB" and size_text(2.5e9) == "2.5 GB"
 
 

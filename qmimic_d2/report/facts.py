@@ -28,16 +28,17 @@ def describe_run(run: Run) -> Dict[str, str]:
 def split_common(facts: Sequence[Dict[str, str]]) -> Tuple[Dict[str, str], List[str]]:
     """
     Returns:
-        What all runs, or all to which it applies, have in common, by heading, and the headings under which they
-        differ.
+        What all runs to which it applies, and of which it is known, have in common, by heading, and the headings
+        under which they differ.
     """
     common, differing = {}, []
     for heading in facts[0] if facts else ():
         values = {each[heading] for each in facts} - {NOT_APPLICABLE}
-        if len(values) > 1:
+        known = values - {UNKNOWN} or values
+        if len(known) > 1:
             differing.append(heading)
-        elif values:
-            common[heading] = values.pop()
+        elif known:
+            common[heading] = known.pop()
     return common, differing
 
 
