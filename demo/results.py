@@ -1,4 +1,4 @@
-"""The demo's table, ``results.json`` and ``detections.png``."""
+"""The demo's table, ``results.json``, ``detections.png`` and ``report.html``."""
 
 import hashlib
 import json
@@ -20,6 +20,8 @@ import qmimic_d2
 from qmimic_d2.analysis import measure_cost
 from qmimic_d2.engine.prediction import Predictor
 from qmimic_d2.json_file import write_json
+from qmimic_d2.report import collect_run
+from qmimic_d2.report.page import write_report
 
 __all__ = ["Model", "write_results"]
 
@@ -42,11 +44,12 @@ class Model:
 
 
 def write_results(models: Sequence[Model], folder: str) -> None:
-    """Prints the table and writes ``results.json`` and ``detections.png`` to ``folder``."""
+    """Prints the table and writes ``results.json``, ``detections.png`` and ``report.html`` to ``folder``."""
     rows = [_row(model, folder) for model in models]
     write_json(os.path.join(folder, "results.json"), {"models": rows, "versions": _versions()})
     _draw(models, os.path.join(folder, "detections.png"))
     _print(rows, folder)
+    _report(models, folder)
 
 
 def _row(model: Model, folder: str) -> Dict[str, Any]:
@@ -121,6 +124,16 @@ def _print(rows: Sequence[Dict[str, Any]], folder: str) -> None:
         "training."
     )
     print(f"Table as JSON: {folder}/results.json. Detections side by side: {folder}/detections.png")
+
+
+def _report(models: Sequence[Model], folder: str) -> None:
+    runs = [
+        collect_run(os.path.join(folder, model.name), name=model.label, cfg=model.cfg, weights=model.weights)
+        for model in models
+    ]
+    path = os.path.join(folder, "report.html")
+    write_report(runs, path, title="Quantization Mimic: the demo", made_by=f"qmimic_d2 {qmimic_d2.__version__}")
+    print(f"All of it on one page, with curves and larger pictures: {path}", flush=True)
 
 
 def _percent(value: Optional[float]) -> str:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from environment_browser import prepare_browser
 from environment_state import (
     CONSTRAINTS,
     EXTRAS,
@@ -272,6 +273,8 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         prepare(options.venv, options.python, options.extras)
+        if "dev" in options.extras:
+            prepare_browser(os.environ)
     except (SetupError, OSError) as error:
         say(error)
         return 1

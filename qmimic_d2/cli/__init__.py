@@ -12,4 +12,5 @@ COMMANDS = (
     "eval_widerface",
     "miniature",
     "predict",
+    "report",
 )

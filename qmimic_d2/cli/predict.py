@@ -15,6 +15,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from PIL import Image
 
+from qmimic_d2.cli.argument_types import score
 from qmimic_d2.cli.model_arguments import add_model_arguments, load_model_config, usage_errors, weights_key
 from qmimic_d2.engine.prediction import (
     CocoPredictions,
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the results; made if need be")
     parser.add_argument(
         "--score-threshold",
-        type=_score,
+        type=score,
         default=0.5,
         metavar="SCORE",
         help="leave out detections below it, in the drawings and in the JSON (default: %(default)s)",
@@ -116,13 +117,3 @@ def _save(image: np.ndarray, path: str) -> None:
     partial = path + ".part"
     Image.fromarray(image).save(partial, format="JPEG", quality=95)
     os.replace(partial, path)
-
-
-def _score(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no score; give a number from 0 to 1")
-    return value

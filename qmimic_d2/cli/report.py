@@ -1,0 +1,68 @@
+"""
+Writes one HTML page about runs of train_net.py, which needs no other file and no network.
+
+RUN is an output folder of train_net.py, finished or still running, or NAME=FOLDER. What a folder lacks is left out
+and named on the page. Exit status: 0 when the page was written, 2 for a mistake in the arguments, or a folder that is
+no run.
+"""
+
+import argparse
+import os
+
+from qmimic_d2 import __version__
+from qmimic_d2.cli.argument_types import count, positive, score
+from qmimic_d2.cli.model_arguments import usage_errors
+from qmimic_d2.json_file import check_writable
+from qmimic_d2.report import collect_runs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of train_net.py, or NAME=FOLDER")
+    parser.add_argument(
+        "-o", "--output", default="report.html", metavar="FILE", help="the page (default: %(default)s)"
+    )
+    parser.add_argument("--title", default="Quantization Mimic", help="its heading (default: %(default)s)")
+    parser.add_argument(
+        "--images",
+        type=count,
+        default=6,
+        metavar="N",
+        help="sample images with ground truth and detections; 0 = none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--score-threshold",
+        type=score,
+        default=0.5,
+        metavar="SCORE",
+        help="draw no detections below it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="CPU threads for the time of an image (default: %(default)s)",
+    )
+    parser.add_argument("--no-latency", action="store_true", help="do not measure the time of an image")
+
+
+def run(args: argparse.Namespace) -> int:
+    with usage_errors():
+        from qmimic_d2.report.page import write_report  # needs the extra "report"
+
+        check_writable(args.output, "--output")
+        runs = collect_runs(args.runs)
+        write_report(
+            runs,
+            args.output,
+            title=args.title,
+            made_by=f"qmimic_d2 {__version__}",
+            num_images=args.images,
+            threads=0 if args.no_latency else args.threads,
+            score_threshold=args.score_threshold,
+        )
+    for each in runs:
+        for note in each.notes:
+            print(f"{each.name}: {note}")
+    print(f"{args.output}: runs: {len(runs)}, {os.path.getsize(args.output) / 1e6:.1f} MB")
+    return 0

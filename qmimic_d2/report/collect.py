@@ -1,0 +1,303 @@
+"""What an output folder of ``train_net.py`` holds, finished or not; what is not there is named."""
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import yaml
+from detectron2.config import CfgNode
+
+from qmimic_d2.engine import describe_error, load_config
+from qmimic_d2.report.held_out import HeldOut, parse_held_out
+from qmimic_d2.report.metrics import Metrics, read_metrics
+
+__all__ = ["Run", "collect_run", "collect_runs"]
+
+# A folder with none of these is no run.
+_SIGNS = ("config.yaml", "metrics.json", "evaluation.json")
+
+
+@dataclass
+class Run:
+    """
+    One run.
+
+    Attributes:
+        name: as the page shows it.
+        folder: where it was read from.
+        config: of the model, as nested dicts; {} where it is not known.
+        teacher_config: the same of its teacher; {} without one.
+        cfg: the config for building the model on the CPU, without teacher; None where this version cannot.
+        metrics: of the training; empty after an evaluation alone.
+        figures: AP, AP50 and so on in points, "AP-<class>" for single classes; of the last evaluation.
+        held_out: the last held-out measurement, or None.
+        weights: path of the checkpoint to predict with, or "".
+        notes: what is missing, and why, as parts of sentences.
+    """
+
+    name: str
+    folder: str
+    config: Dict[str, Any] = field(default_factory=dict)
+    teacher_config: Dict[str, Any] = field(default_factory=dict)
+    cfg: Optional[CfgNode] = None
+    metrics: Metrics = field(default_factory=Metrics)
+    figures: Dict[str, float] = field(default_factory=dict)
+    held_out: Optional[HeldOut] = None
+    weights: str = ""
+    notes: List[str] = field(default_factory=list)
+
+    def setting(self, key: str) -> Any:
+        """The config's value of a key such as "SOLVER.MAX_ITER"; None where it has none."""
+        return _setting(self.config, key)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether it was trained beside one."""
+        is_mimic = self.setting("MODEL.META_ARCHITECTURE") == "QuantMimicRCNN"
+        return is_mimic and bool(self.setting("MODEL.QMIMIC.TEACHER.CONFIG_FILE"))
+
+    @property
+    def levels(self) -> List[str]:
+        """The student's maps that are compared with the teacher's."""
+        return list(
+            self.setting("MODEL.QMIMIC.MIMIC.IN_FEATURES") or self.setting("MODEL.ROI_HEADS.IN_FEATURES") or []
+        )
+
+    @property
+    def dataset(self) -> str:
+        """The first test set, or ""."""
+        return next(iter(self.setting("DATASETS.TEST") or []), "")
+
+    @property
+    def detections(self) -> str:
+        """The evaluation's detections, a path; "" where there are none, or where several test sets share the file."""
+        path = os.path.join(self.folder, "inference", "coco_instances_results.json")
+        is_its_own = len(self.setting("DATASETS.TEST") or []) == 1
+        return path if is_its_own and os.path.isfile(path) else ""
+
+    @property
+    def ap_series(self) -> Dict[int, float]:
+        """AP in points by iteration, on the first test set."""
+        return self.metrics.of("bbox/AP") or self.metrics.of(f"{self.dataset}/bbox/AP")
+
+    @property
+    def state(self) -> str:
+        """How far it is."""
+        done, planned = self.metrics.iterations, self.setting("SOLVER.MAX_ITER")
+        if not done:
+            return "evaluation only" if self.figures else "nothing measured yet"
+        if planned and done < planned:
+            return f"not finished: iteration {done:,} of {planned:,}"
+        return "finished" if planned else f"{done:,} iterations"
+
+
+def _setting(config: Dict[str, Any], key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def collect_runs(folders: Sequence[str]) -> List[Run]:
+    """
+    Args:
+        folders: output folders, or ``NAME=FOLDER``. A folder without a name gets its own; where several have
+            the same, as many of the folders above as tell them apart.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`collect_run`; also for a name or folder that is given twice.
+    """
+    pairs = [_name_and_folder(each) for each in folders]
+    paths = [os.path.realpath(folder) for _, folder in pairs]
+    twice = [folder for (_, folder), path in zip(pairs, paths) if paths.count(path) > 1]
+    if twice:
+        raise ValueError(f"the folder {twice[0]!r} is given twice")
+    names = [name or own for (name, _), own in zip(pairs, _short_names(paths))]
+    same = [name for name in names if names.count(name) > 1]
+    if same:
+        raise ValueError(f"two runs have the name {same[0]!r}; give them names as in NAME=FOLDER")
+    return [collect_run(folder, name=name) for name, (_, folder) in zip(names, pairs)]
+
+
+def _name_and_folder(argument: str) -> Tuple[str, str]:
+    """Either of them may hold "=" itself; the folder that exists decides."""
+    if os.path.isdir(argument) or "=" not in argument:
+        return "", argument
+    places = [index for index, letter in enumerate(argument) if letter == "="]
+    place = next((index for index in places if os.path.isdir(argument[index + 1 :])), places[0])
+    return argument[:place], argument[place + 1 :]
+
+
+def _short_names(paths: Sequence[str]) -> List[str]:
+    parts = [path.strip(os.sep).split(os.sep) for path in paths]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(each[-depth:]) for each in parts]
+        if len(set(names)) == len(names):
+            break
+    return names if paths else []
+
+
+def collect_run(folder: str, *, name: str = "", cfg: Optional[CfgNode] = None, weights: str = "") -> Run:
+    """
+    Reads a run's files. One that is missing or broken is named in ``notes``, and its part of the report left out.
+
+    Args:
+        folder: OUTPUT_DIR of a ``train_net.py`` run.
+        name: of the run; "" = the folder's.
+        cfg, weights: for a folder without ``config.yaml`` or checkpoint, as ``--eval-only`` leaves it.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is no run's.
+    """
+    _check_folder(folder)
+    run = Run(name=name or os.path.basename(os.path.realpath(folder)), folder=folder)
+    _read_configs(run, cfg)
+    _read_metrics(run)
+    _read_figures(run)
+    run.weights = _checkpoint(folder) or weights
+    if not run.weights:
+        run.notes.append("no checkpoint: neither model_final.pth nor the file that last_checkpoint names is there")
+    if run.has_teacher:
+        _read_held_out(run)
+        for what, key in (("match ratio", "match_ratio"), ("gradient share", "grad_share_map")):
+            if run.metrics.series and not run.metrics.of(f"qmimic/{key}", run.levels):
+                run.notes.append(f"no {what} over time: metrics.json has no qmimic/{key}")
+    return run
+
+
+def _check_folder(folder: str) -> None:
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"there is no folder {folder!r}; give output folders of train_net.py")
+    if _is_run(folder):
+        return
+    below = [each for each in sorted(os.listdir(folder)) if _is_run(os.path.join(folder, each))]
+    hint = f" The folders in it that do: {', '.join(below)}" if below else ""
+    raise ValueError(
+        f"{folder!r} is no output folder of train_net.py: it holds none of {', '.join(_SIGNS)}.{hint}"
+    )
+
+
+def _is_run(folder: str) -> bool:
+    return any(os.path.isfile(os.path.join(folder, sign)) for sign in _SIGNS)
+
+
+def _read_configs(run: Run, given: Optional[CfgNode]) -> None:
+    path = os.path.join(run.folder, "config.yaml")
+    left_out = "no architecture, parameters, FLOPs, latency and pictures"
+    if not os.path.isfile(path):
+        if given is None:
+            run.notes.append(f"{left_out}: config.yaml is not there (an evaluation alone writes none)")
+        else:
+            run.config = yaml.safe_load(given.dump())
+            run.cfg = _on_cpu(given)
+        return
+    try:
+        # Safe: Detectron2's own reader would run what YAML tags say.
+        run.config = _mapping(path)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        run.notes.append(f"{left_out}: config.yaml cannot be read ({describe_error(error)})")
+        return
+    try:
+        run.cfg = _on_cpu(load_config(path, eval_only=True))
+    except Exception as error:  # whatever a config of another version leads to
+        run.notes.append(
+            f"no parameters, FLOPs, latency and pictures: this version cannot use config.yaml ({describe_error(error)})"
+        )
+    teacher = run.setting("MODEL.QMIMIC.TEACHER.CONFIG_FILE")
+    if teacher and str(teacher).endswith((".yaml", ".yml")):
+        try:
+            run.teacher_config = _mapping(os.path.join(run.folder, teacher))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            run.notes.append(f"no architecture of the teacher: {teacher} cannot be read ({type(error).__name__})")
+
+
+def _mapping(path: str) -> Dict[str, Any]:
+    with open(path, encoding="utf-8") as file:
+        content = yaml.safe_load(file)
+    if not isinstance(content, dict) or not isinstance(content.get("MODEL"), dict):
+        raise ValueError("it is no Detectron2 config")
+    return content
+
+
+def _on_cpu(cfg: CfgNode) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE = ""
+    cfg.freeze()
+    return cfg
+
+
+def _read_metrics(run: Run) -> None:
+    path = os.path.join(run.folder, "metrics.json")
+    if not os.path.isfile(path):
+        run.notes.append("no curves: metrics.json is not there")
+        return
+    try:
+        run.metrics = read_metrics(path)
+    except OSError as error:
+        run.notes.append(f"no curves: metrics.json cannot be read ({describe_error(error)})")
+    if run.metrics.num_unreadable:
+        run.notes.append(f"some figures: lines of metrics.json that cannot be read: {run.metrics.num_unreadable}")
+
+
+def _read_figures(run: Run) -> None:
+    content = _read_json(run, "evaluation.json")
+    results = content.get("results") if isinstance(content, dict) else None
+    if isinstance(results, dict):
+        # With several test sets Detectron2 groups the results by set.
+        of_set = results if "bbox" in results else results.get(run.dataset, {})
+        boxes = of_set.get("bbox") if isinstance(of_set, dict) else None
+        run.figures = _finite(boxes if isinstance(boxes, dict) else {})
+    if not run.figures:
+        for prefix in ("bbox/", f"{run.dataset}/bbox/"):
+            series = {name[len(prefix) :]: each for name, each in run.metrics.series.items() if name.startswith(prefix)}
+            run.figures = run.figures or {name: list(each.values())[-1] for name, each in series.items()}
+    if not run.figures:
+        run.notes.append("no AP: neither evaluation.json nor metrics.json has one")
+
+
+def _finite(figures: Dict[str, Any]) -> Dict[str, float]:
+    return {
+        str(name): float(value)
+        for name, value in figures.items()
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    }
+
+
+def _read_held_out(run: Run) -> None:
+    content = _read_json(run, "mimic.json")
+    if content is None:
+        if not os.path.isfile(os.path.join(run.folder, "mimic.json")):
+            run.notes.append("no held-out measurement: mimic.json is not there")
+        return
+    try:
+        run.held_out = parse_held_out(content)
+    except (TypeError, ValueError) as error:
+        run.notes.append(f"no held-out measurement: mimic.json cannot be used ({error})")
+
+
+def _read_json(run: Run, name: str) -> Any:
+    """None where it is not there, or no JSON, which is noted."""
+    path = os.path.join(run.folder, name)
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        run.notes.append(f"nothing of {name}: it cannot be read ({type(error).__name__})")
+        return None
+
+
+def _checkpoint(folder: str) -> str:
+    names = ["model_final.pth"]
+    tag = os.path.join(folder, "last_checkpoint")
+    if os.path.isfile(tag):
+        with open(tag, encoding="utf-8", errors="replace") as file:
+            names.append(os.path.basename(file.read().strip()))
+    paths = [os.path.join(folder, name) for name in names if name]
+    return next((path for path in paths if os.path.isfile(path)), "")

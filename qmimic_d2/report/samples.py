@@ -1,0 +1,154 @@
+"""
+Sample images with ground truth and detections.
+
+Shape letters:
+    T: boxes of the ground truth in an image.
+    D: detections in an image.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
+from torch import tensor
+
+from qmimic_d2.engine.prediction import read_bgr_image
+
+__all__ = ["Box", "Sample", "load_samples", "match", "predicted_boxes", "read_detections"]
+
+# Least overlap at which a detection counts as right: that of AP50.
+MATCHING_IOU = 0.5
+
+
+@dataclass(frozen=True)
+class Box:
+    """
+    Attributes:
+        corners: x0, y0, x1, y1 in pixels of the image.
+        category: class index.
+        label: class name.
+        score: of a detection; None in the ground truth.
+    """
+
+    corners: Tuple[float, float, float, float]
+    category: int
+    label: str
+    score: Optional[float] = None
+
+
+@dataclass
+class Sample:
+    """
+    Attributes:
+        image_id: in the data set.
+        file_name: its path.
+        pixels: shape (H, W, 3), BGR, uint8.
+        truth: T boxes; crowds are left out.
+    """
+
+    image_id: Any
+    file_name: str
+    pixels: np.ndarray
+    truth: List[Box]
+
+
+def load_samples(dataset: str, count: int) -> Tuple[List[Sample], int]:
+    """
+    The first images of a data set: nobody chose them.
+
+    Returns:
+        At most ``count`` images, and the number of images in the set.
+
+    Raises:
+        KeyError, OSError, ValueError: the data set is not registered, or its files are not there.
+    """
+    dicts = DatasetCatalog.get(dataset)
+    metadata = MetadataCatalog.get(dataset)
+    samples = []
+    for each in dicts[:count]:
+        truth = []
+        for annotation in each.get("annotations", []):
+            if not annotation.get("iscrowd", 0):
+                box = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
+                truth.append(_box(box, annotation["category_id"], metadata))
+        image = read_bgr_image(each["file_name"])
+        samples.append(Sample(each["image_id"], each["file_name"], image, truth))
+    return samples, len(dicts)
+
+
+def read_detections(path: str, dataset: str, samples: Sequence[Sample], threshold: float) -> List[List[Box]]:
+    """
+    Detections of an evaluation, from ``coco_instances_results.json``.
+
+    Args:
+        threshold: least score.
+
+    Returns:
+        For every sample, its detections by falling score.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or is of another make.
+    """
+    metadata = MetadataCatalog.get(dataset)
+    contiguous: Dict[int, int] = metadata.get("thing_dataset_id_to_contiguous_id", None) or {}
+    found: Dict[Any, List[Box]] = {sample.image_id: [] for sample in samples}
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    try:
+        for each in content:
+            if each["image_id"] in found and each["score"] >= threshold:
+                x0, y0, width, height = each["bbox"]
+                category = contiguous.get(each["category_id"], each["category_id"])
+                corners = (x0, y0, x0 + width, y0 + height)
+                found[each["image_id"]].append(_box(corners, category, metadata, each["score"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"it is no list of COCO detections: {type(error).__name__}: {error}") from error
+    return [_by_score(found[sample.image_id]) for sample in samples]
+
+
+def predicted_boxes(instances: Instances, dataset: str, threshold: float) -> List[Box]:
+    """The same of a predictor's output for one image."""
+    metadata = MetadataCatalog.get(dataset)
+    corners, categories = instances.pred_boxes.tensor.tolist(), instances.pred_classes.tolist()
+    boxes = [_box(*each[:2], metadata, each[2]) for each in zip(corners, categories, instances.scores.tolist())]
+    return _by_score([box for box in boxes if box.score >= threshold])
+
+
+def match(truth: Sequence[Box], found: Sequence[Box]) -> Tuple[List[bool], List[bool]]:
+    """
+    Which detections are right: by falling score, each takes the ground-truth box of its class that it overlaps most
+    and that no earlier one took, if their IoU is at least 0.5.
+
+    Args:
+        truth: T boxes.
+        found: D detections by falling score.
+
+    Returns:
+        For each of the T boxes whether it was found, and for each of the D detections whether it is right.
+    """
+    was_found, is_right = [False] * len(truth), [False] * len(found)
+    if truth and found:
+        overlaps = pairwise_iou(*(Boxes(tensor([box.corners for box in each])) for each in (found, truth)))
+        for index, box in enumerate(found):
+            free = [
+                other
+                for other, each in enumerate(truth)
+                if each.category == box.category and not was_found[other] and overlaps[index, other] >= MATCHING_IOU
+            ]
+            if free:
+                best = max(free, key=lambda other: float(overlaps[index, other]))
+                was_found[best] = is_right[index] = True
+    return was_found, is_right
+
+
+def _by_score(boxes: List[Box]) -> List[Box]:
+    return sorted(boxes, key=lambda box: -box.score)
+
+
+def _box(corners: Sequence[float], category: int, metadata, score: Optional[float] = None) -> Box:
+    names = metadata.get("thing_classes", None) or []
+    label = str(names[category]) if 0 <= category < len(names) else str(category)
+    return Box(tuple(float(each) for each in corners), int(category), label, None if score is None else float(score))

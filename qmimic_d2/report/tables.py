@@ -1,0 +1,144 @@
+"""The columns of the page's tables: what is shown, and what is sorted by."""
+
+import math
+from dataclasses import dataclass
+from typing import Callable, List, Optional, Sequence
+
+from qmimic_d2.report.collect import Run
+from qmimic_d2.report.cost import Cost
+from qmimic_d2.report.metrics import last_mean
+
+__all__ = ["Column", "class_columns", "class_names", "held_out_columns", "held_out_rows", "result_columns"]
+
+NOT_KNOWN = "–"
+_CLASS = "AP-"
+
+
+@dataclass
+class Column:
+    """
+    Attributes:
+        heading: of the column.
+        hint: what it means.
+        values: per row, what is sorted by; None = not known.
+        texts: per row, what is shown.
+    """
+
+    heading: str
+    hint: str
+    values: List[Optional[float]]
+    texts: List[str]
+
+
+def _column(heading: str, hint: str, values: Sequence[Optional[float]], text: Callable[[float], str]) -> Column:
+    values = [None if value is None or not math.isfinite(value) else float(value) for value in values]
+    return Column(heading, hint, values, [NOT_KNOWN if value is None else text(value) for value in values])
+
+
+def result_columns(runs: Sequence[Run], costs: Sequence[Optional[Cost]]) -> List[Column]:
+    """AP, size, cost and match ratio of every run; a column that no run fills is left out."""
+    sizes = sorted({(cost.width, cost.height) for cost in costs if cost})
+    pixels = " or ".join(f"{width} × {height}" for width, height in sizes)
+    threads = " or ".join(str(each) for each in sorted({cost.threads for cost in costs if cost and cost.seconds}))
+
+    def of(value):
+        return [value(cost) if cost else None for cost in costs]
+
+    def match(name):
+        return [last_mean(run.metrics.of(f"qmimic/{name}", run.levels)) for run in runs]
+
+    def figure(name):
+        return [run.figures.get(name) for run in runs]
+
+    columns = [
+        _column("AP", "box AP, mean over IoU 0.5 to 0.95, in points", figure("AP"), _point),
+        _column("AP50", "box AP at IoU 0.5", figure("AP50"), _point),
+        _column("parameters", "learned values; no teacher, no adapter", of(lambda cost: cost.parameters), _amount),
+        _column("FLOPs", f"multiply-adds of one image of {pixels} pixels", of(lambda cost: cost.flops), _amount),
+        _column("weights", "the detector's tensors, 32-bit", of(lambda cost: cost.weight_bytes), size_text),
+        _column(
+            "checkpoint",
+            "the file on disk: the weights, the adapter, and the optimizer's state",
+            of(lambda cost: cost.file_bytes),
+            size_text,
+        ),
+        _column(
+            f"CPU ms, {threads} thread{'' if threads == '1' else 's'}",
+            "median time of one image where this page was written, batch 1, resizing included; all runs in turn",
+            of(lambda cost: cost.seconds and 1e3 * cost.seconds),
+            lambda value: f"{value:.1f}",
+        ),
+        _column("match", "same code in training; mean of the last 10 measurements", match("match_ratio"), _percent),
+        _column(
+            "match, not both 0", "the same where either code is not 0", match("match_ratio_nonzero"), _percent
+        ),
+    ]
+    return [column for column in columns if any(value is not None for value in column.values)]
+
+
+def class_names(runs: Sequence[Run]) -> List[str]:
+    """Classes of which any run has an AP, in the order of the evaluation."""
+    names = [name[len(_CLASS) :] for run in runs for name in run.figures if name.startswith(_CLASS)]
+    return list(dict.fromkeys(names))
+
+
+def class_columns(runs: Sequence[Run]) -> List[Column]:
+    """One column per run, one row per class."""
+    names = class_names(runs)
+    return [_column(run.name, "", [run.figures.get(_CLASS + name) for name in names], _point) for run in runs]
+
+
+_HELD_OUT = (
+    ("match_ratio", "match", "same code", "percent"),
+    ("match_ratio_nonzero", "match, not both 0", "same code where either is not 0", "percent"),
+    ("within_one", "within one", "codes at most one step apart", "percent"),
+    ("within_one_nonzero", "within one, not both 0", "the same where either is not 0", "percent"),
+    ("cosine", "cosine", "of the features before they become codes", "number"),
+    ("relative_error", "relative error", "‖s − t‖ / ‖t‖ of the features before they become codes", "number"),
+    ("teacher_sparsity", "zero, teacher", "share of zero codes", "percent"),
+    ("student_sparsity", "zero, student", "share of zero codes", "percent"),
+    ("teacher_saturation", "saturated, teacher", "share at or above the last code", "percent"),
+    ("student_saturation", "saturated, student", "share at or above the last code", "percent"),
+    ("teacher_dead_channels", "dead, teacher", "channels that are 0 everywhere", "percent"),
+    ("student_dead_channels", "dead, student", "channels that are 0 everywhere", "percent"),
+)
+
+
+def held_out_rows(runs: Sequence[Run]) -> List[tuple]:
+    """(number of the run, map) for every map that was measured on held-out images."""
+    return [
+        (number, level)
+        for number, run in enumerate(runs)
+        for level in (run.held_out.figures if run.held_out else {})
+    ]
+
+
+def held_out_columns(runs: Sequence[Run]) -> List[Column]:
+    """One row per :func:`held_out_rows`; a column that nothing fills is left out."""
+    rows = [runs[number].held_out.figures[level] for number, level in held_out_rows(runs)]
+    columns = [
+        _column(heading, hint, [row.get(key) for row in rows], _percent if kind == "percent" else lambda v: f"{v:.3f}")
+        for key, heading, hint, kind in _HELD_OUT
+    ]
+    return [column for column in columns if any(value is not None for value in column.values)]
+
+
+def _point(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _amount(value: float) -> str:
+    """592400 -> "592 k"."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def size_text(value: float) -> str:
+    """Bytes: 2400000 -> "2.4 MB"."""
+    return f"{_amount(value)}B" if value >= 1e3 else f"{value:.0f} B"
