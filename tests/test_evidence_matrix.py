@@ -14,7 +14,6 @@ from evidence_lib.runs import Runs
 from evidence_lib.settings import config_digest, settings_of
 from qmimic_d2.config_files import get_config_file
 from qmimic_d2.engine import Trainer, load_config
-from qmimic_d2.modeling.teacher_config import load_teacher_config
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "benchmarks" / "evidence" / "matrix.yaml"
@@ -109,7 +108,8 @@ def test_variant_is_an_ordinary_config(name, runs, tmp_path):
         return
     if is_mimic:
         weights = tmp_path / "teacher.pth"
-        torch.save(load_teacher_config(cfg).build_backbone().state_dict(prefix="backbone."), weights)
+        teacher = load_config(cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE, device="cpu")
+        torch.save(build_model(teacher).state_dict(), weights)
         opts = [*variant.opts, "MODEL.QMIMIC.TEACHER.WEIGHTS", str(weights)]
         cfg = load_config(get_config_file(variant.config), opts)
         # the variant that lends its weights is the teacher of the config
@@ -201,7 +201,7 @@ def test_digest_is_of_what_has_an_effect():
 
     plain = digest()
     same = ["OUTPUT_DIR", "elsewhere", "DATALOADER.NUM_WORKERS", "3", "SOLVER.CHECKPOINT_PERIOD", "7"]
-    same += ["MODEL.QMIMIC.TEACHER.WEIGHTS", "other.pth", "MODEL.QMIMIC.MIMIC.MATCH_PERIOD", "5"]
+    same += ["MODEL.QMIMIC.TEACHER.WEIGHTS", "other.pth", "MODEL.QMIMIC.DIAGNOSTICS.PERIOD", "5"]
     assert digest(*same) == plain
     for key, value in [
         ("SEED", "2"),
