@@ -20,6 +20,8 @@ def add_qmimic_config(cfg: CN) -> None:
     cfg.MODEL.QMIMIC = _qmimic_node()
     # The VGG backbones of this package.
     cfg.MODEL.VGG = _vgg_node()
+    # R-FCN: read by MODEL.ROI_HEADS.NAME "RFCNROIHeads" alone.
+    cfg.MODEL.RFCN = _rfcn_node()
     _add_resnet_keys(cfg)
     _add_solver_keys(cfg)
 
@@ -138,6 +140,43 @@ def _vgg_node() -> CN:
     # MODEL.BACKBONE.FREEZE_AT, whose default (2) would freeze random weights in a network that is
     # trained from scratch; the VGG does not read that one.
     node.FREEZE_AT = 0
+    return node
+
+
+def _rfcn_node() -> CN:
+    node = CN()
+
+    # k: every region is cut into k x k bins, each with score maps of its own, k * k * (classes + 1) for
+    # the classes and k * k * 4 for the boxes (times the classes, unless
+    # MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG is True). 7 is the paper's, for objects of some ten cells;
+    # smaller objects want fewer bins.
+    node.NUM_BINS = 7
+
+    # "PSROIPool": the paper's, regions rounded to whole cells; "PSROIAlign": bilinear samples, nothing is
+    # rounded. Both measure a map from the corner of its first cell, as "ROIAlignV2" does.
+    node.POOLER_TYPE = "PSROIPool"
+
+    # Samples per bin and axis of "PSROIAlign", 1 or more.
+    node.SAMPLING_RATIO = 2
+
+    # Channels of the convolution with ReLU between the feature and the score maps; the paper's has 1024,
+    # on a ResNet-101. 0 = none.
+    node.CONV_DIM = 1024
+
+    # Its kernel size: 1, the paper's, or 3.
+    node.CONV_KERNEL = 1
+
+    # Its normalization. Options: "", "BN", "SyncBN", "FrozenBN", "GN", as in MODEL.VGG.NORM.
+    node.CONV_NORM = ""
+
+    # B, for online hard example mining: every proposal is predicted, and only the B of each image whose
+    # loss is highest are trained on. The paper takes 128 of 300. 0 = Detectron2's random sampling;
+    # otherwise MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE and POSITIVE_FRACTION have no effect.
+    node.HARD_EXAMPLES = 0
+
+    # Of two proposals whose IoU is above it, only the one with the higher loss may be a hard example.
+    # 1.0 = no such suppression, as in R-FCN; the paper on hard example mining has 0.7.
+    node.HARD_EXAMPLE_NMS_THRESH = 1.0
     return node
 
 
