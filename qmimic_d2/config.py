@@ -140,6 +140,14 @@ def _vgg_node() -> CN:
     # MODEL.BACKBONE.FREEZE_AT, whose default (2) would freeze random weights in a network that is
     # trained from scratch; the VGG does not read that one.
     node.FREEZE_AT = 0
+
+    # Kind of every convolution but the first, for tiny networks of equal cost to compare with: "plain";
+    # "group", with CONV_GROUPS groups that nothing mixes; or "depthwise", a depthwise 3x3 convolution
+    # and a 1x1 convolution, with norm and ReLU each, as in MobileNet. ImageNet weights fit "plain" only.
+    node.CONV = "plain"
+
+    # Groups of CONV "group"; must divide every channel count. No other kind reads it.
+    node.CONV_GROUPS = 2
     return node
 
 
@@ -181,7 +189,7 @@ def _rfcn_node() -> CN:
 
 
 def _add_resnet_keys(cfg: CN) -> None:
-    # The two keys below are read by build_divided_resnet_backbone and
+    # The keys below are read by build_divided_resnet_backbone and
     # build_divided_resnet_fpn_backbone only, never by Detectron2's own build_resnet_backbone.
 
     # Every channel count is divided by this, the stem's and the bottlenecks' included: DEPTH 18
@@ -195,6 +203,13 @@ def _add_resnet_keys(cfg: CN) -> None:
     # 34, whose first block has no projection that could follow a stride. RES5_DILATION 2 sets
     # res5's stride to 1, as it does in Detectron2.
     cfg.MODEL.RESNETS.STAGE_STRIDES = [1, 2, 2, 2]
+
+    # Kind of every 3x3 convolution behind the stem: "plain", "group" or "depthwise", as in
+    # MODEL.VGG.CONV. The other two want NUM_GROUPS 1.
+    cfg.MODEL.RESNETS.CONV = "plain"
+
+    # Groups of CONV "group"; must divide every channel count. No other kind reads it.
+    cfg.MODEL.RESNETS.CONV_GROUPS = 2
 
 
 def _add_solver_keys(cfg: CN) -> None:

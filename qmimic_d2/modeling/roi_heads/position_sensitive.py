@@ -11,6 +11,7 @@ Shape letters:
 from typing import List
 
 import torch
+from detectron2.layers import shapes_to_tensor
 from detectron2.modeling.poolers import convert_boxes_to_pooler_format
 from detectron2.structures import Boxes
 from torch import Tensor, nn
@@ -34,10 +35,11 @@ class PositionSensitivePooler(nn.Module):
 
     Two poolings, both of the scaled box ``b = box / stride``, whose cell (y, x) covers [y, y + 1) x [x, x + 1):
 
-    - "PSROIPool", the paper's equation 1. ``b`` is rounded to whole cells, to at least 1 x 1; bin i holds the
-      rows ``floor(i h / k)`` to ``ceil((i + 1) h / k) - 1`` of the region's h rows; its value is their
-      average, and 0 for a bin outside of the map. Halves are rounded away from zero. torchvision's operator
-      leaves out the map's last row and column; they are pooled here.
+    - "PSROIPool", the paper's equation 1. ``b`` ends where the map ends, and is rounded to whole cells, halves
+      away from zero, to at least 1 x 1; bin i holds the rows ``floor(i h / k)`` to ``ceil((i + 1) h / k) - 1``
+      of its h rows; its value is their average, and 0 for a bin outside of the map. torchvision's operator
+      leaves out the map's last row and column, and beyond them its gradient is not that of its value: both
+      are mended here.
     - "PSROIAlign" (Light-Head R-CNN, arXiv 1711.07264). Nothing is rounded: a bin averages
       ``sampling_ratio``\\ :sup:`2` bilinear samples. torchvision's operator shifts ``b`` by half a cell, so that
       it measures from the cells' centres, as Detectron2's "ROIAlignV2" does (and its "ROIAlign" does not).
@@ -81,7 +83,13 @@ class PositionSensitivePooler(nn.Module):
         rois = convert_boxes_to_pooler_format(boxes).to(maps.dtype)
         if self.pooler_type == "PSROIAlign":
             return ps_roi_align(maps, rois, self.num_bins, 1.0 / self.stride, self.sampling_ratio)
-        # The operator clips the end of a bin to H - 1 and W - 1: it never reads this padding.
+        return self._pool_whole_cells(maps, rois)
+
+    def _pool_whole_cells(self, maps: Tensor, rois: Tensor) -> Tensor:
+        height, width = maps.shape[-2:]
+        ends = shapes_to_tensor([width, height, width, height], maps.device) * self.stride
+        rois = torch.cat([rois[:, :1], torch.minimum(rois[:, 1:], ends.to(rois.dtype))], dim=1)
+        # The operator ends every bin at H - 1 and W - 1 at the latest, so it never reads this padding.
         return ps_roi_pool(F.pad(maps, (0, 1, 0, 1)), rois, self.num_bins, 1.0 / self.stride)
 
     def extra_repr(self) -> str:
