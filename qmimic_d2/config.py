@@ -20,6 +20,8 @@ def add_qmimic_config(cfg: CN) -> None:
     cfg.MODEL.QMIMIC = _qmimic_node()
     # The VGG backbones of this package.
     cfg.MODEL.VGG = _vgg_node()
+    # R-FCN: read by MODEL.ROI_HEADS.NAME "RFCNROIHeads" alone.
+    cfg.MODEL.RFCN = _rfcn_node()
     _add_resnet_keys(cfg)
     _add_solver_keys(cfg)
 
@@ -183,11 +185,56 @@ def _vgg_node() -> CN:
     # MODEL.BACKBONE.FREEZE_AT, whose default (2) would freeze random weights in a network that is
     # trained from scratch; the VGG does not read that one.
     node.FREEZE_AT = 0
+
+    # Kind of every convolution but the first, for tiny networks of equal cost to compare with: "plain";
+    # "group", with CONV_GROUPS groups that nothing mixes; or "depthwise", a depthwise 3x3 convolution
+    # and a 1x1 convolution, with norm and ReLU each, as in MobileNet. ImageNet weights fit "plain" only.
+    node.CONV = "plain"
+
+    # Groups of CONV "group"; must divide every channel count. No other kind reads it.
+    node.CONV_GROUPS = 2
+    return node
+
+
+def _rfcn_node() -> CN:
+    node = CN()
+
+    # k: every region is cut into k x k bins, each with score maps of its own, k * k * (classes + 1) for
+    # the classes and k * k * 4 for the boxes (times the classes, unless
+    # MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG is True). 7 is the paper's, for objects of some ten cells;
+    # smaller objects want fewer bins.
+    node.NUM_BINS = 7
+
+    # "PSROIPool": the paper's, regions rounded to whole cells; "PSROIAlign": bilinear samples, nothing is
+    # rounded. Both measure a map from the corner of its first cell, as "ROIAlignV2" does.
+    node.POOLER_TYPE = "PSROIPool"
+
+    # Samples per bin and axis of "PSROIAlign", 1 or more.
+    node.SAMPLING_RATIO = 2
+
+    # Channels of the convolution with ReLU between the feature and the score maps; the paper's has 1024,
+    # on a ResNet-101. 0 = none.
+    node.CONV_DIM = 1024
+
+    # Its kernel size: 1, the paper's, or 3.
+    node.CONV_KERNEL = 1
+
+    # Its normalization. Options: "", "BN", "SyncBN", "FrozenBN", "GN", as in MODEL.VGG.NORM.
+    node.CONV_NORM = ""
+
+    # B, for online hard example mining: every proposal is predicted, and only the B of each image whose
+    # loss is highest are trained on. The paper takes 128 of 300. 0 = Detectron2's random sampling;
+    # otherwise MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE and POSITIVE_FRACTION have no effect.
+    node.HARD_EXAMPLES = 0
+
+    # Of two proposals whose IoU is above it, only the one with the higher loss may be a hard example.
+    # 1.0 = no such suppression, as in R-FCN; the paper on hard example mining has 0.7.
+    node.HARD_EXAMPLE_NMS_THRESH = 1.0
     return node
 
 
 def _add_resnet_keys(cfg: CN) -> None:
-    # The two keys below are read by build_divided_resnet_backbone and
+    # The keys below are read by build_divided_resnet_backbone and
     # build_divided_resnet_fpn_backbone only, never by Detectron2's own build_resnet_backbone.
 
     # Every channel count is divided by this, the stem's and the bottlenecks' included: DEPTH 18
@@ -201,6 +248,13 @@ def _add_resnet_keys(cfg: CN) -> None:
     # 34, whose first block has no projection that could follow a stride. RES5_DILATION 2 sets
     # res5's stride to 1, as it does in Detectron2.
     cfg.MODEL.RESNETS.STAGE_STRIDES = [1, 2, 2, 2]
+
+    # Kind of every 3x3 convolution behind the stem: "plain", "group" or "depthwise", as in
+    # MODEL.VGG.CONV. The other two want NUM_GROUPS 1.
+    cfg.MODEL.RESNETS.CONV = "plain"
+
+    # Groups of CONV "group"; must divide every channel count. No other kind reads it.
+    cfg.MODEL.RESNETS.CONV_GROUPS = 2
 
 
 def _add_solver_keys(cfg: CN) -> None:

@@ -12,6 +12,7 @@ from qmimic_d2.modeling.quantizer import (
     build_quantizer,
 )
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer
+from qmimic_d2.modeling.roi_heads import RFCNROIHeads
 from qmimic_d2.modeling.teacher import FrozenTeacher
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "PowerOfTwoQuantizer",
     "QuantMimicRCNN",
     "QuantRCNN",
+    "RFCNROIHeads",
     "RoIMimicLoss",
     "UniformQuantizer",
     "attach_quantizer",

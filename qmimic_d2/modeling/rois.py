@@ -53,7 +53,7 @@ def _sampled(regions: TrainingRegions) -> List[Boxes]:
     if not regions.sampled:
         raise ValueError(
             f'{_KEY} is "sampled", but the RoI heads return no sampled proposals '
-            'in training (StandardROIHeads and its subclasses do); use "proposals" or "ground_truth"'
+            'in training (StandardROIHeads, its subclasses and RFCNROIHeads do); use "proposals" or "ground_truth"'
         )
     return [instances.proposal_boxes for instances in regions.sampled]
 

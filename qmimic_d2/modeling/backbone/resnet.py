@@ -21,6 +21,7 @@ from qmimic_d2.modeling.backbone.build import (
     divide_width,
     resolve_norm,
 )
+from qmimic_d2.modeling.backbone.convolution import check_conv, replace_conv3x3
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ def make_divided_resnet(
     stride_in_1x1: bool = False,
     res5_dilation: int = 1,
     freeze_at: int = 0,
+    conv: str = "plain",
+    conv_groups: int = 2,
 ) -> ResNet:
     """
     A ResNet with every channel count divided; ``depth=18, width_divisor=16`` is ResNet18-1-16.
@@ -72,6 +75,9 @@ def make_divided_resnet(
             weights) or in its 3x3 convolution (torchvision's weights).
         res5_dilation: 1 or 2; 2 dilates res5 and sets its stride to 1. 1 for depth 18 and 34.
         freeze_at: 1 freezes the stem, 2 the stem and res2, and so on.
+        conv: kind of every 3x3 convolution, one of ``convolution.CONVS``; the stem and the 1x1
+            convolutions stay as they are.
+        conv_groups: groups of those convolutions, if their kind is "group".
 
     Raises:
         ValueError: if an argument is not among its options or does not fit the others; the message
@@ -81,6 +87,9 @@ def make_divided_resnet(
     check_choice(key + "DEPTH", depth, tuple(_BLOCKS_PER_STAGE))
     check_choice(key + "RES5_DILATION", res5_dilation, (1, 2))
     strides = check_stage_strides(key + "STAGE_STRIDES", stage_strides, _NUM_STAGES)
+    check_conv("MODEL.RESNETS", conv, conv_groups)
+    if conv != "plain":
+        check_choice(f"With {key}CONV {conv!r}, {key}NUM_GROUPS", num_groups, (1,))
     out_features = check_out_features(key + "OUT_FEATURES", out_features, _FEATURE_NAMES)
     resolved_norm = resolve_norm(key + "NORM", norm)
     if depth in _BASIC_DEPTHS:
@@ -128,6 +137,9 @@ def make_divided_resnet(
                 num_groups=num_groups,
             )
         stages.append(ResNet.make_stage(**arguments))
+        if conv != "plain":
+            for block in stages[-1]:
+                replace_conv3x3(block, node="MODEL.RESNETS", conv=conv, groups=conv_groups, norm=resolved_norm)
         block_in = block_out
     return ResNet(stem, stages, out_features=list(out_features), freeze_at=freeze_at)
 
@@ -185,6 +197,8 @@ def build_divided_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNe
         stride_in_1x1=node.STRIDE_IN_1X1,
         res5_dilation=node.RES5_DILATION,
         freeze_at=freeze_at,
+        conv=node.CONV,
+        conv_groups=node.CONV_GROUPS,
     )
 
 

@@ -10,9 +10,8 @@ Shape shorthand in this module:
 
 from typing import Any, Dict, Sequence
 
-import fvcore.nn.weight_init as weight_init
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec, get_norm
+from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, Backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +25,7 @@ from qmimic_d2.modeling.backbone.build import (
     divide_width,
     resolve_norm,
 )
+from qmimic_d2.modeling.backbone.convolution import build_conv3x3, check_conv
 
 # Table 1 of the paper, columns A, B and D: convolutions in each stage.
 _CONVS_PER_STAGE = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
@@ -37,7 +37,7 @@ class VGGStage(CNNBlockBase):
     """
     One stage of a VGG: an optional max pooling, then 3x3 convolutions with norm and ReLU.
 
-    The convolutions are named ``conv1``, ``conv2``, ... in order.
+    The convolutions are named ``conv1``, ``conv2``, ... in order. They may be group or depthwise separable ones.
     """
 
     def __init__(
@@ -50,6 +50,9 @@ class VGGStage(CNNBlockBase):
         last_norm: bool = True,
         pool_stride: int = 1,
         conv_stride: int = 1,
+        conv: str = "plain",
+        conv_groups: int = 1,
+        is_first: bool = False,
     ):
         """
         Args:
@@ -61,25 +64,29 @@ class VGGStage(CNNBlockBase):
             pool_stride: kernel and stride of the max pooling at the start; 1 for none. As in
                 torchvision, a rest of rows or columns that fills no window is dropped.
             conv_stride: stride of the first convolution.
+            conv: kind of the convolutions, one of ``convolution.CONVS``.
+            conv_groups: groups of the convolutions, if their kind is "group".
+            is_first: whether the first convolution reads the image; it is plain then.
+
+        Raises:
+            ValueError: if ``conv_groups`` do not divide the channels.
         """
         super().__init__(in_channels, out_channels, pool_stride * conv_stride)
         self.pool_stride = pool_stride
         self.conv_names = tuple(f"conv{i + 1}" for i in range(num_convs))
         for i, name in enumerate(self.conv_names):
-            conv_norm = norm if last_norm or i < num_convs - 1 else ""
-            conv = Conv2d(
-                in_channels if i == 0 else out_channels,
-                out_channels,
-                kernel_size=3,
+            layer = build_conv3x3(
+                node="MODEL.VGG",
+                conv="plain" if is_first and i == 0 else conv,
+                groups=conv_groups,
+                in_channels=in_channels if i == 0 else out_channels,
+                out_channels=out_channels,
                 stride=conv_stride if i == 0 else 1,
-                padding=1,
-                # A norm adds a bias of its own.
-                bias=conv_norm == "",
-                norm=get_norm(conv_norm, out_channels),
+                norm=norm,
+                out_norm=norm if last_norm or i < num_convs - 1 else "",
                 activation=nn.ReLU(inplace=True),
             )
-            weight_init.c2_msra_fill(conv)
-            self.add_module(name, conv)
+            self.add_module(name, layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H / stride, W / stride)."""
@@ -116,6 +123,8 @@ class VGG(Backbone):
         stage_strides: Sequence[int] = (1, 2, 2, 2, 2),
         out_features: Sequence[str] = ("conv5",),
         freeze_at: int = 0,
+        conv: str = "plain",
+        conv_groups: int = 2,
     ):
         """
         Args:
@@ -129,6 +138,8 @@ class VGG(Backbone):
             out_features: names of the features to return. Stages behind the last one of these are
                 not built, so that no parameter is without a gradient.
             freeze_at: number of stages to freeze, from the first; see :meth:`freeze`.
+            conv: kind of every convolution but the first, one of ``convolution.CONVS``.
+            conv_groups: groups of the convolutions, if their kind is "group".
 
         Raises:
             ValueError: if an argument is not among its options; the message names its key.
@@ -136,6 +147,7 @@ class VGG(Backbone):
         super().__init__()
         check_choice("MODEL.VGG.DEPTH", depth, tuple(_CONVS_PER_STAGE))
         check_choice("MODEL.VGG.FREEZE_AT", freeze_at, tuple(range(len(_FEATURE_NAMES) + 1)))
+        check_conv("MODEL.VGG", conv, conv_groups)
         resolved_norm = resolve_norm("MODEL.VGG.NORM", norm)
         strides = check_stage_strides("MODEL.VGG.STAGE_STRIDES", stage_strides, len(_FEATURE_NAMES))
         out_features = check_out_features("MODEL.VGG.OUT_FEATURES", out_features, _FEATURE_NAMES)
@@ -161,6 +173,9 @@ class VGG(Backbone):
                 last_norm=last_norm or i < num_stages - 1,
                 pool_stride=1 if i == 0 else strides[i],
                 conv_stride=strides[i] if i == 0 else 1,
+                conv=conv,
+                conv_groups=conv_groups,
+                is_first=i == 0,
             )
             self.add_module(name, stage)
             stride *= stage.stride
@@ -181,6 +196,8 @@ class VGG(Backbone):
             "stage_strides": node.STAGE_STRIDES,
             "out_features": node.OUT_FEATURES,
             "freeze_at": node.FREEZE_AT,
+            "conv": node.CONV,
+            "conv_groups": node.CONV_GROUPS,
         }
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:

@@ -1,0 +1,207 @@
+"""
+The 3x3 convolutions of the backbones: plain, or one of the two cheaper kinds that tiny networks are compared with.
+
+The Quantization Mimic paper (arXiv 1805.02152) compares its tiny networks with networks of group and of
+depthwise separable convolutions. Cost of one output cell, for C channels in, D out and G groups, in
+multiply-adds: plain 9 C D, group 9 C D / G, depthwise separable 9 C + C D.
+"""
+
+from typing import Optional
+
+import torch
+from detectron2.layers import CNNBlockBase, Conv2d, get_norm
+from fvcore.nn import weight_init
+from torch import Tensor, nn
+
+from qmimic_d2.modeling.backbone.build import Norm, check_choice
+
+__all__ = ["CONVS", "DepthwiseSeparableConv", "build_conv3x3", "check_conv", "replace_conv3x3"]
+
+# Values of MODEL.VGG.CONV and MODEL.RESNETS.CONV.
+CONVS = ("plain", "group", "depthwise")
+
+
+class DepthwiseSeparableConv(nn.Module):
+    """
+    A depthwise 3x3 convolution with norm and ReLU, then a 1x1 convolution with norm.
+
+    The block of MobileNet (Howard et al., arXiv 1704.04861, figure 3). In a state dict they are
+    ``depthwise.weight``, ``depthwise.norm.weight``, ``pointwise.weight`` and ``pointwise.norm.weight``.
+    Unlike ``detectron2.layers.DepthwiseSeparableConv2d`` it can have a stride.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        dilation: int = 1,
+        norm: Norm = "",
+        out_norm: Norm = "",
+        activation: Optional[nn.Module] = None,
+    ):
+        """
+        Args:
+            in_channels, out_channels: of both convolutions together; the depthwise one keeps the channels.
+            stride, dilation: of the depthwise convolution.
+            norm: of the depthwise convolution; "" for none, and a bias.
+            out_norm: of the 1x1 convolution; "" for none, and a bias.
+            activation: behind the 1x1 convolution; None for none.
+        """
+        super().__init__()
+        self.depthwise = _conv3x3(
+            in_channels,
+            in_channels,
+            groups=in_channels,
+            stride=stride,
+            dilation=dilation,
+            norm=norm,
+            activation=nn.ReLU(inplace=True),
+        )
+        self.pointwise = Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size=1,
+            bias=out_norm == "",
+            norm=get_norm(out_norm, out_channels),
+            activation=activation,
+        )
+        weight_init.c2_msra_fill(self.pointwise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) to (N, C_out, H / stride, W / stride)."""
+        return self.pointwise(self.depthwise(x))
+
+
+def check_conv(node: str, conv: str, groups: int) -> None:
+    """
+    Args:
+        node: the configuration node of the two options, for the error message.
+        conv: one of :data:`CONVS`.
+        groups: of "group".
+
+    Raises:
+        ValueError: if ``conv`` is unknown, or if it is "group" and there are not at least two groups.
+    """
+    check_choice(f"{node}.CONV", conv, CONVS)
+    if conv == "group" and groups < 2:
+        raise ValueError(f"{node}.CONV_GROUPS is {groups}; give at least 2, or set {node}.CONV to 'plain'.")
+
+
+def build_conv3x3(
+    *,
+    node: str,
+    conv: str,
+    groups: int,
+    in_channels: int,
+    out_channels: int,
+    stride: int = 1,
+    dilation: int = 1,
+    norm: Norm = "",
+    out_norm: Norm = "",
+    activation: Optional[nn.Module] = None,
+) -> nn.Module:
+    """
+    A 3x3 convolution that keeps the size at stride 1, or what takes its place.
+
+    "group" is what the field calls group convolution (AlexNet, ResNeXt): the 3x3 convolution with groups,
+    and nothing that mixes them. In a VGG, whose layers follow each other directly, the groups therefore
+    meet in the heads only.
+
+    Args:
+        node: the configuration node of ``conv`` and ``groups``, for the error message.
+        conv: one of :data:`CONVS`, see :func:`check_conv`.
+        groups: of "group"; the other kinds do not read it.
+        norm: of the depthwise convolution of "depthwise".
+        out_norm: of the output; "" for none, and a bias.
+        activation: of the output; None for none.
+
+    Raises:
+        ValueError: if the groups do not divide the channels.
+    """
+    if conv == "depthwise":
+        return DepthwiseSeparableConv(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            stride=stride,
+            dilation=dilation,
+            norm=norm,
+            out_norm=out_norm,
+            activation=activation,
+        )
+    if conv == "plain":
+        groups = 1
+    if in_channels % groups != 0 or out_channels % groups != 0:
+        raise ValueError(
+            f"{node}.CONV_GROUPS is {groups}, which does not divide a convolution's {in_channels} channels in and "
+            f"{out_channels} out; use fewer groups or a smaller {node}.WIDTH_DIVISOR."
+        )
+    return _conv3x3(
+        in_channels,
+        out_channels,
+        groups=groups,
+        stride=stride,
+        dilation=dilation,
+        norm=out_norm,
+        activation=activation,
+    )
+
+
+def replace_conv3x3(block: CNNBlockBase, *, node: str, conv: str, groups: int, norm: Norm) -> None:
+    """
+    Puts "group" or "depthwise" convolutions in the place of the plain 3x3 ones of a residual block.
+
+    Args:
+        block: Detectron2's BasicBlock or BottleneckBlock, whose own ReLUs follow its convolutions.
+        norm: of every convolution in it.
+
+    Raises:
+        ValueError: see :func:`build_conv3x3`.
+    """
+    for name in ("conv1", "conv2"):
+        plain = getattr(block, name)
+        if plain.kernel_size == (3, 3):
+            replacement = build_conv3x3(
+                node=node,
+                conv=conv,
+                groups=groups,
+                in_channels=plain.in_channels,
+                out_channels=plain.out_channels,
+                stride=plain.stride[0],
+                dilation=plain.dilation[0],
+                norm=norm,
+                out_norm=norm,
+            )
+            setattr(block, name, replacement)
+
+
+def _conv3x3(
+    in_channels: int,
+    out_channels: int,
+    *,
+    groups: int,
+    stride: int,
+    dilation: int,
+    norm: Norm,
+    activation: Optional[nn.Module],
+) -> Conv2d:
+    conv = Conv2d(
+        in_channels,
+        out_channels,
+        kernel_size=3,
+        stride=stride,
+        padding=dilation,
+        dilation=dilation,
+        groups=groups,
+        # A norm adds a bias of its own.
+        bias=norm == "",
+        norm=get_norm(norm, out_channels),
+        activation=activation,
+    )
+    weight_init.c2_msra_fill(conv)
+    if groups > 1:
+        # The initialization takes every output for a reader of each input; only one group's outputs are.
+        with torch.no_grad():
+            conv.weight.mul_(groups**0.5)
+    return conv
