@@ -75,7 +75,7 @@ def test_every_claim_has_a_group_with_enough_seeds():
 def test_the_controls_stand_in_every_comparison_of_students():
     for name, group in MATRIX.groups.items():
         if group.seed_list == "reporting":
-            members = {re.sub("^(hard|sgd)_", "", each) for each in group.variants}
+            members = {re.sub("^(hard|sgd|rfcn)_", "", each) for each in group.variants}
             assert CONTROLS <= members, name
 
 
