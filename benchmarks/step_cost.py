@@ -110,7 +110,7 @@ def measure_quantizer(repeats: int, shapes: Sequence[Tuple[int, ...]] = QUANTIZE
         for name, values in times.items():
             row = {"map": _by(shape), "what": name, "ms": _percentile(values, 50)}
             row["x copy"] = _percentile(_ratios(values, times["copy"]), 50)
-            row.update(_spread(_ratios(values, times["fake_quantize"]), "x fake_quantize"))
+            row.update(spread(_ratios(values, times["fake_quantize"]), "x fake_quantize"))
             rows.append(row)
     return rows
 
@@ -142,7 +142,7 @@ def measure_pooling(
         row = {"map": _by((height, width)), "cells": height * width, "bins": _by((bins, bins))}
         row["sides, cells"] = f"2 to {most:g}"
         row.update({f"{name}, ms": _percentile(times[name], 50) for name in ("kernel", "products")})
-        row.update(_spread(_ratios(times["products"], times["kernel"]), "products / kernel"))
+        row.update(spread(_ratios(times["products"], times["kernel"]), "products / kernel"))
         forward = _ratios(times["products, forward"], times["kernel, forward"])
         row["products / kernel, forward only"] = _percentile(forward, 50)
         rows.append(row)
@@ -196,12 +196,12 @@ class TrainingStep:
         self.model = build_model(cfg).train()
         self.storage = EventStorage()
         self._optimizer = Trainer.build_optimizer(cfg, self.model)
-        self._batches = batches
+        self.batches = batches
 
     def __call__(self) -> None:
         with self.storage as storage:
             torch.manual_seed(storage.iter)
-            losses = self.model(self._batches[storage.iter % len(self._batches)])
+            losses = self.model(self.batches[storage.iter % len(self.batches)])
             self.free_gradients()
             sum(losses.values()).backward()
             self._optimizer.step()
@@ -216,11 +216,11 @@ class TeacherForward:
 
     def __init__(self, model: nn.Module, batches: Sequence[List[Dict[str, Any]]]):
         self._model = model
-        self._batches = itertools.cycle(batches)
+        self.batches = itertools.cycle(batches)
 
     @torch.inference_mode()
     def __call__(self) -> None:
-        self._model.backbone(self._model.preprocess_image(next(self._batches)).tensor)
+        self._model.backbone(self._model.preprocess_image(next(self.batches)).tensor)
 
 
 def forward_backward(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
@@ -343,14 +343,14 @@ def _processor() -> str:
 
 
 def _step_rows(measured: Dict[str, List[float]], unit: str) -> List[Row]:
-    rows = [{"what": f"{LABELS[name]}, {unit}", **_spread(values)} for name, values in measured.items()]
+    rows = [{"what": f"{LABELS[name]}, {unit}", **spread(values)} for name, values in measured.items()]
     both = [a + b for a, b in zip(measured["a"], measured["b"])]
     for label, ratios in {
         "c / (a + b)": _ratios(measured["c"], both),
         "d / (a + b)": _ratios(measured["d"], both),
         "q / a": _ratios(measured["q"], measured["a"]),
     }.items():
-        rows.append({"what": label, **_spread(ratios)})
+        rows.append({"what": label, **spread(ratios)})
     return rows
 
 
@@ -358,7 +358,7 @@ def _ratios(above: Sequence[float], below: Sequence[float]) -> List[float]:
     return [x / y for x, y in zip(above, below)]
 
 
-def _spread(values: Sequence[float], name: str = "median") -> Dict[str, float]:
+def spread(values: Sequence[float], name: str = "median") -> Dict[str, float]:
     """The median under that name, and the percentiles."""
     return {name: _percentile(values, 50), "10th": _percentile(values, 10), "90th": _percentile(values, 90)}
 
