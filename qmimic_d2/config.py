@@ -85,7 +85,7 @@ def _qmimic_node() -> CN:
     # Wanted |mimic| / (|mimic| + |detection|) of the two gradients' norms at the student's compared maps, between
     # 0.0 and 1.0. SCHEDULE "balanced" reads this and the next three keys; LOSS_WEIGHT then only has to be above 0.0.
     node.MIMIC.BALANCE_SHARE = 0.5
-    # Iterations between two measurements of the gradients, which cost about half a step each.
+    # Iterations between two measurements of the gradients, which cost about a third of a step each.
     node.MIMIC.BALANCE_PERIOD = 10
     # Momentum of the running mean of the norms' ratio, from 0.0 to below 1.0: 0.9 remembers ten measurements.
     node.MIMIC.BALANCE_MOMENTUM = 0.9
@@ -142,7 +142,7 @@ def _qmimic_node() -> CN:
     # images of the first test set, at equal distances in it; all of them where there are fewer. 0 = never.
     node.DIAGNOSTICS.EVAL_IMAGES = 100
     # Iterations between two measurements of the mimic's and the detection losses' gradients, at the student's
-    # compared maps and at the backbone's parameters. One costs about one step more. 0 = never.
+    # compared maps and at the backbone's parameters. One costs about half a step. 0 = never.
     node.DIAGNOSTICS.GRADIENT_PERIOD = 100
     return node
 

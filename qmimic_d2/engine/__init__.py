@@ -1,6 +1,7 @@
 """Training and evaluation: what train_net.py and the command line are made of."""
 
 from qmimic_d2.engine.mimic_evaluator import MimicEvaluator, add_mimic_hook
+from qmimic_d2.engine.mimic_summary import MimicSummary
 from qmimic_d2.engine.preflight import check_run
 from qmimic_d2.engine.setup import (
     argument_parser,
@@ -14,6 +15,7 @@ from qmimic_d2.engine.trainer import Trainer, build_checkpointer, build_evaluato
 
 __all__ = [
     "MimicEvaluator",
+    "MimicSummary",
     "Trainer",
     "add_mimic_hook",
     "argument_parser",
