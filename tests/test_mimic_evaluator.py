@@ -21,7 +21,7 @@ from tiny_training import BUILTIN_DATASET, Recorder, Run, registered_data, train
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from qmimic_d2.engine import MimicEvaluator, Trainer, add_mimic_hook
+from qmimic_d2.engine import MimicEvaluator, MimicSummary, Trainer, add_mimic_hook
 from qmimic_d2.modeling.feature_comparison import FIGURES
 
 DATASET = "tiny_heldout"
@@ -260,7 +260,8 @@ def test_a_training_measures_at_each_evaluation_and_is_the_same_without(tmp_path
     assert losses == expected and sorted(losses) == list(range(6))
     state = plain.model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in trainer.model.state_dict().items())
-    assert not any(name.startswith("qmimic/") for name in plain.storage.histories())
+    measured = {name for name in plain.storage.histories() if name.startswith("qmimic/")}
+    assert not any(f"qmimic/{name}" in measured for name in (*FIGURES, *HELDOUT))
     assert not (tmp_path / "off" / "mimic.json").exists()
 
     history = trainer.storage.histories()
@@ -271,9 +272,10 @@ def test_a_training_measures_at_each_evaluation_and_is_the_same_without(tmp_path
     assert {f"qmimic/{name}" for name in HELDOUT} <= set(rows[-1])
     assert rows[-1]["qmimic/heldout_match_ratio"] == content_of(tmp_path / "on")["levels"]["conv5"]["match_ratio"]
     assert "qmimic" not in json.loads((tmp_path / "on" / "evaluation.json").read_text())["results"]
-    # the writers come last, so that metrics.json has what was measured in an iteration
+    # the writer stands behind the evaluations, so that metrics.json has what was measured in an iteration
     kinds = [type(hook) for hook in trainer._hooks]
-    assert kinds[-1] is hooks.PeriodicWriter and kinds.count(hooks.EvalHook) == 2
+    assert kinds.count(hooks.EvalHook) == 2
+    assert kinds[-2:] == [hooks.PeriodicWriter, MimicSummary]
 
 
 def test_tensorboard_shows_scalars_and_histograms(tmp_path, teacher):
