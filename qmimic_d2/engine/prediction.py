@@ -24,7 +24,7 @@ from torch import nn
 
 from qmimic_d2.engine.trainer import build_checkpointer
 from qmimic_d2.export.network import input_spec_of
-from qmimic_d2.export.preprocessing import Detections
+from qmimic_d2.export.preprocessing import Detections, InputSpec
 from qmimic_d2.image_file import UnusableImageError, as_bgr_image, read_bgr_image
 
 __all__ = [
@@ -72,18 +72,14 @@ class Predictor:
         student.freeze()
         model = build_model(student).eval()
         build_checkpointer(model, "").load_for_evaluation(cfg.MODEL.WEIGHTS, weights_key)
-        self._set_model(cfg, model)
+        self._model, self._spec = model, input_spec_of(cfg, model)
 
     @classmethod
-    def of_model(cls, cfg: CfgNode, model: nn.Module) -> "Predictor":
-        """Of a model that has its weights already, in evaluation mode."""
+    def of_model(cls, cfg: CfgNode, model: nn.Module, spec: Optional[InputSpec] = None) -> "Predictor":
+        """Of a model that has its weights already, in evaluation mode; ``spec`` takes the place of the config's."""
         predictor = cls.__new__(cls)
-        predictor._set_model(cfg, model)
+        predictor._model, predictor._spec = model, spec or input_spec_of(cfg, model)
         return predictor
-
-    def _set_model(self, cfg: CfgNode, model: nn.Module) -> None:
-        self._model = model
-        self._spec = input_spec_of(cfg, model)
 
     @property
     def model(self) -> nn.Module:

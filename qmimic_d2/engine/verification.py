@@ -6,9 +6,10 @@ Shape letters:
     N, M: numbers of detections.
 """
 
+import math
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Callable, Dict, List, Sequence
 
 import numpy as np
@@ -20,7 +21,7 @@ from qmimic_d2.engine.prediction import as_instances
 from qmimic_d2.export.preprocessing import Detections
 from qmimic_d2.image_file import read_bgr_image
 
-__all__ = ["Difference", "Verification", "VerifiedModel", "difference"]
+__all__ = ["Difference", "EvaluatorAdapter", "Verification", "VerifiedModel", "difference"]
 
 Detect = Callable[[np.ndarray], Detections]
 
@@ -97,14 +98,15 @@ class VerifiedModel:
         AP: of boxes, in points; NaN where nothing was detected.
         difference: from the reference; None for the reference itself.
         file_bytes: what is shipped.
-        milliseconds: median time of one image, from pixels to detections, resizing included.
+        milliseconds: median time of one image, from pixels to detections, resizing included; NaN before
+            :meth:`Verification.timed`.
     """
 
     name: str
     AP: float
     difference: Any
     file_bytes: int
-    milliseconds: float
+    milliseconds: float = math.nan
 
     def to_dict(self) -> Dict[str, Any]:
         """As plain numbers and strings, for JSON."""
@@ -136,44 +138,53 @@ class Verification:
         self.threads = threads
         self._runs = runs
         self._reference: List[Detections] = []
+        self._files: List[str] = []
+        self._detects: List[Detect] = []
 
-    def __call__(self, name: str, detect: Detect, file_bytes: int, is_timed: bool = True) -> VerifiedModel:
+    def __call__(self, name: str, detect: Detect, file_bytes: int = 0) -> VerifiedModel:
         """
         Args:
             name: for the table.
             detect: from an image (H, W, 3), BGR, uint8, to its detections.
             file_bytes: what is shipped.
-            is_timed: whether its time is of interest.
         """
-        adapter = _EvaluatorAdapter(detect)
+        adapter = EvaluatorAdapter(detect)
         ap = self._evaluation(adapter)
-        found = adapter.found
         apart = None
-        if self._reference:
+        if self._detects:
             apart = Difference()
-            for one, other in zip(self._reference, found):
+            for one, other in zip(self._reference, adapter.found):
                 apart = apart.worst(difference(one, other))
         else:
-            self._reference = found
-        milliseconds = self._median_milliseconds(detect, adapter.files) if is_timed else float("nan")
-        return VerifiedModel(name, ap, apart, file_bytes, milliseconds)
+            self._reference = adapter.found
+            self._files = adapter.files
+        self._detects.append(detect)
+        return VerifiedModel(name, ap, apart, file_bytes)
 
-    def _median_milliseconds(self, detect: Detect, files: Sequence[str]) -> float:
-        images = [read_bgr_image(path) for path in files[: self._runs]]
+    def timed(self, rows: Sequence[VerifiedModel]) -> List[VerifiedModel]:
+        """
+        Takes the times of all detectors in turns, image by image, so that what else the machine does meets all.
+
+        Args:
+            rows: of every call so far, in order.
+        """
+        images = [read_bgr_image(path) for path in self._files[: self._runs]]
+        times: List[List[float]] = [[] for _ in rows]
         threads = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            times = []
             for run in range(_WARM_UP_RUNS + self._runs):
-                start = time.perf_counter()
-                detect(images[run % len(images)])
-                times.append(time.perf_counter() - start)
+                for detect, own in zip(self._detects, times):
+                    start = time.perf_counter()
+                    detect(images[run % len(images)])
+                    own.append(time.perf_counter() - start)
         finally:
             torch.set_num_threads(threads)
-        return 1000.0 * statistics.median(times[_WARM_UP_RUNS:])
+        medians = [1000.0 * statistics.median(own[_WARM_UP_RUNS:]) for own in times]
+        return [replace(row, milliseconds=median) for row, median in zip(rows, medians)]
 
 
-class _EvaluatorAdapter:
+class EvaluatorAdapter:
     """Gives a detector the inputs and outputs of a Detectron2 model, and keeps what it found."""
 
     def __init__(self, detect: Detect):

@@ -20,7 +20,6 @@ _WITH_TORCH = {
     "export_student": "student",
     "export_torchscript": "torchscript_file",
     "quantize_onnx": "onnx_int8",
-    "quantize_onnx": "onnx_int8",
     "ship_model": "network",
 }
 

@@ -1,7 +1,7 @@
 """What of an ONNX detector can run in int8: its layers with weights, and the codes of its quantizer."""
 
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Optional, Set, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 
@@ -69,7 +69,7 @@ def code_tensors(graph, stride: float) -> List[str]:
 
 
 def _comes_from_ceil(name: str, producers: Dict[str, object]) -> bool:
-    waiting, seen = [name], set()  # type: List[str], Set[str]
+    waiting, seen = [name], set()
     while waiting:
         node = producers.get(waiting.pop())
         if node is None or node.output[0] in seen:
