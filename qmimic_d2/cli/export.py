@@ -147,13 +147,13 @@ def _verified(
         rows.append(_eager(verification, "eager student, sizes of its config", own))
     teacher = _teacher(args)
     if teacher is not None:
-        rows.append(_eager(verification, "teacher", teacher))
+        rows.append(_eager(verification, "teacher", teacher, is_compared=False))
     return verification.timed(rows)
 
 
-def _eager(verification: Verification, name: str, shipment: Shipment) -> VerifiedModel:
-    state = shipment.model.state_dict().values()
-    return verification(name, shipment.predictor.detect, sum(each.numel() * each.element_size() for each in state))
+def _eager(verification: Verification, name: str, shipment: Shipment, is_compared: bool = True) -> VerifiedModel:
+    size = sum(each.numel() * each.element_size() for each in shipment.model.state_dict().values())
+    return verification(name, shipment.predictor.detect, size, is_compared)
 
 
 def _teacher(args: argparse.Namespace) -> Optional[Shipment]:

@@ -71,7 +71,7 @@ def _row(model: VerifiedModel, reference: VerifiedModel):
     return {
         "model": model.name,
         "AP": f"{model.AP:.2f}",
-        "change": "" if apart is None else f"{_change(model.AP, reference.AP):+.2f}",
+        "change": "" if model is reference else f"{_change(model.AP, reference.AP):+.2f}",
         "boxes differ by": "" if apart is None else f"{apart.boxes:.3f} px",
         "scores by": "" if apart is None else f"{apart.scores:.4f}",
         "unmatched": "" if apart is None else f"{apart.unmatched} of {2 * apart.matched + apart.unmatched}",
