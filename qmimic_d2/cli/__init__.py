@@ -11,4 +11,5 @@ COMMANDS = (
     "calibrate",
     "export",
     "predict",
+    "size",
 )

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes = parser.add_argument_group("size of the input (default: any, resized as INPUT.MIN_SIZE_TEST says)")
     sizes.add_argument("--min-size", type=_positive, metavar="N", help="in place of INPUT.MIN_SIZE_TEST")
     sizes.add_argument("--max-size", type=_positive, metavar="N", help="in place of INPUT.MAX_SIZE_TEST")
-    sizes.add_argument("--fixed-size", type=_size, metavar="HxW", help="one size, into which images are fitted")
+    sizes.add_argument("--fixed-size", type=parse_size, metavar="HxW", help="one size, into which images are fitted")
     verify = parser.add_argument_group("verification")
     verify.add_argument("--verify", default="", metavar="DATASET", help="a registered data set to evaluate the file on")
     verify.add_argument("--verify-images", type=int, default=0, metavar="N", help="only so many of it (default: all)")
@@ -181,7 +181,8 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _size(text: str) -> Tuple[int, int]:
+def parse_size(text: str) -> Tuple[int, int]:
+    """Height and width, from such as "480x640"."""
     height, _, width = text.lower().partition("x")
     if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; give height and width such as 480x640")
