@@ -153,9 +153,9 @@ def detect(model: nn.Module, image: Tensor) -> List[Tensor]:
         (found,) = model.inference(inputs, do_postprocess=False)
     elif isinstance(model, DenseDetector):
         images = model.preprocess_image(inputs)
-        features = model.backbone(images.tensor)
-        predictions = model.head([features[name] for name in model.head_in_features])
-        (found,) = model.forward_inference(images, features, predictions)
+        by_name = model.backbone(images.tensor)
+        features = [by_name[name] for name in model.head_in_features]
+        (found,) = model.forward_inference(images, features, model.head(features))
     else:
         raise ValueError(
             f"MODEL.META_ARCHITECTURE is {type(model).__name__!r}; GeneralizedRCNN, DenseDetector and classes derived "

@@ -70,10 +70,12 @@ def _ps_roi_align(g, maps, rois, spatial_scale, pooled_height, pooled_width, sam
         sampling_ratio_i=max(samples, 0),
     )
     bins = height * width
+    channels = symbolic_helper._get_tensor_dim_size(maps, 1)
+    values = -1 if channels is None else channels // bins  # -1 could not be told without a region
     # (M, C, group, bin) as one row of group and bin, of which the entries group == bin stay
-    rows = g.op("Reshape", pooled, _constant(g, torch.tensor([0, -1, bins * bins])))
+    rows = g.op("Reshape", pooled, _constant(g, torch.tensor([0, values, bins * bins])))
     diagonal = g.op("Gather", rows, _constant(g, torch.arange(bins) * (bins + 1)), axis_i=2)
-    return g.op("Reshape", diagonal, _constant(g, torch.tensor([0, -1, height, width]))), None
+    return g.op("Reshape", diagonal, _constant(g, torch.tensor([0, values, height, width]))), None
 
 
 def _slice_columns(g, table, start: int, end: int):
