@@ -1,6 +1,7 @@
 """Runs an exported TorchScript detector with torch and torchvision; Detectron2 is not needed."""
 
 import os
+import warnings
 from typing import List
 
 import numpy as np
@@ -36,7 +37,9 @@ class TorchScriptDetector:
             raise FileNotFoundError(f"there is no TorchScript file {path!r}")
         files = {METADATA_KEY: ""}
         try:
-            self._network = torch.jit.load(path, map_location=device, _extra_files=files)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of its deprecation
+                self._network = torch.jit.load(path, map_location=device, _extra_files=files)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{path!r} is no TorchScript file that torch can run: {reason}") from error

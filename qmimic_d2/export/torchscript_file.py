@@ -1,6 +1,7 @@
 """A detector as a TorchScript file, which runs with torch and torchvision alone."""
 
 import logging
+import warnings
 
 import torch
 from torch import nn
@@ -31,6 +32,7 @@ def export_torchscript(model: nn.Module, description: ModelDescription, path: st
     """
     image = example_image(description.input_spec)
     traced = trace(traceable(model, image), image)
-    with whole_file(path) as partial:
+    with whole_file(path) as partial, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of its deprecation
         torch.jit.save(traced, partial, _extra_files={METADATA_KEY: description.to_json()})
     logger.info("Wrote %s", path)
