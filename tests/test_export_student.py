@@ -140,8 +140,8 @@ def test_a_kept_quantizer_needs_the_package(tmp_path):
     node = written.MODEL.QMIMIC
     assert (node.TEACHER.INPUT_SCALE, node.MIMIC.LOSS_WEIGHT) == (1.0, 1.0), "nothing of the training's teacher"
     assert (node.QUANTIZER.STRIDE, node.QUANTIZER.SIGNED) == (0.25, True)
-    image = random_image(64, 64)
-    assert_close(open_detector(str(tmp_path / "config.yaml")).detect(image), Predictor.of_model(cfg, model).detect(image))
+    image, opened = random_image(64, 64), open_detector(str(tmp_path / "config.yaml"))
+    assert_close(opened.detect(image), Predictor.of_model(cfg, model).detect(image))
 
 
 def test_a_dropped_quantizer_stays_dropped(tmp_path):
