@@ -53,7 +53,7 @@ def verification_text(
         "",
         f"On {verification.num_images} images of {verification.dataset_name}; times: median of one image, {threads}",
         tabulate(table, headers="keys", disable_numparse=True, stralign="right"),
-        f"AP {reference.AP:.2f} -> {exported.AP:.2f} ({change:+.2f}), {verdict} the tolerance of {tolerance:g}; "
+        f"AP {reference.AP:.2f} -> {exported.AP:.2f} ({round(change, 2) + 0.0:+.2f}), {verdict} the tolerance of {tolerance:g}; "
         f"{speed:.1f} times as fast as eager",
     ]
     return "\n".join(lines), is_within
@@ -71,7 +71,7 @@ def _row(model: VerifiedModel, reference: VerifiedModel):
     return {
         "model": model.name,
         "AP": f"{model.AP:.2f}",
-        "change": "" if model is reference else f"{_change(model.AP, reference.AP):+.2f}",
+        "change": "" if model is reference else f"{round(_change(model.AP, reference.AP), 2) + 0.0:+.2f}",
         "boxes differ by": "" if apart is None else f"{apart.boxes:.3f} px",
         "scores by": "" if apart is None else f"{apart.scores:.4f}",
         "unmatched": "" if apart is None else f"{apart.unmatched} of {2 * apart.matched + apart.unmatched}",
