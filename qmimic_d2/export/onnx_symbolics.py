@@ -70,11 +70,11 @@ def _ps_roi_align(g, maps, rois, spatial_scale, pooled_height, pooled_width, sam
         sampling_ratio_i=max(samples, 0),
     )
     bins = height * width
-    values = _values_per_region(maps, bins)
+    values = _values_per_region(g, maps, bins)
     # (M, C, group, bin) as one row of group and bin, of which the entries group == bin stay
-    rows = g.op("Reshape", pooled, _constant(g, torch.tensor([-1, values, bins * bins])))
+    rows = _reshape(g, pooled, -1, values, bins * bins)
     diagonal = g.op("Gather", rows, _constant(g, torch.arange(bins) * (bins + 1)), axis_i=2)
-    return g.op("Reshape", diagonal, _constant(g, torch.tensor([-1, values, height, width]))), None
+    return _reshape(g, diagonal, -1, values, height, width), None
 
 
 def _ps_roi_pool(g, maps, rois, spatial_scale, pooled_height, pooled_width):
@@ -88,7 +88,7 @@ def _ps_roi_pool(g, maps, rois, spatial_scale, pooled_height, pooled_width):
     """
     height, width = (symbolic_helper._parse_arg(each, "i") for each in (pooled_height, pooled_width))
     scale = symbolic_helper._parse_arg(spatial_scale, "f")
-    values = _values_per_region(maps, height * width)
+    values = _values_per_region(g, maps, height * width)
 
     def integers(*numbers):
         return _constant(g, torch.tensor(numbers))
@@ -124,9 +124,9 @@ def _ps_roi_pool(g, maps, rois, spatial_scale, pooled_height, pooled_width):
         sums = g.op("CumSum", sums, _constant(g, torch.tensor(axis)))
     sums = g.op("Pad", sums, integers(0, 0, 1, 1, 0, 0, 0, 0))
     row = g.op("Slice", g.op("Shape", sums), integers(3), integers(4))
-    table = g.op("Reshape", sums, integers(values, height * width, -1))
+    table = _reshape(g, sums, values, height * width, -1)
     plane = g.op("Slice", g.op("Shape", table), integers(2), integers(3))
-    table = g.op("Reshape", g.op("Transpose", table, perm_i=[1, 2, 0]), integers(-1, values))
+    table = _reshape(g, g.op("Transpose", table, perm_i=[1, 2, 0]), -1, values)
     bin_index = torch.arange(height * width).reshape(1, height, width)
     start = g.op("Mul", _constant(g, bin_index), plane)
 
@@ -142,10 +142,16 @@ def _ps_roi_pool(g, maps, rois, spatial_scale, pooled_height, pooled_width):
     return g.op("Transpose", pooled, perm_i=[0, 3, 1, 2]), None
 
 
-def _values_per_region(maps, bins: int) -> int:
-    """C; -1, which a graph works out for itself unless there is no region, where the trace does not tell."""
-    channels = symbolic_helper._get_tensor_dim_size(maps, 1)
-    return -1 if channels is None else channels // bins
+def _values_per_region(g, maps, bins: int):
+    """C, as a tensor (1,): a trace does not always tell it."""
+    channels = g.op("Slice", g.op("Shape", maps), *(_constant(g, torch.tensor([each])) for each in (1, 2)))
+    return g.op("Div", channels, _constant(g, torch.tensor([bins])))
+
+
+def _reshape(g, value, *lengths):
+    """To a shape of numbers, -1 for the rest, and tensors (1,)."""
+    parts = [_constant(g, torch.tensor([each])) if isinstance(each, int) else each for each in lengths]
+    return g.op("Reshape", value, g.op("Concat", *parts, axis_i=0))
 
 
 def _slice_columns(g, table, start: int, end: int):
