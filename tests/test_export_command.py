@@ -134,6 +134,17 @@ def test_a_teacher_that_is_not_at_hand(student, dataset, tmp_path, capsys):
     assert export(student, *arguments, "MODEL.QMIMIC.TEACHER.CONFIG_FILE", "") == 0
 
 
+def test_class_names_are_looked_up(tmp_path, capsys):
+    """The annotation file of a data set is read for them, if it is there."""
+    (tmp_path / "data").mkdir()
+    with registered_coco(tmp_path / "data", count=1, name="tiny_named_export") as name:
+        data = ("DATASETS.TRAIN", (name,), "DATASETS.TEST", (name,))
+        detector = write_detector(tmp_path, *data)
+        assert export(detector, "--format", "torchscript", "--output", tmp_path / "out") == 0
+    labels = json.loads((tmp_path / "out" / "labels.json").read_text())
+    assert labels["classes"] == [{"id": each, "name": f"class {each}"} for each in (3, 5, 9)]
+
+
 # --------------------------------------------------------------------------------- mistakes
 
 

@@ -177,6 +177,22 @@ def test_the_search_ends_when_its_time_is_over(floats, tmp_path):
     assert told[-2:] == ["The time of the search is over (--search-seconds)", "Kept in float: no layer, AP -2.00"]
 
 
+def test_a_second_layer_is_not_tried_when_the_time_is_over(floats, tmp_path, monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr("qmimic_d2.export.onnx_int8.time.monotonic", lambda: next(clock))
+    # one reading for the end, one for each of the 14 layers, and the next is too late
+    trials, kept, told = search(floats, tmp_path, {CONV: 2.0, LINEAR: 3.0}, max_ap_loss=0.5, seconds=14)
+    assert len(trials) == 2 + 14 and kept == LINEAR
+    assert told[-2:] == ["The time of the search is over (--search-seconds)", f"Kept in float: {LINEAR}, AP -2.00"]
+
+
+def test_every_layer_may_stay_in_float(floats, tmp_path):
+    names = [each.name for each in quantizable_layers(onnx.load(floats[0]).graph)]
+    trials, kept, _ = search(floats, tmp_path, dict.fromkeys(names, 1.0), max_ap_loss=0.5)
+    assert trials[-1].AP == 60.0 and set(kept.split(", ")) == set(names)
+    assert quantized_weights(str(tmp_path / "int8.onnx")) == set()
+
+
 def test_a_candidate_that_detects_nothing_has_ap_0(floats, tmp_path):
     trials, kept, _ = search(floats, tmp_path, {CONV: np.nan}, max_ap_loss=0.5)
     assert trials[1].AP == 0.0 and kept == CONV

@@ -109,6 +109,13 @@ def test_which_students_are_stock(options, architecture, reason):
     assert reason is None or [each for each in student.needs_package if reason in each]
 
 
+def test_a_full_precision_student_with_a_backbone_of_this_package():
+    cfg, model = spread_model(meta_architecture="GeneralizedRCNN")
+    student = student_config(cfg, model)
+    assert not student.is_stock and student.cfg.MODEL.META_ARCHITECTURE == "QuantRCNN"
+    assert student.cfg.MODEL.QMIMIC.QUANTIZER.NAME == ""
+
+
 def test_other_strides_have_no_stock_key():
     options = (
         *("MODEL.BACKBONE.NAME", "build_divided_resnet_backbone"),

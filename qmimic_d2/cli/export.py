@@ -83,7 +83,6 @@ def run(args: argparse.Namespace) -> int:
         check_packages(args.format)
         check_output_folder(args.output)
         cfg = _config(args)
-        # before the classes are described: a data set that is loaded tells their names
         verification = _verification(args, cfg) if args.verify else None
         shipment = _shipment(args, cfg, keep_quantizer=args.quantizer == "keep")
         int8 = Int8Settings(

@@ -53,7 +53,7 @@ def verification_text(
         "",
         f"On {verification.num_images} images of {verification.dataset_name}; times: median of one image, {threads}",
         tabulate(table, headers="keys", disable_numparse=True, stralign="right"),
-        f"AP {reference.AP:.2f} -> {exported.AP:.2f} ({round(change, 2) + 0.0:+.2f}), {verdict} the tolerance of {tolerance:g}; "
+        f"AP {reference.AP:.2f} -> {exported.AP:.2f} ({_signed(change)}), {verdict} the tolerance of {tolerance:g}; "
         f"{speed:.1f} times as fast as eager",
     ]
     return "\n".join(lines), is_within
@@ -66,12 +66,16 @@ def _change(ap: float, reference: float) -> float:
     return (0.0 if math.isnan(ap) else ap) - (0.0 if math.isnan(reference) else reference) + 0.0
 
 
+def _signed(change: float) -> str:
+    return f"{round(change, 2) + 0.0:+.2f}"  # never "-0.00"
+
+
 def _row(model: VerifiedModel, reference: VerifiedModel):
     apart = model.difference
     return {
         "model": model.name,
         "AP": f"{model.AP:.2f}",
-        "change": "" if model is reference else f"{round(_change(model.AP, reference.AP), 2) + 0.0:+.2f}",
+        "change": "" if model is reference else _signed(_change(model.AP, reference.AP)),
         "boxes differ by": "" if apart is None else f"{apart.boxes:.3f} px",
         "scores by": "" if apart is None else f"{apart.scores:.4f}",
         "unmatched": "" if apart is None else f"{apart.unmatched} of {2 * apart.matched + apart.unmatched}",

@@ -8,7 +8,7 @@ from typing import Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from torch import nn
 
 from qmimic_d2.analysis import evenly_spaced
@@ -105,6 +105,7 @@ class Shipment:
         """
         self.cfg = cfg
         self.model = ship_model(cfg, keep_quantizer=keep_quantizer, weights_key=weights_key)
+        _load_class_names(cfg)
         classes = [(each.id, each.name) for each in dataset_categories(cfg)]
         self.description: ModelDescription = describe_model(
             cfg, self.model, classes, config_file=config_file, fixed_size=fixed_size
@@ -184,6 +185,16 @@ class Shipment:
                 code_signed=signed,
                 report=report,
             )
+
+
+def _load_class_names(cfg: CfgNode) -> None:
+    """A COCO-format data set tells its classes when its annotation file is read; it is, where it is at hand."""
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        metadata = MetadataCatalog.get(name)
+        has_file = os.path.isfile(metadata.get("json_file", None) or "")
+        if has_file and not metadata.get("thing_dataset_id_to_contiguous_id", None):
+            DatasetCatalog.get(name)
+            return
 
 
 def check_output_folder(folder: str) -> None:

@@ -18,8 +18,8 @@ _QUANTIZER_OPS = ("Clip", "Max", "Min", "Where", "Neg", "Cast", "Identity")
 class Layer:
     """
     Attributes:
-        name: of the node with the weights, shortened for reading.
-        nodes: names of that node and of what follows it in int8.
+        name: of the module with the weights.
+        nodes: names of its nodes (several, where it runs several times) and of what follows them in int8.
     """
 
     name: str
@@ -38,13 +38,14 @@ def quantizable_layers(graph) -> List[Layer]:
     members: Dict[str, List[str]] = {}
     for node in graph.node:
         if node.op_type in _WITH_WEIGHTS and node.input[1] in weights:
-            members[node.name] = [node.name]
-            layer_of_output[node.output[0]] = node.name
+            owner = _short(node.name)
+            members.setdefault(owner, []).append(node.name)
+            layer_of_output[node.output[0]] = owner
         elif node.op_type in _FOLLOWERS and all(each in layer_of_output for each in node.input):
             owner = layer_of_output[node.input[0]]
             members[owner].append(node.name)
             layer_of_output[node.output[0]] = owner
-    return [Layer(_short(name), tuple(nodes)) for name, nodes in members.items()]
+    return [Layer(name, tuple(nodes)) for name, nodes in members.items()]
 
 
 def code_tensors(graph, stride: float) -> List[str]:
@@ -100,12 +101,8 @@ def _constant_items(graph) -> Iterator[Tuple[str, np.ndarray]]:
 def _constant_value(node) -> Optional[np.ndarray]:
     from onnx import numpy_helper
 
-    if node.op_type != "Constant":
-        return None
-    for attribute in node.attribute:
-        if attribute.name == "value":
-            return numpy_helper.to_array(attribute.t)
-    return None
+    values = [each for each in node.attribute if node.op_type == "Constant" and each.name == "value"]
+    return numpy_helper.to_array(values[0].t) if values else None
 
 
 def _short(name: str) -> str:
