@@ -9,11 +9,12 @@ import onnxruntime
 import pytest
 import torch
 from exported import random_image, spread_model
-from helpers import RESNET_C4
+from helpers import RESNET_C4, RESNET_FPN
 from onnx import numpy_helper
 
 from qmimic_d2.export import OnnxDetector, describe_model, export_onnx, quantize_onnx
 from qmimic_d2.export.onnx_layers import code_tensors, quantizable_layers
+from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 
 CLASSES = [(0, "a"), (1, "b"), (2, "c")]
 QUANTIZER = "MODEL.QMIMIC.QUANTIZER"
@@ -101,6 +102,24 @@ def test_code_tensors_of_a_detector(floats):
     graph = onnx.load(floats[0]).graph
     assert len(code_tensors(graph, 0.25)) == 1
     assert code_tensors(graph, 0.5) == []
+
+
+@pytest.mark.parametrize("options, signed, maps", [((), False, 1), (RESNET_FPN, True, 3)])
+def test_the_codes_of_a_detector_get_its_stride_as_scale(tmp_path, options, signed, maps):
+    source, target = str(tmp_path / "float.onnx"), str(tmp_path / "int8.onnx")
+    # 0.25 and 1.0 are scales that calibration would hardly find
+    cfg, model = spread_model(*options, f"{QUANTIZER}.STRIDE", 1.0 if signed else 0.25)
+    description = describe_model(cfg, model, CLASSES)
+    export_onnx(model, description, source)
+    stride, images = attached_quantizer(model.backbone).quantizer.stride, [random_image(64, 64, 1)]
+    pixels = [description.input_spec.prepare(each)[0] for each in images]
+    quantize_onnx(source, target, pixels, code_stride=stride, code_signed=signed)
+    graph = onnx.load(target).graph
+    constants = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+    nodes = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    coded = [node for node in nodes if constants[node.input[1]].size == 1 and constants[node.input[1]] == stride]
+    assert len(coded) == maps
+    assert {int(constants[node.input[2]]) for node in coded} == {128 if signed else 0}
 
 
 def test_layers_and_what_follows_them(tmp_path):

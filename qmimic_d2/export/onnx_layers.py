@@ -1,7 +1,7 @@
 """What of an ONNX detector can run in int8: its layers with weights, and the codes of its quantizer."""
 
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 
@@ -11,7 +11,7 @@ _WITH_WEIGHTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # They follow a layer, and its codes pass through them.
 _FOLLOWERS = ("Relu", "MaxPool", "Add")
 # What a quantizer consists of behind its Ceil.
-_QUANTIZER_OPS = ("Clip", "Max", "Min", "Where", "Neg", "Cast", "Identity")
+_QUANTIZER_OPS = ("Clip", "Max", "Min", "Where", "Neg", "Expand", "Cast", "Identity")
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,19 @@ def code_tensors(graph, stride: float) -> List[str]:
     """
     constants = _constants(graph)
     producers = {output: node for node in graph.node for output in node.output}
-    found = []
-    for node in graph.node:
-        if node.op_type != "Mul":
-            continue
-        factors = [constants.get(each) for each in node.input]
-        is_stride = [each is not None and each.size == 1 and each.item() == np.float32(stride) for each in factors]
-        others = [each for each, fits in zip(node.input, is_stride) if not fits]
-        if any(is_stride) and others and _comes_from_ceil(others[0], producers):
-            found.append(node.output[0])
-    return found
+    if stride == 1.0:  # optimizers leave out a factor of 1
+        inner = {each for node in graph.node if node.op_type in _QUANTIZER_OPS for each in node.input}
+        ends = [node.output[0] for node in graph.node if node.op_type in (*_QUANTIZER_OPS, "Ceil", "Mul")]
+        return [each for each in ends if each not in inner and _comes_from_ceil(each, producers, constants, 1.0)]
+    return [
+        node.output[0]
+        for node in graph.node
+        if node.op_type == "Mul" and _comes_from_ceil(node.output[0], producers, constants, stride)
+    ]
 
 
-def _comes_from_ceil(name: str, producers: Dict[str, object]) -> bool:
+def _comes_from_ceil(name: str, producers: Dict[str, Any], constants: Dict[str, np.ndarray], stride: float) -> bool:
+    """Whether nothing but the rest of a quantizer stands between a Ceil and a tensor."""
     waiting, seen = [name], set()
     while waiting:
         node = producers.get(waiting.pop())
@@ -78,7 +78,9 @@ def _comes_from_ceil(name: str, producers: Dict[str, object]) -> bool:
         if node.op_type == "Ceil":
             return True
         seen.add(node.output[0])
-        if node.op_type in _QUANTIZER_OPS:
+        factors = [constants[each] for each in node.input if each in constants]
+        is_scale = node.op_type == "Mul" and any(each.size == 1 and each == np.float32(stride) for each in factors)
+        if node.op_type in _QUANTIZER_OPS or is_scale:
             waiting.extend(node.input)
     return False
 
