@@ -12,9 +12,9 @@ from PIL import Image
 from test_command_line import status_of
 from tiny_coco import registered_coco, write_images
 
-from qmimic_d2.cli.export_text import human_bytes, verification_text
+from qmimic_d2.cli.export_text import human_bytes, verdict_text
 from qmimic_d2.engine.detectors import open_detector
-from qmimic_d2.engine.verification import Difference, Verification, VerifiedModel, difference
+from qmimic_d2.engine.verification import Difference, VerifiedModel, difference
 from qmimic_d2.engine.video import read_frames
 from qmimic_d2.export.preprocessing import Detections
 from qmimic_d2.image_file import UnusableImageError
@@ -44,7 +44,7 @@ def student(tmp_path_factory, dataset):
 
 def export(detector, *arguments):
     weights = [] if "--weights" in arguments else ["--weights", detector.weights]
-    return status_of("export", "--config-file", detector.config_file, *weights, *arguments)
+    return status_of("export", "--config-file", detector.config_file, *weights, "--runs", 2, *arguments)
 
 
 # ----------------------------------------------------------------------------------- export
@@ -56,7 +56,7 @@ def test_export_and_verify(student, dataset, tmp_path, capsys, form):
     assert export(student, *arguments) == 0
     out = capsys.readouterr().out
     names = ["eager student, quantizer kept", f"{form}, quantizer kept", "eager student, quantizer dropped", "teacher"]
-    rows = json.loads((tmp_path / f"verification_{form}.json").read_text())
+    rows = json.loads((tmp_path / "verification.json").read_text())
     assert [row["name"] for row in rows] == names
     assert all(name in out for name in names)
     assert rows[1]["difference"]["boxes"] < 0.01 and rows[1]["difference"]["matched"] > 0
@@ -71,10 +71,14 @@ def test_export_and_verify(student, dataset, tmp_path, capsys, form):
 
 def test_int8(student, dataset, tmp_path, capsys):
     options = ["--calibration-images", 2, "--search-images", 2, "--search-seconds", 0, "--max-ap-loss", 1e9]
-    status = export(student, "--format", "onnx-int8", "--output", tmp_path, *options, "--verify", dataset)
+    options += ["--verify", dataset, "--verify-images", 2]
+    status = export(student, "--format", "onnx", "onnx-int8", "--output", tmp_path, *options)
     out = capsys.readouterr().out
-    assert status in (0, 1) and ("within the tolerance of 1;" in out)
     assert status == int("NOT within" in out)
+    assert "onnx: AP" in out and "within the tolerance of 0.1;" in out
+    assert "onnx-int8: AP" in out and "within the tolerance of 1;" in out
+    names = [row["name"] for row in json.loads((tmp_path / "verification.json").read_text())]
+    assert names[1:3] == ["onnx, quantizer kept", "onnx-int8, quantizer kept"]
     assert "Calibrated on 2 images, AP on 2 images of tiny_export" in out and "int8, in float nothing" in out
     found = open_detector(str(tmp_path / "model_int8.onnx")).detect(random_image(64, 64))
     assert len(found) > 0
@@ -103,10 +107,10 @@ def test_a_difference_above_the_tolerance(student, dataset, tmp_path, capsys, mo
             )
 
     monkeypatch.setattr("qmimic_d2.cli.export.open_detector", lambda *a, **k: Broken(real(*a, **k)))
-    arguments = ["--format", "torchscript", "--output", tmp_path, "--verify", dataset]
-    assert export(student, *arguments, "--tolerance", 0.1) == 1
+    arguments = ["--format", "detectron2", "--output", tmp_path, "--verify", dataset, "--verify-images", 2]
+    assert export(student, *arguments, "MODEL.QMIMIC.TEACHER.CONFIG_FILE", "") == 1
     assert "NOT within the tolerance of 0.1" in capsys.readouterr().out
-    assert export(student, *arguments, "--tolerance", 100) == 0
+    assert export(student, *arguments, "--tolerance", 100, "MODEL.QMIMIC.TEACHER.CONFIG_FILE", "") == 0
 
 
 def test_sizes(student, dataset, tmp_path, capsys):
@@ -130,8 +134,7 @@ def test_a_teacher_that_is_not_at_hand(student, dataset, tmp_path, capsys):
     arguments = ["--format", "detectron2", "--output", tmp_path, "--verify", dataset, "--verify-images", 1]
     assert export(student, *arguments, "MODEL.QMIMIC.TEACHER.WEIGHTS", "/nowhere/model.pth") == 0
     captured = capsys.readouterr()
-    assert "The teacher is not compared" in captured.err and "\n teacher" not in captured.out
-    assert export(student, *arguments, "MODEL.QMIMIC.TEACHER.CONFIG_FILE", "") == 0
+    assert "The teacher is not compared" in captured.err and " teacher " not in captured.out
 
 
 def test_class_names_are_looked_up(tmp_path, capsys):
@@ -231,19 +234,18 @@ def test_no_detections():
     assert Difference(1.0, 0.1, 2, 3, 0.4).worst(Difference(0.5, 0.2, 1, 1, 0.1)) == Difference(1.0, 0.2, 3, 4, 0.4)
 
 
-def test_the_verdict(dataset, student):
-    cfg = student.cfg.clone()
-    verification = Verification(cfg, dataset)
-
+def test_the_verdict():
     def verdict(before, after, is_gain_allowed=False):
         rows = [VerifiedModel("eager", before, None, 10, 2.0), VerifiedModel("file", after, Difference(), 10, 1.0)]
-        return verification_text(rows, verification, 0.5, is_gain_allowed)
+        return verdict_text(*rows, 0.5, is_gain_allowed)
 
     assert verdict(50.0, 49.5)[1] and verdict(50.0, 50.5)[1]
     assert not verdict(50.0, 49.4)[1] and not verdict(50.0, 50.6)[1]
     assert verdict(50.0, 50.6, is_gain_allowed=True)[1] and not verdict(50.0, 49.4, is_gain_allowed=True)[1]
     assert verdict(float("nan"), float("nan"))[1] and not verdict(50.0, float("nan"))[1]
-    assert "AP 50.00 -> 49.50 (-0.50), within the tolerance of 0.5; 2.0 times" in verdict(50.0, 49.5)[0]
+    expected = "AP 50.00 -> 49.50 (-0.50), within the tolerance of 0.5; 2.0 times as fast as eager"
+    assert verdict(50.0, 49.5)[0] == expected
+    assert "(+0.00), within" in verdict(50.0, 49.999)[0]
     assert (human_bytes(1500), human_bytes(2_500_000)) == ("2 kB", "2.50 MB")
 
 

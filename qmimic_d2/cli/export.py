@@ -1,19 +1,19 @@
 """
 Writes the student alone as a file that ships: Detectron2, TorchScript, ONNX or int8 ONNX.
 
-With --verify, the file itself is evaluated on a data set and compared, image by image, with the training's
-model. Exit status: 0 when the file was written (and, with --verify, its AP is within the tolerance), 1 when
-it is not, 2 for a mistake in the arguments, the config or the checkpoint, and where nothing can be written.
+With --verify, each file itself is evaluated on a data set and compared, image by image, with the training's
+model. Exit status: 0 when all were written (and, with --verify, AP is within the tolerance), 1 when it is
+not, 2 for a mistake in the arguments, the config or the checkpoint, and where nothing can be written.
 """
 
 import argparse
 import os
 import sys
-from typing import List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 from detectron2.config import CfgNode
 
-from qmimic_d2.cli.export_text import export_text, verification_text
+from qmimic_d2.cli.export_text import export_text, verdict_text, verification_text
 from qmimic_d2.cli.model_arguments import (
     add_model_arguments,
     key_value_pairs,
@@ -27,13 +27,17 @@ from qmimic_d2.engine.setup import describe_error, load_config
 from qmimic_d2.engine.verification import Verification, VerifiedModel
 from qmimic_d2.json_file import write_json
 
+VERIFICATION_NAME = "verification.json"
+
 # Points of AP that a form may differ from the eager student by.
 _TOLERANCES = {"onnx-int8": 1.0}
 _FLOAT_TOLERANCE = 0.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--format", required=True, choices=list(FORMATS), help="the form of the file")
+    parser.add_argument(
+        "--format", required=True, nargs="+", choices=list(FORMATS), help="the form of the file; several in one go"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the files; made if need be")
     parser.add_argument(
         "--quantizer",
@@ -58,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify.add_argument(
         "--threads", type=_positive, default=1, metavar="N", help="for the times (default: %(default)s)"
     )
+    verify.add_argument(
+        "--runs", type=_positive, default=50, metavar="N", help="times taken of every model (default: %(default)s)"
+    )
     int8, defaults = parser.add_argument_group("int8"), Int8Settings()
     int8.add_argument("--calibration-images", type=_positive, default=defaults.calibration_images, metavar="N")
     int8.add_argument(
@@ -80,7 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with usage_errors():
-        check_packages(args.format)
+        for form in args.format:
+            check_packages(form)
         check_output_folder(args.output)
         cfg = _config(args)
         verification = _verification(args, cfg) if args.verify else None
@@ -88,18 +96,27 @@ def run(args: argparse.Namespace) -> int:
         int8 = Int8Settings(
             args.calibration_images, args.search_images, args.max_ap_loss, args.search_seconds, args.threads
         )
-        exported = shipment.write(args.format, args.output, int8, report=_say)
-        print(export_text(exported, shipment.description))
+        exported = {}
+        for form in args.format:
+            exported[form] = shipment.write(form, args.output, int8, report=_say)
+            print(export_text(exported[form], shipment.description), flush=True)
         if verification is None:
             return 0
         rows = _verified(args, cfg, shipment, exported, verification)
-        write_json(os.path.join(args.output, f"verification_{args.format}.json"), [each.to_dict() for each in rows])
+        write_json(os.path.join(args.output, VERIFICATION_NAME), [each.to_dict() for each in rows])
+    print(verification_text(rows, verification))
+    verdicts = [_verdict(args, form, rows[0], row) for form, row in zip(exported, rows[1:])]
+    return 0 if all(verdicts) else 1
+
+
+def _verdict(args: argparse.Namespace, form: str, reference: VerifiedModel, row: VerifiedModel) -> bool:
+    """Says whether a form is within its tolerance."""
     tolerance = args.tolerance
     if tolerance is None:
-        tolerance = _TOLERANCES.get(args.format, _FLOAT_TOLERANCE)
-    text, is_within = verification_text(rows, verification, tolerance, is_gain_allowed=args.format == "onnx-int8")
-    print(text)
-    return 0 if is_within else 1
+        tolerance = _TOLERANCES.get(form, _FLOAT_TOLERANCE)
+    text, is_within = verdict_text(reference, row, tolerance, is_gain_allowed=form == "onnx-int8")
+    print(f"{form}: {text}")
+    return is_within
 
 
 def _config(args: argparse.Namespace) -> CfgNode:
@@ -114,7 +131,7 @@ def _config(args: argparse.Namespace) -> CfgNode:
 
 
 def _verification(args: argparse.Namespace, cfg: CfgNode) -> Verification:
-    return Verification(cfg, args.verify, max_images=args.verify_images, threads=args.threads)
+    return Verification(cfg, args.verify, max_images=args.verify_images, threads=args.threads, runs=args.runs)
 
 
 def _shipment(args: argparse.Namespace, cfg: CfgNode, keep_quantizer: bool) -> Shipment:
@@ -128,15 +145,20 @@ def _shipment(args: argparse.Namespace, cfg: CfgNode, keep_quantizer: bool) -> S
 
 
 def _verified(
-    args: argparse.Namespace, cfg: CfgNode, shipment: Shipment, exported: Exported, verification: Verification
+    args: argparse.Namespace,
+    cfg: CfgNode,
+    shipment: Shipment,
+    exported: Dict[str, Exported],
+    verification: Verification,
 ) -> List[VerifiedModel]:
-    """The reference first, then the file, then what they may be compared with."""
+    """The reference first, then the files, then what they may be compared with."""
     keeps = args.quantizer == "keep"
     had = _shipment(args, cfg, keep_quantizer=True).description.quantizer != ""
     treated = ("quantizer kept" if keeps else "quantizer dropped") if had else "no quantizer"
     rows = [_eager(verification, f"eager student, {treated}", shipment)]
-    opened = open_detector(exported.path, threads=args.threads, device="cpu")
-    rows.append(verification(f"{args.format}, {treated}", opened.detect, exported.file_bytes))
+    for form, each in exported.items():
+        opened = open_detector(each.path, threads=args.threads, device="cpu")
+        rows.append(verification(f"{form}, {treated}", opened.detect, each.file_bytes))
     if had:
         other = _shipment(args, cfg, keep_quantizer=not keeps)
         treated = "quantizer dropped" if keeps else "quantizer kept"

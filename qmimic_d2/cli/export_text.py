@@ -1,7 +1,7 @@
 """What the export prints."""
 
 import math
-from typing import List, Sequence, Tuple
+from typing import Sequence, Tuple
 
 from tabulate import tabulate
 
@@ -9,7 +9,7 @@ from qmimic_d2.engine.exporting import Exported
 from qmimic_d2.engine.verification import Verification, VerifiedModel
 from qmimic_d2.export import ModelDescription
 
-__all__ = ["export_text", "human_bytes", "verification_text"]
+__all__ = ["export_text", "human_bytes", "verdict_text", "verification_text"]
 
 
 def export_text(exported: Exported, description: ModelDescription) -> str:
@@ -29,34 +29,42 @@ def export_text(exported: Exported, description: ModelDescription) -> str:
     return "\n".join(lines)
 
 
-def verification_text(
-    rows: Sequence[VerifiedModel], verification: Verification, tolerance: float, is_gain_allowed: bool
+def verification_text(rows: Sequence[VerifiedModel], verification: Verification) -> str:
+    """The table of a verification: the reference, the exported files, and others."""
+    threads = f"{verification.threads} thread{'s' if verification.threads > 1 else ''}"
+    table = [_row(each, rows[0]) for each in rows]
+    images = f"{verification.num_images} images of {verification.dataset_name}"
+    return "\n".join(
+        [
+            "",
+            f"On {images}; times: median of one image, {threads}",
+            tabulate(table, headers="keys", disable_numparse=True, stralign="right"),
+        ]
+    )
+
+
+def verdict_text(
+    reference: VerifiedModel, exported: VerifiedModel, tolerance: float, is_gain_allowed: bool
 ) -> Tuple[str, bool]:
     """
     Args:
-        rows: the reference, the exported file, and others.
-        verification: that made them.
+        reference: the training's model.
+        exported: a file.
         tolerance: in points of AP.
         is_gain_allowed: whether only a loss counts.
 
     Returns:
-        The table with a verdict, and whether the exported file is within the tolerance.
+        A line, and whether the file is within the tolerance.
     """
-    reference, exported = rows[0], rows[1]
-    table = [_row(each, reference) for each in rows]
     change = _change(exported.AP, reference.AP)
     is_within = change >= -tolerance and (is_gain_allowed or change <= tolerance)
-    threads = f"{verification.threads} thread{'s' if verification.threads > 1 else ''}"
-    verdict = "within" if is_within else "NOT within"
     speed = reference.milliseconds / exported.milliseconds
-    lines: List[str] = [
-        "",
-        f"On {verification.num_images} images of {verification.dataset_name}; times: median of one image, {threads}",
-        tabulate(table, headers="keys", disable_numparse=True, stralign="right"),
-        f"AP {reference.AP:.2f} -> {exported.AP:.2f} ({_signed(change)}), {verdict} the tolerance of {tolerance:g}; "
-        f"{speed:.1f} times as fast as eager",
-    ]
-    return "\n".join(lines), is_within
+    verdict = "within" if is_within else "NOT within"
+    return (
+        f"AP {reference.AP:.2f} -> {exported.AP:.2f} ({_signed(change)}), {verdict} the "
+        f"tolerance of {tolerance:g}; {speed:.1f} times as fast as eager",
+        is_within,
+    )
 
 
 def _change(ap: float, reference: float) -> float:
