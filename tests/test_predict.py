@@ -98,14 +98,19 @@ def test_no_prediction_with_untrained_weights(detector, options, error, message)
 
 
 def test_images_that_cannot_be_predicted_on(detector):
-    predictor = Predictor(with_weights(detector, "INPUT.MAX_SIZE_TEST", 64))
-    with pytest.raises(UnusableImageError, match="1000 x 1 pixels"):
-        predictor(np.zeros((1, 1000, 3), np.uint8))
-    for image in (np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3)), np.zeros((0, 8, 3), np.uint8)):
+    predictor = Predictor(with_weights(detector))
+    for image in (np.zeros((8, 8, 2), np.uint8), np.zeros((8, 8, 3)), np.zeros((0, 8, 3), np.uint8)):
         with pytest.raises(ValueError, match="shape"):
             predictor(image)
     with pytest.raises(ValueError, match="'HSV'"):
         predictor(random_image(), "HSV")
+
+
+def test_an_image_of_one_pixel_row_is_padded(detector):
+    found = Predictor(with_weights(detector, "INPUT.MAX_SIZE_TEST", 64))(random_image(1, 1000))
+    boxes = found.pred_boxes.tensor
+    assert len(found) > 0
+    assert (boxes[:, 0::2] <= 1000).all() and (boxes[:, 1::2] <= 1).all() and (boxes >= 0).all()
 
 
 # --------------------------------------------------------------------------------------- images

@@ -1,5 +1,6 @@
 """Looking at a config and its weights before anything is trained with them."""
 
+from qmimic_d2.analysis.activation_memory import measure_activation_memory
 from qmimic_d2.analysis.calibration import (
     LEAST_AP,
     build_calibration_loader,
@@ -24,6 +25,7 @@ __all__ = [
     "default_strides",
     "evenly_spaced",
     "is_signed",
+    "measure_activation_memory",
     "measure_ap",
     "measure_codes",
     "measure_cost",

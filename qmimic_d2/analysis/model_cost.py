@@ -84,10 +84,10 @@ def measure_cost(cfg_or_model: Union[CfgNode, nn.Module], height: int, width: in
     for name, length in (("height", height), ("width", width)):
         if isinstance(length, bool) or length != int(length) or length < 1:
             raise ValueError(f"{name} is {length!r}; give the image's size in whole pixels, 1 or more")
-    model = _build(cfg_or_model) if isinstance(cfg_or_model, CfgNode) else cfg_or_model
+    model = build_for_measurement(cfg_or_model) if isinstance(cfg_or_model, CfgNode) else cfg_or_model
     image = torch.full((3, int(height), int(width)), 128.0)
-    num_proposals = _most_proposals(model)
-    with inference_context(model), _fixed_proposals(model, num_proposals, image):
+    num_proposals = most_proposals(model)
+    with inference_context(model), fixed_proposals(model, num_proposals, image):
         analysis = FlopCountAnalysis(model, [{"image": image, "height": int(height), "width": int(width)}])
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         with warnings.catch_warnings():
@@ -110,7 +110,7 @@ def measure_cost(cfg_or_model: Union[CfgNode, nn.Module], height: int, width: in
     )
 
 
-def _build(cfg: CfgNode) -> nn.Module:
+def build_for_measurement(cfg: CfgNode) -> nn.Module:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
@@ -130,13 +130,13 @@ def _parameters_by_part(model: nn.Module) -> Dict[str, int]:
     return counts
 
 
-def _most_proposals(model: nn.Module) -> Optional[int]:
+def most_proposals(model: nn.Module) -> Optional[int]:
     limits = getattr(getattr(model, "proposal_generator", None), "post_nms_topk", None)
     return None if limits is None else int(limits[False])
 
 
 @contextmanager
-def _fixed_proposals(model: nn.Module, count: Optional[int], image: Tensor) -> Iterator[None]:
+def fixed_proposals(model: nn.Module, count: Optional[int], image: Tensor) -> Iterator[None]:
     """Within the block the proposal generator runs as ever, and ``count`` boxes take its proposals' place."""
     if count is None:
         yield

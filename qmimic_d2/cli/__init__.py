@@ -10,7 +10,9 @@ A module's docstring is its help, the first line of it the summary. It has ``add
 COMMANDS = (
     "calibrate",
     "eval_widerface",
+    "export",
     "miniature",
     "predict",
     "report",
+    "size",
 )

@@ -15,6 +15,7 @@ from qmimic_d2.engine import describe_error, load_config
 
 __all__ = [
     "add_model_arguments",
+    "key_value_pairs",
     "load_model_config",
     "split_overrides",
     "usage_errors",
@@ -24,11 +25,12 @@ __all__ = [
 _KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--config-file``, ``--weights``, ``--device`` and KEY VALUE pairs."""
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Adds ``--config-file`` (which a command may do without), ``--weights``, ``--device`` and KEY VALUE pairs."""
     parser.add_argument(
         "--config-file",
-        required=True,
+        required=required,
+        default="",
         metavar="FILE",
         help="the detector's YAML, as train_net.py takes it; a name below this project's configs will do",
     )
@@ -44,6 +46,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def key_value_pairs(args: argparse.Namespace) -> List[str]:
+    """
+    The KEY VALUE pairs of the arguments.
+
+    Raises:
+        ValueError: for a KEY without VALUE.
+    """
+    opts = args.opts[1:] if args.opts[:1] == ["--"] else list(args.opts)
+    if len(opts) % 2:
+        raise ValueError(f"give KEY VALUE pairs at the end; {' '.join(opts)!r} leaves a KEY without its VALUE")
+    return opts
+
+
 def load_model_config(args: argparse.Namespace) -> CfgNode:
     """
     The config that the arguments name, for a use that needs no file of a teacher.
@@ -52,9 +67,7 @@ def load_model_config(args: argparse.Namespace) -> CfgNode:
         KeyError, ValueError, FileNotFoundError: as :func:`qmimic_d2.engine.load_config`; also for a KEY
             without VALUE.
     """
-    opts = args.opts[1:] if args.opts[:1] == ["--"] else list(args.opts)
-    if len(opts) % 2:
-        raise ValueError(f"give KEY VALUE pairs at the end; {' '.join(opts)!r} leaves a KEY without its VALUE")
+    opts = key_value_pairs(args)
     if args.weights:
         opts += ["MODEL.WEIGHTS", args.weights]
     return load_config(args.config_file, opts, eval_only=True, device=args.device)

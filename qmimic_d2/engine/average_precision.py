@@ -3,7 +3,7 @@
 import contextlib
 import io
 import tempfile
-from typing import List
+from typing import Any, Callable, Dict, List, Optional
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
@@ -29,12 +29,19 @@ class APEvaluation:
         num_images_in_dataset: in the whole test set.
     """
 
-    def __init__(self, cfg: CfgNode, dataset_name: str, max_images: int = 0):
+    def __init__(
+        self,
+        cfg: CfgNode,
+        dataset_name: str,
+        max_images: int = 0,
+        mapper: Optional[Callable[[Dict[str, Any]], Dict[str, Any]]] = None,
+    ):
         """
         Args:
             cfg: of the models, for their preprocessing.
             dataset_name: registered, with an evaluator that reports "bbox" "AP".
             max_images: evaluate on so many images only, evenly spaced over the set; 0 = all.
+            mapper: from a data set's dict to a model's input; Detectron2's for tests when left out.
 
         Raises:
             KeyError: the data set is not registered.
@@ -55,7 +62,7 @@ class APEvaluation:
             self._evaluator = _part_of(self._evaluator, dataset_name, [each["image_id"] for each in chosen])
         self._loader = build_detection_test_loader(
             dataset=chosen,
-            mapper=DatasetMapper(cfg, is_train=False),
+            mapper=mapper or DatasetMapper(cfg, is_train=False),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
 

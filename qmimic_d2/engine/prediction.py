@@ -13,24 +13,30 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, detection_utils
-from detectron2.engine import DefaultPredictor
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.structures import Instances
-from PIL import Image, ImageOps
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from qmimic_d2.engine.trainer import build_checkpointer
+from qmimic_d2.export.network import input_spec_of
+from qmimic_d2.export.preprocessing import Detections, InputSpec
+from qmimic_d2.image_file import UnusableImageError, as_bgr_image, read_bgr_image
 
 __all__ = [
     "Category",
     "CocoPredictions",
     "Predictor",
     "UnusableImageError",
+    "as_instances",
     "dataset_categories",
     "draw_detections",
     "find_images",
+    "head_node",
     "read_bgr_image",
     "unique_names",
 ]
@@ -42,16 +48,13 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 _DRAWN_SIZE = 640
 
 
-class UnusableImageError(ValueError):
-    """A file that is no image, a damaged one, or one of a size that no network can take."""
-
-
 class Predictor:
     """
     A trained detector for single images: the student alone, whatever it was trained with.
 
-    As Detectron2's ``DefaultPredictor``, which it uses for resizing and inference, with two differences:
-    the checkpoint is read without running code in it, and it must fill the whole model.
+    As Detectron2's ``DefaultPredictor``, with these differences: the checkpoint is read without running code
+    in it, it must fill the whole model, and images so narrow that nothing of them would reach the network are
+    padded. Exported files prepare their images by the same code.
     """
 
     def __init__(self, cfg: CfgNode, weights_key: str = "MODEL.WEIGHTS"):
@@ -63,25 +66,30 @@ class Predictor:
         Raises:
             FileNotFoundError, ValueError: there are no weights, or they do not fit the model.
         """
-        if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
-            raise ValueError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; images are given as BGR or RGB")
         student = cfg.clone()
         student.defrost()
         student.MODEL.QMIMIC.TEACHER.CONFIG_FILE = ""
-        student.MODEL.WEIGHTS = ""  # DefaultPredictor would read them with pickle
         student.freeze()
-        self._predictor = DefaultPredictor(student)
-        build_checkpointer(self.model, "").load_for_evaluation(cfg.MODEL.WEIGHTS, weights_key)
+        model = build_model(student).eval()
+        build_checkpointer(model, "").load_for_evaluation(cfg.MODEL.WEIGHTS, weights_key)
+        self._model, self._spec = model, input_spec_of(cfg, model)
+
+    @classmethod
+    def of_model(cls, cfg: CfgNode, model: nn.Module, spec: Optional[InputSpec] = None) -> "Predictor":
+        """Of a model that has its weights already, in evaluation mode; ``spec`` takes the place of the config's."""
+        predictor = cls.__new__(cls)
+        predictor._model, predictor._spec = model, spec or input_spec_of(cfg, model)
+        return predictor
 
     @property
     def model(self) -> nn.Module:
         """The detector, in evaluation mode."""
-        return self._predictor.model
+        return self._model
 
     def __call__(self, image: np.ndarray, image_format: str = "BGR") -> Instances:
         """
         Args:
-            image: shape (H, W, 3), uint8.
+            image: shape (H, W, 3), uint8, or what else :func:`qmimic_d2.image_file.as_bgr_image` takes.
             image_format: order of its channels, "BGR" or "RGB".
 
         Returns:
@@ -89,21 +97,46 @@ class Predictor:
             ``scores`` and ``pred_classes``.
 
         Raises:
-            UnusableImageError: so long and narrow an image that resizing leaves nothing of it.
             ValueError: another shape, dtype or format.
         """
         if image_format not in ("BGR", "RGB"):
             raise ValueError(f"image_format is {image_format!r}; give 'BGR' or 'RGB'")
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise ValueError(f"give an image of shape (H, W, 3) in uint8, not {image.shape} in {image.dtype}")
-        resize = self._predictor.aug.get_transform(image)
-        if min(getattr(resize, "new_h", 1), getattr(resize, "new_w", 1)) < 1:
-            raise UnusableImageError(
-                f"{image.shape[1]} x {image.shape[0]} pixels become {resize.new_w} x {resize.new_h} when "
-                "resized to INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST"
-            )
+        image = as_bgr_image(image)
         bgr = image if image_format == "BGR" else image[:, :, ::-1]
-        return self._predictor(bgr)["instances"].to("cpu")
+        return as_instances(self.detect(bgr), image.shape[:2])
+
+    def detect(self, image: np.ndarray) -> Detections:
+        """
+        As ``qmimic_d2.export.OnnxDetector`` does it.
+
+        Args:
+            image: shape (H, W, 3), BGR, uint8.
+        """
+        pixels, placement = self._spec.prepare(image)
+        height, width = pixels.shape[1:]
+        inputs = {"image": torch.from_numpy(pixels), "height": height, "width": width}
+        with torch.no_grad():
+            found = self._model([inputs])[0]["instances"].to("cpu")
+        return placement.restore(
+            found.pred_boxes.tensor.numpy(), found.scores.numpy(), found.pred_classes.numpy()
+        )
+
+
+def as_instances(found: Detections, size: Tuple[int, int]) -> Instances:
+    """Detections of an image of ``size`` (H, W) in Detectron2's class."""
+    return Instances(
+        size,
+        pred_boxes=Boxes(torch.from_numpy(found.boxes)),
+        scores=torch.from_numpy(found.scores),
+        pred_classes=torch.from_numpy(found.classes),
+    )
+
+
+def head_node(cfg: CfgNode) -> CfgNode:
+    """The node that holds NUM_CLASSES and SCORE_THRESH_TEST: of the RoI heads, or of a one-stage detector."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    is_dense = name in META_ARCH_REGISTRY and issubclass(META_ARCH_REGISTRY.get(name), DenseDetector)
+    return cfg.MODEL.RETINANET if is_dense else cfg.MODEL.ROI_HEADS
 
 
 @dataclass(frozen=True)
@@ -128,7 +161,7 @@ def dataset_categories(cfg: CfgNode) -> List[Category]:
     classes as the detector, and the ids from its ``thing_dataset_id_to_contiguous_id``. No file of the data
     set is read. Ids that the metadata does not tell are class indices, from 0 on; so are names.
     """
-    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    num_classes = head_node(cfg).NUM_CLASSES
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         metadata = MetadataCatalog.get(name)
         names = metadata.get("thing_classes", None) or []
@@ -206,30 +239,6 @@ def unique_names(paths: Sequence[str], suffix: str) -> List[str]:
         taken.add(candidate.casefold())
         names.append(candidate + suffix)
     return names
-
-
-def read_bgr_image(path: str) -> np.ndarray:
-    """
-    Reads an image as Detectron2 does in training: turned as its EXIF data say, three channels, an alpha
-    channel dropped, the first frame of several. Beyond that, 16 bits per pixel are scaled to 8 instead of
-    being cut off at 255.
-
-    Returns:
-        shape (H, W, 3), BGR, uint8.
-
-    Raises:
-        UnusableImageError: it cannot be opened or decoded; says why.
-    """
-    try:
-        with Image.open(path) as image:
-            is_deep = image.mode == "I" or image.mode.startswith("I;16")
-            if is_deep:
-                gray = np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
-                gray = (gray.clip(0, 0xFFFF) >> 8).astype(np.uint8)
-                return np.repeat(gray[:, :, None], 3, axis=2)
-        return detection_utils.read_image(path, format="BGR")
-    except Exception as error:  # decoders raise whatever a damaged file leads them to
-        raise UnusableImageError(f"it cannot be read: {type(error).__name__}: {error}") from error
 
 
 def draw_detections(image: np.ndarray, detections: Instances, categories: Sequence[Category]) -> np.ndarray:

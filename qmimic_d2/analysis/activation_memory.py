@@ -1,0 +1,118 @@
+"""How much memory the activations of one inference take at most: what a device needs beside the weights."""
+
+import weakref
+from contextlib import contextmanager
+from typing import Dict, Iterator, List, Set, Union
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.evaluation import inference_context
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from qmimic_d2.analysis.model_cost import PARTS, build_for_measurement, fixed_proposals, most_proposals
+
+__all__ = ["measure_activation_memory"]
+
+TOTAL = "total"
+
+
+def measure_activation_memory(cfg_or_model: Union[CfgNode, nn.Module], height: int, width: int) -> Dict[str, int]:
+    """
+    Peak number of bytes in tensors that an inference made and still held, weights and image apart.
+
+    Counted in eager PyTorch, tensor by tensor, so it belongs to the architecture and is the same on every
+    machine; an optimizing runtime may need less. Scratch memory inside an operator does not count. Proposals
+    are fixed as in :func:`measure_cost`.
+
+    Args:
+        cfg_or_model: as for :func:`measure_cost`.
+        height, width: of the image as it enters the model, in pixels.
+
+    Returns:
+        "total", and by part ("backbone", "proposal_generator", "roi_heads", where there is one) the peak while
+        it runs, features that it reads included.
+    """
+    model = build_for_measurement(cfg_or_model) if isinstance(cfg_or_model, CfgNode) else cfg_or_model
+    image = torch.full((3, int(height), int(width)), 128.0)
+    meter = _Meter([image, *model.parameters(), *model.buffers()])
+    with inference_context(model), fixed_proposals(model, most_proposals(model), image), _watched(model, meter), meter:
+        model([{"image": image, "height": int(height), "width": int(width)}])
+    return {TOTAL: meter.peak, **meter.part_peaks}
+
+
+class _Meter(TorchDispatchMode):
+    """
+    Follows the storage of every tensor that an operator puts out, from its making to its release.
+
+    Attributes:
+        peak: most bytes at a time.
+        part_peaks: the same while a part of the model ran.
+    """
+
+    def __init__(self, apart: List[Tensor]):
+        super().__init__()
+        self._apart = {_key(tensor) for tensor in apart}
+        self._held: Set[int] = set()
+        self._live = 0
+        self.peak = 0
+        self.part_peaks: Dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for each in tree_flatten(output)[0]:
+            if isinstance(each, Tensor):
+                self._follow(each)
+        return output
+
+    def _follow(self, tensor: Tensor) -> None:
+        key = _key(tensor)
+        if key in self._held or key in self._apart:
+            return
+        storage = tensor.untyped_storage()
+        self._held.add(key)
+        self._live += storage.nbytes()
+        self.peak = max(self.peak, self._live)
+        weakref.finalize(storage, self._release, key, storage.nbytes())
+
+    def _release(self, key: int, size: int) -> None:
+        self._held.discard(key)
+        self._live -= size
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Notes the peak while the block runs."""
+        before, self.peak = self.peak, self._live
+        yield
+        self.part_peaks[name] = self.peak
+        self.peak = max(before, self.peak)
+
+
+@contextmanager
+def _watched(model: nn.Module, meter: _Meter) -> Iterator[None]:
+    """Within the block the meter knows when each part of the model begins and ends."""
+    handles = []
+    for name in PARTS:
+        module = getattr(model, name, None)
+        if module is None:
+            continue
+        running = []
+
+        def begin(module, inputs, name=name, running=running):
+            running.append(meter.part(name))
+            running[-1].__enter__()
+
+        def end(module, inputs, output, running=running):
+            running.pop().__exit__(None, None, None)
+
+        handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,210 @@
+"""
+Writes the student alone as a file that ships: Detectron2, TorchScript, ONNX or int8 ONNX.
+
+With --verify, each file itself is evaluated on a data set and compared, image by image, with the training's
+model. Exit status: 0 when all were written (and, with --verify, AP is within the tolerance), 1 when it is
+not, 2 for a mistake in the arguments, the config or the checkpoint, and where nothing can be written.
+"""
+
+import argparse
+import os
+import sys
+from typing import Dict, List, Optional, Tuple
+
+from detectron2.config import CfgNode
+
+from qmimic_d2.cli.export_text import export_text, verdict_text, verification_text
+from qmimic_d2.cli.model_arguments import (
+    add_model_arguments,
+    key_value_pairs,
+    load_model_config,
+    usage_errors,
+    weights_key,
+)
+from qmimic_d2.engine.detectors import open_detector
+from qmimic_d2.engine.exporting import FORMATS, Exported, Int8Settings, Shipment, check_output_folder, check_packages
+from qmimic_d2.engine.setup import describe_error, load_config
+from qmimic_d2.engine.verification import Verification, VerifiedModel
+from qmimic_d2.json_file import write_json
+
+VERIFICATION_NAME = "verification.json"
+
+# Points of AP that a form may differ from the eager student by.
+_TOLERANCES = {"onnx-int8": 1.0}
+_FLOAT_TOLERANCE = 0.1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format", required=True, nargs="+", choices=list(FORMATS), help="the form of the file; several in one go"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the files; made if need be")
+    parser.add_argument(
+        "--quantizer",
+        choices=("keep", "drop"),
+        default="keep",
+        help="what becomes of the student's own quantizer; --verify shows the AP of both (default: %(default)s)",
+    )
+    sizes = parser.add_argument_group("size of the input (default: any, resized as INPUT.MIN_SIZE_TEST says)")
+    sizes.add_argument("--min-size", type=_positive, metavar="N", help="in place of INPUT.MIN_SIZE_TEST")
+    sizes.add_argument("--max-size", type=_positive, metavar="N", help="in place of INPUT.MAX_SIZE_TEST")
+    sizes.add_argument("--fixed-size", type=parse_size, metavar="HxW", help="one size, into which images are fitted")
+    verify = parser.add_argument_group("verification")
+    verify.add_argument("--verify", default="", metavar="DATASET", help="a registered data set to evaluate the file on")
+    verify.add_argument("--verify-images", type=int, default=0, metavar="N", help="only so many of it (default: all)")
+    verify.add_argument(
+        "--tolerance",
+        type=float,
+        default=None,
+        metavar="AP",
+        help="points that AP may differ by (default: 0.1; 1.0 for int8, and there only a loss counts)",
+    )
+    verify.add_argument(
+        "--threads", type=_positive, default=1, metavar="N", help="for the times (default: %(default)s)"
+    )
+    verify.add_argument(
+        "--runs", type=_positive, default=50, metavar="N", help="times taken of every model (default: %(default)s)"
+    )
+    int8, defaults = parser.add_argument_group("int8"), Int8Settings()
+    int8.add_argument("--calibration-images", type=_positive, default=defaults.calibration_images, metavar="N")
+    int8.add_argument(
+        "--search-images",
+        type=int,
+        default=defaults.search_images,
+        metavar="N",
+        help="training images on which AP is measured; 0 = no search for layers to keep in float",
+    )
+    int8.add_argument(
+        "--max-ap-loss",
+        type=float,
+        default=defaults.max_ap_loss,
+        metavar="AP",
+        help="loss on these from which layers are kept in float (default: %(default)s)",
+    )
+    int8.add_argument("--search-seconds", type=float, default=defaults.search_seconds, metavar="S")
+    add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    with usage_errors():
+        for form in args.format:
+            check_packages(form)
+        check_output_folder(args.output)
+        cfg = _config(args)
+        verification = _verification(args, cfg) if args.verify else None
+        shipment = _shipment(args, cfg, keep_quantizer=args.quantizer == "keep")
+        int8 = Int8Settings(
+            args.calibration_images, args.search_images, args.max_ap_loss, args.search_seconds, args.threads
+        )
+        exported = {}
+        for form in args.format:
+            exported[form] = shipment.write(form, args.output, int8, report=_say)
+            print(export_text(exported[form], shipment.description), flush=True)
+        if verification is None:
+            return 0
+        rows = _verified(args, cfg, shipment, exported, verification)
+        write_json(os.path.join(args.output, VERIFICATION_NAME), [each.to_dict() for each in rows])
+    print(verification_text(rows, verification))
+    verdicts = [_verdict(args, form, rows[0], row) for form, row in zip(exported, rows[1:])]
+    return 0 if all(verdicts) else 1
+
+
+def _verdict(args: argparse.Namespace, form: str, reference: VerifiedModel, row: VerifiedModel) -> bool:
+    """Says whether a form is within its tolerance."""
+    tolerance = args.tolerance
+    if tolerance is None:
+        tolerance = _TOLERANCES.get(form, _FLOAT_TOLERANCE)
+    text, is_within = verdict_text(reference, row, tolerance, is_gain_allowed=form == "onnx-int8")
+    print(f"{form}: {text}")
+    return is_within
+
+
+def _config(args: argparse.Namespace) -> CfgNode:
+    if args.fixed_size and (args.min_size or args.max_size):
+        raise ValueError("--fixed-size goes without --min-size and --max-size: it is the size")
+    cfg = load_model_config(args).clone()
+    cfg.defrost()
+    cfg.INPUT.MIN_SIZE_TEST = args.min_size or cfg.INPUT.MIN_SIZE_TEST
+    cfg.INPUT.MAX_SIZE_TEST = args.max_size or cfg.INPUT.MAX_SIZE_TEST
+    cfg.freeze()
+    return cfg
+
+
+def _verification(args: argparse.Namespace, cfg: CfgNode) -> Verification:
+    return Verification(cfg, args.verify, max_images=args.verify_images, threads=args.threads, runs=args.runs)
+
+
+def _shipment(args: argparse.Namespace, cfg: CfgNode, keep_quantizer: bool) -> Shipment:
+    return Shipment(
+        cfg,
+        keep_quantizer=keep_quantizer,
+        fixed_size=args.fixed_size or (0, 0),
+        config_file=args.config_file,
+        weights_key=weights_key(args),
+    )
+
+
+def _verified(
+    args: argparse.Namespace,
+    cfg: CfgNode,
+    shipment: Shipment,
+    exported: Dict[str, Exported],
+    verification: Verification,
+) -> List[VerifiedModel]:
+    """The reference first, then the files, then what they may be compared with."""
+    keeps = args.quantizer == "keep"
+    had = _shipment(args, cfg, keep_quantizer=True).description.quantizer != ""
+    treated = ("quantizer kept" if keeps else "quantizer dropped") if had else "no quantizer"
+    rows = [_eager(verification, f"eager student, {treated}", shipment)]
+    for form, each in exported.items():
+        opened = open_detector(each.path, threads=args.threads, device="cpu")
+        rows.append(verification(f"{form}, {treated}", opened.detect, each.file_bytes))
+    if had:
+        other = _shipment(args, cfg, keep_quantizer=not keeps)
+        treated = "quantizer dropped" if keeps else "quantizer kept"
+        rows.append(_eager(verification, f"eager student, {treated}", other))
+    if args.min_size or args.max_size or args.fixed_size:
+        own = Shipment(load_model_config(args), keep_quantizer=keeps, weights_key=weights_key(args))
+        rows.append(_eager(verification, "eager student, sizes of its config", own))
+    teacher = _teacher(args)
+    if teacher is not None:
+        rows.append(_eager(verification, "teacher", teacher, is_compared=False))
+    return verification.timed(rows)
+
+
+def _eager(verification: Verification, name: str, shipment: Shipment, is_compared: bool = True) -> VerifiedModel:
+    size = sum(each.numel() * each.element_size() for each in shipment.model.state_dict().values())
+    return verification(name, shipment.predictor.detect, size, is_compared)
+
+
+def _teacher(args: argparse.Namespace) -> Optional[Shipment]:
+    """The whole detector whose backbone taught the student; None where it is not at hand."""
+    try:
+        opts = key_value_pairs(args)
+        node = load_config(args.config_file, opts, device="cpu").MODEL.QMIMIC.TEACHER
+        if not node.CONFIG_FILE:
+            return None
+        weights = ["MODEL.WEIGHTS", node.WEIGHTS] if node.WEIGHTS else []
+        cfg = load_config(node.CONFIG_FILE, [*node.OPTS, *weights], eval_only=True, device="cpu")
+        return Shipment(cfg)
+    except (KeyError, ValueError, OSError) as error:
+        print(f"The teacher is not compared: {describe_error(error)}", file=sys.stderr)
+        return None
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+    return int(text)
+
+
+def parse_size(text: str) -> Tuple[int, int]:
+    """Height and width, from such as "480x640"."""
+    height, _, width = text.lower().partition("x")
+    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give height and width such as 480x640")
+    return int(height), int(width)

@@ -1,0 +1,232 @@
+"""From a training's config and checkpoint to a file that ships, in one of four forms."""
+
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from typing import Callable, List, Optional, Sequence, Tuple
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from torch import nn
+
+from qmimic_d2.analysis import evenly_spaced
+from qmimic_d2.engine.average_precision import APEvaluation
+from qmimic_d2.engine.prediction import Predictor, dataset_categories
+from qmimic_d2.engine.verification import EvaluatorAdapter
+from qmimic_d2.export import ModelDescription, OnnxDetector, describe_model, ship_model
+from qmimic_d2.export.onnx_file import export_onnx, import_onnx
+from qmimic_d2.export.onnx_int8 import Int8Trial, import_quantization, quantize_onnx
+from qmimic_d2.export.student import CONFIG_NAME, StudentExport, export_student
+from qmimic_d2.export.torchscript_file import export_torchscript
+from qmimic_d2.image_file import read_bgr_image
+from qmimic_d2.json_file import write_text
+from qmimic_d2.modeling.quantizer import ClampQuantizer, UniformQuantizer
+from qmimic_d2.modeling.quantizer_hook import attached_quantizer
+
+__all__ = ["FORMATS", "LABELS_NAME", "Exported", "Int8Settings", "Shipment", "check_output_folder", "check_packages"]
+
+logger = logging.getLogger(__name__)
+
+# What is opened to run the detector, by format.
+FORMATS = {
+    "detectron2": CONFIG_NAME,
+    "torchscript": "model.ts",
+    "onnx": "model.onnx",
+    "onnx-int8": "model_int8.onnx",
+}
+LABELS_NAME = "labels.json"
+
+
+@dataclass(frozen=True)
+class Int8Settings:
+    """
+    Attributes:
+        calibration_images: images of the training set for the ranges of activations.
+        search_images: images of the training set on which the search measures AP; 0 = no search.
+        max_ap_loss: what int8 may cost on these, in points, before layers go back to float32.
+        search_seconds: bound of the search.
+        threads: of onnxruntime during the search; 0 = its own choice.
+    """
+
+    calibration_images: int = 100
+    search_images: int = 200
+    max_ap_loss: float = 0.3
+    search_seconds: float = 300.0
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Exported:
+    """
+    Attributes:
+        path: what is opened to run the detector.
+        file_bytes: of what ships, without ``labels.json``.
+        student: of the detectron2 form.
+        trials: of the int8 form's search.
+    """
+
+    path: str
+    file_bytes: int
+    student: Optional[StudentExport] = None
+    trials: Sequence[Int8Trial] = ()
+
+
+class Shipment:
+    """
+    The student alone, built once, and written in any form.
+
+    Attributes:
+        cfg: of the training, with the sizes to ship.
+        model: the detector with its weights, its quantizer kept or dropped.
+        description: what the files will tell about themselves.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        *,
+        keep_quantizer: bool = True,
+        fixed_size: Tuple[int, int] = (0, 0),
+        config_file: str = "",
+        weights_key: str = "MODEL.WEIGHTS",
+    ):
+        """
+        Args:
+            cfg: of the training, with ``MODEL.WEIGHTS`` and the sizes to ship in ``INPUT``.
+            keep_quantizer: whether features stay quantized.
+            fixed_size: height and width of every input; (0, 0) for any size.
+            config_file: for the record.
+            weights_key: where the user gave the weights, for error messages.
+
+        Raises:
+            FileNotFoundError, ValueError: the checkpoint is missing, cut short, or of another config.
+        """
+        self.cfg = cfg
+        self.model = ship_model(cfg, keep_quantizer=keep_quantizer, weights_key=weights_key)
+        _load_class_names(cfg)
+        classes = [(each.id, each.name) for each in dataset_categories(cfg)]
+        self.description: ModelDescription = describe_model(
+            cfg, self.model, classes, config_file=config_file, fixed_size=fixed_size
+        )
+
+    @property
+    def predictor(self) -> Predictor:
+        """The same detector, eager, with the same input."""
+        return Predictor.of_model(self.cfg, self.model, self.description.input_spec)
+
+    def write(
+        self,
+        form: str,
+        folder: str,
+        int8: Optional[Int8Settings] = None,
+        report: Callable[[str], None] = logger.info,
+    ) -> Exported:
+        """
+        Writes one form and ``labels.json``. Every file appears under its name when it is complete.
+
+        Args:
+            form: a key of :data:`FORMATS`.
+            folder: made if need be.
+            int8: settings of that form.
+            report: told about the search of int8.
+
+        Raises:
+            ImportError: a package that the form takes is not installed.
+            OSError: the folder cannot be written.
+            ValueError: the form cannot hold this detector.
+        """
+        if form == "detectron2" and self.description.input_spec.is_fixed:
+            raise ValueError("--fixed-size is for torchscript and onnx; a Detectron2 config has no key for it")
+        check_output_folder(folder)
+        path, student, trials = os.path.join(folder, FORMATS[form]), None, ()
+        parts = [path]
+        if form == "detectron2":
+            student = export_student(self.cfg, self.model, folder)
+            parts = [os.path.join(folder, "model.pth")]
+        elif form == "torchscript":
+            export_torchscript(self.model, self.description, path)
+        elif form == "onnx":
+            export_onnx(self.model, self.description, path)
+        else:
+            trials = self._write_int8(path, int8 or Int8Settings(), report)
+        write_text(os.path.join(folder, LABELS_NAME), self.description.to_json() + "\n")
+        return Exported(path, sum(map(os.path.getsize, parts)), student, trials)
+
+    def _write_int8(self, path: str, settings: Int8Settings, report: Callable[[str], None]) -> List[Int8Trial]:
+        names = self.cfg.DATASETS.TRAIN
+        if not names:
+            raise ValueError("DATASETS.TRAIN is empty; int8 is calibrated on training images")
+        dicts = evenly_spaced(get_detection_dataset_dicts(names), settings.calibration_images)
+        images: List[np.ndarray] = [
+            self.description.input_spec.prepare(read_bgr_image(each["file_name"]))[0] for each in dicts
+        ]
+        evaluate = None
+        if settings.search_images:
+            search = APEvaluation(self.cfg, names[0], settings.search_images, mapper=dict)
+            report(f"Calibrated on {len(images)} images, AP on {search.num_images} images of {names[0]}")
+
+            def evaluate(candidate: str) -> float:
+                return search(EvaluatorAdapter(OnnxDetector(candidate, settings.threads)))
+
+        stride, signed = _uniform_codes(self.model)
+        with tempfile.TemporaryDirectory(prefix="qmimic_d2_") as folder:
+            source = os.path.join(folder, "float.onnx")
+            export_onnx(self.model, self.description, source)
+            return quantize_onnx(
+                source,
+                path,
+                images,
+                evaluate=evaluate,
+                max_ap_loss=settings.max_ap_loss,
+                seconds=settings.search_seconds,
+                code_stride=stride,
+                code_signed=signed,
+                report=report,
+            )
+
+
+def _load_class_names(cfg: CfgNode) -> None:
+    """A COCO-format data set tells its classes when its annotation file is read; it is, where it is at hand."""
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        metadata = MetadataCatalog.get(name)
+        has_file = os.path.isfile(metadata.get("json_file", None) or "")
+        if has_file and not metadata.get("thing_dataset_id_to_contiguous_id", None):
+            DatasetCatalog.get(name)
+            return
+
+
+def check_output_folder(folder: str) -> None:
+    """
+    Makes a folder, and sees that files can be made in it.
+
+    Raises:
+        OSError: that is not so; names the folder.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"--output is {folder!r}, where nothing can be written: {error}") from error
+
+
+def check_packages(form: str) -> None:
+    """
+    Raises:
+        ImportError: a package that the form takes is not installed; names the extra that brings it.
+    """
+    if form in ("onnx", "onnx-int8"):
+        import_onnx()
+    if form == "onnx-int8":
+        import_quantization()
+
+
+def _uniform_codes(model: nn.Module) -> Tuple[float, bool]:
+    """Stride and sign of the codes of a model's uniform quantizer; 0.0 where there is none."""
+    hook = attached_quantizer(model.backbone)
+    quantizer = None if hook is None else hook.quantizer
+    if isinstance(quantizer, UniformQuantizer) and not isinstance(quantizer, ClampQuantizer):
+        return quantizer.stride, quantizer.signed
+    return 0.0, False

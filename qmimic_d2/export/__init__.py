@@ -1,0 +1,39 @@
+"""
+From a trained student to a detector on a device.
+
+``OnnxDetector`` and what it stands on need numpy and onnxruntime; the rest, which makes the files, is
+imported when it is asked for, and needs torch and Detectron2.
+"""
+
+import importlib
+
+from qmimic_d2.export.description import ModelDescription
+from qmimic_d2.export.onnx_detector import OnnxDetector
+from qmimic_d2.export.preprocessing import Detections, InputSpec
+from qmimic_d2.export.torchscript_detector import TorchScriptDetector
+
+# Names whose modules import torch, and those modules.
+_WITH_TORCH = {
+    "StudentExport": "student",
+    "describe_model": "network",
+    "export_onnx": "onnx_file",
+    "export_student": "student",
+    "export_torchscript": "torchscript_file",
+    "quantize_onnx": "onnx_int8",
+    "ship_model": "network",
+}
+
+__all__ = [
+    "Detections",
+    "InputSpec",
+    "ModelDescription",
+    "OnnxDetector",
+    "TorchScriptDetector",
+    *_WITH_TORCH,
+]
+
+
+def __getattr__(name: str):
+    if name in _WITH_TORCH:
+        return getattr(importlib.import_module(f"qmimic_d2.export.{_WITH_TORCH[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,241 @@
+"""
+What happens to an image before a network sees it, and to boxes afterwards: numpy alone.
+
+Every form of an exported detector, and the eager one, is fed by :meth:`InputSpec.prepare`, and none
+imports torch for it.
+
+Shape letters:
+    H, W: height and width of an image in its own pixels.
+    h, w: height and width of the network's input, in its pixels.
+    N: number of detections.
+"""
+
+import functools
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Dict, Mapping, Tuple
+
+import numpy as np
+
+__all__ = ["Detections", "InputSpec", "Placement", "resize_bilinear"]
+
+# Fixed point in Pillow's Resample.c: weights have so many fractional bits.
+_WEIGHT_BITS = 22
+
+
+@dataclass(frozen=True)
+class Detections:
+    """
+    What a detector found in one image, by falling score.
+
+    Attributes:
+        boxes: shape (N, 4), float32, XYXY in pixels of the image itself.
+        scores: shape (N,), float32, 0 to 1.
+        classes: shape (N,), int64, indices into the detector's class names.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def above(self, threshold: float) -> "Detections":
+        """Those whose score reaches the threshold."""
+        keep = self.scores >= threshold
+        return Detections(self.boxes[keep], self.scores[keep], self.classes[keep])
+
+
+@dataclass(frozen=True)
+class Placement:
+    """
+    Where an image lies in the network's input: at its top left, resized.
+
+    Attributes:
+        height, width: of the image itself, in its pixels.
+        resized_height, resized_width: of its copy in the network's input.
+    """
+
+    height: int
+    width: int
+    resized_height: int
+    resized_width: int
+
+    def restore(self, boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray) -> Detections:
+        """
+        The network's detections in pixels of the image, clipped to it; boxes that are then empty go.
+
+        The same float32 arithmetic as Detectron2's ``detector_postprocess``.
+
+        Args:
+            boxes: shape (N, 4), XYXY in pixels of the network's input.
+            scores, classes: shape (N,).
+        """
+        boxes = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+        boxes[:, 0::2] *= np.float32(self.width / self.resized_width)
+        boxes[:, 1::2] *= np.float32(self.height / self.resized_height)
+        boxes[:, 0::2] = boxes[:, 0::2].clip(0, self.width)
+        boxes[:, 1::2] = boxes[:, 1::2].clip(0, self.height)
+        keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        return Detections(
+            boxes[keep],
+            np.asarray(scores, dtype=np.float32)[keep],
+            np.asarray(classes, dtype=np.int64)[keep],
+        )
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """
+    How an image becomes a network's input.
+
+    Attributes:
+        format: order of the network's channels, "BGR" or "RGB".
+        min_size, max_size: the shorter side is brought to ``min_size`` pixels, unless the longer one would
+            then exceed ``max_size``; ``min_size`` 0 leaves the image as it is. As Detectron2's
+            ``INPUT.MIN_SIZE_TEST`` and ``MAX_SIZE_TEST``.
+        fixed_height, fixed_width: of an input of one size, into which the image is fitted with its aspect
+            ratio kept; 0 and 0 for an input of any size.
+        least: neither side of the input is shorter, in pixels: the coarsest stride of the network, below
+            which a feature map would have no cell.
+        pixel_mean, pixel_std: per channel, in the order of ``format``, in grey levels. The network itself
+            normalizes with them; here the mean fills what lies beside and below the image, so that it is
+            0 behind the normalization, like Detectron2's own padding.
+    """
+
+    format: str
+    min_size: int
+    max_size: int
+    fixed_height: int = 0
+    fixed_width: int = 0
+    least: int = 1
+    pixel_mean: Tuple[float, ...] = (0.0, 0.0, 0.0)
+    pixel_std: Tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self):
+        if self.format not in ("BGR", "RGB"):
+            raise ValueError(f"INPUT.FORMAT is {self.format!r}; images are given as BGR or RGB")
+        if (self.fixed_height > 0) != (self.fixed_width > 0) or min(self.fixed_height, self.fixed_width) < 0:
+            raise ValueError(f"a fixed size has both sides, not {self.fixed_height} x {self.fixed_width}")
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether every input has one and the same size."""
+        return self.fixed_height > 0
+
+    def to_dict(self) -> Dict[str, Any]:
+        """As plain numbers, strings and lists, for JSON."""
+        return {key: list(each) if isinstance(each, tuple) else each for key, each in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "InputSpec":
+        """The inverse of :meth:`to_dict`."""
+        return cls(**{key: tuple(each) if isinstance(each, list) else each for key, each in content.items()})
+
+    def resized(self, height: int, width: int) -> Tuple[int, int]:
+        """
+        Height and width of the resized image, at least one pixel each.
+
+        As Detectron2's ``ResizeShortestEdge``, or the largest that a fixed size holds.
+        """
+        if self.is_fixed:
+            scale = min(self.fixed_height / height, self.fixed_width / width)
+            new_height = min(int(height * scale + 0.5), self.fixed_height)
+            new_width = min(int(width * scale + 0.5), self.fixed_width)
+        elif self.min_size == 0:
+            new_height, new_width = height, width
+        else:
+            scale = self.min_size * 1.0 / min(height, width)
+            exact = (self.min_size, scale * width) if height < width else (scale * height, self.min_size)
+            if max(exact) > self.max_size:
+                shrink = self.max_size * 1.0 / max(exact)
+                exact = (exact[0] * shrink, exact[1] * shrink)
+            new_height, new_width = int(exact[0] + 0.5), int(exact[1] + 0.5)
+        return max(new_height, 1), max(new_width, 1)
+
+    def prepare(self, image: np.ndarray) -> Tuple[np.ndarray, Placement]:
+        """
+        Args:
+            image: shape (H, W, 3), BGR, uint8.
+
+        Returns:
+            The network's input, shape (3, h, w), float32, in grey levels; and where the image lies in it.
+        """
+        height, width = image.shape[:2]
+        new_height, new_width = self.resized(height, width)
+        resized = resize_bilinear(np.ascontiguousarray(image), new_height, new_width)
+        if self.format == "RGB":
+            resized = resized[:, :, ::-1]
+        pixels = np.ascontiguousarray(resized.transpose(2, 0, 1), dtype=np.float32)
+        padded_height = self.fixed_height or max(new_height, self.least)
+        padded_width = self.fixed_width or max(new_width, self.least)
+        if (padded_height, padded_width) != (new_height, new_width):
+            canvas = np.empty((3, padded_height, padded_width), np.float32)
+            canvas[:] = np.asarray(self.pixel_mean, np.float32)[:, None, None]
+            canvas[:, :new_height, :new_width] = pixels
+            pixels = canvas
+        return pixels, Placement(height, width, new_height, new_width)
+
+
+def resize_bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """
+    ``PIL.Image.resize`` with ``BILINEAR``: what Detectron2 resizes with.
+
+    Where an image shrinks, every output pixel averages all input pixels below it. Pillow does it where it
+    is installed, and numpy otherwise, in Pillow's fixed-point arithmetic (``Resample.c``,
+    https://github.com/python-pillow/Pillow/blob/11.0.0/src/libImaging/Resample.c). Along one axis both are
+    equal to the last bit; along both axes they may differ by one grey level, because the result of the first
+    pass is rounded, and which axis comes first depends on the version of Pillow.
+
+    Args:
+        image: shape (H, W, 3), uint8.
+
+    Returns:
+        shape (height, width, 3), uint8.
+    """
+    if image.shape[:2] == (height, width):
+        return image
+    try:
+        from PIL import Image
+    except ImportError:
+        return resize_bilinear_numpy(image, height, width)
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.BILINEAR))
+
+
+def resize_bilinear_numpy(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """:func:`resize_bilinear` without Pillow: rows first, then columns."""
+    if image.shape[1] != width:
+        image = _resample_rows(image.transpose(1, 0, 2), width).transpose(1, 0, 2)
+    return _resample_rows(image, height) if image.shape[0] != height else image
+
+
+def _resample_rows(image: np.ndarray, length: int) -> np.ndarray:
+    """The first axis brought to ``length``, rounded to uint8 as Pillow does between its two passes."""
+    indices, weights = _taps(image.shape[0], length)
+    total = np.full((length, *image.shape[1:]), 1 << (_WEIGHT_BITS - 1), np.int32)
+    for tap in range(indices.shape[1]):
+        total += image[indices[:, tap]].astype(np.int32) * weights[:, tap, None, None]
+    return (total >> _WEIGHT_BITS).clip(0, 255).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=64)
+def _taps(size: int, length: int) -> Tuple[np.ndarray, np.ndarray]:
+    """Which input pixels each output pixel averages, and their fixed-point weights. Both (length, taps)."""
+    scale = size / length
+    support = max(scale, 1.0)
+    count = math.ceil(support) * 2 + 1
+    indices, weights = np.zeros((length, count), np.int64), np.zeros((length, count), np.int32)
+    for position in range(length):
+        center = (position + 0.5) * scale
+        first = max(int(center - support + 0.5), 0)
+        last = min(int(center + support + 0.5), size)
+        distances = np.abs((np.arange(first, last) - center + 0.5) * (1.0 / support))
+        triangle = np.where(distances < 1.0, 1.0 - distances, 0.0)
+        total = 0.0
+        for each in triangle:  # summed in Pillow's order
+            total += each
+        triangle = triangle / total
+        indices[position, : last - first] = np.arange(first, last)
+        weights[position, : last - first] = (triangle * (1 << _WEIGHT_BITS) + 0.5).astype(np.int32)
+    return indices, weights

@@ -1,0 +1,74 @@
+"""Runs an exported TorchScript detector with torch and torchvision; Detectron2 is not needed."""
+
+import os
+import warnings
+from typing import List
+
+import numpy as np
+
+from qmimic_d2.export.description import METADATA_KEY, ModelDescription
+from qmimic_d2.export.preprocessing import Detections, InputSpec
+from qmimic_d2.image_file import as_bgr_image
+
+__all__ = ["TorchScriptDetector"]
+
+
+class TorchScriptDetector:
+    """
+    A detector in a TorchScript file that ``python -m qmimic_d2 export`` wrote; see ``OnnxDetector``.
+
+    Loading a TorchScript file runs what it holds: open only files that you trust.
+    """
+
+    def __init__(self, path: str, device: str = "cpu"):
+        """
+        Args:
+            path: of the ``.ts`` file.
+            device: where it runs. Exported on a CPU, constants in it stay there, so others may not do.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: torch cannot read it, or it is not one of this package's.
+        """
+        import torch
+        import torchvision  # noqa: F401  (its operators are used by the file)
+
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"there is no TorchScript file {path!r}")
+        files = {METADATA_KEY: ""}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of its deprecation
+                self._network = torch.jit.load(path, map_location=device, _extra_files=files)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path!r} is no TorchScript file that torch can run: {reason}") from error
+        text = files[METADATA_KEY]
+        try:
+            self.description = ModelDescription.from_json(text.decode() if isinstance(text, bytes) else text)
+        except ValueError as error:
+            raise ValueError(f"{path!r} was not written by `python -m qmimic_d2 export`: it holds {error}") from error
+        self._device = device
+
+    @property
+    def names(self) -> List[str]:
+        """Class names, in the order of the indices in ``Detections.classes``."""
+        return self.description.names
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """How an image becomes the network's input."""
+        return self.description.input_spec
+
+    def __call__(self, image: np.ndarray) -> Detections:
+        """As ``OnnxDetector``'s."""
+        pixels, placement = self.input_spec.prepare(as_bgr_image(image))
+        return placement.restore(*self.run_network(pixels))
+
+    def run_network(self, pixels: np.ndarray):
+        """As ``OnnxDetector``'s."""
+        import torch
+
+        with torch.no_grad():
+            outputs = self._network(torch.from_numpy(pixels).to(self._device))
+        return [each.cpu().numpy() for each in outputs]
