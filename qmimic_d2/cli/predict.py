@@ -27,6 +27,7 @@ from qmimic_d2.engine.prediction import (
     unique_names,
 )
 from qmimic_d2.json_file import write_json
+from qmimic_d2.modeling.head_features import head_node
 
 PREDICTIONS = "predictions.json"
 
@@ -107,7 +108,7 @@ def _with_score_threshold(cfg: CfgNode, threshold: float) -> CfgNode:
     """The model itself drops what scores lower, so that a threshold below the config's takes effect."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = threshold
+    head_node(cfg).SCORE_THRESH_TEST = threshold
     cfg.freeze()
     return cfg
 

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from qmimic_d2.engine.trainer import build_checkpointer
+from qmimic_d2.modeling.head_features import head_node
 
 __all__ = [
     "Category",
@@ -128,7 +129,7 @@ def dataset_categories(cfg: CfgNode) -> List[Category]:
     classes as the detector, and the ids from its ``thing_dataset_id_to_contiguous_id``. No file of the data
     set is read. Ids that the metadata does not tell are class indices, from 0 on; so are names.
     """
-    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    num_classes = head_node(cfg).NUM_CLASSES
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         metadata = MetadataCatalog.get(name)
         names = metadata.get("thing_classes", None) or []
