@@ -7,7 +7,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
-from helpers import ONE_STAGE, ONE_STAGE_FPN, RESNET_FPN, batch, seeded_model, tiny_cfg, training_step
+from helpers import NUM_CLASSES, ONE_STAGE, ONE_STAGE_FPN, RESNET_FPN, batch, seeded_model, tiny_cfg, training_step
 
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.modeling import QuantFCOS, QuantRetinaNet, UniformQuantizer
@@ -104,17 +104,20 @@ def test_every_key_of_fcos_is_read(norm):
     options = (
         *("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.FCOS.NORM", norm, "MODEL.FCOS.NUM_CONVS", 2),
         *("MODEL.FCOS.CENTER_SAMPLING_RADIUS", 2.5, "MODEL.FCOS.FOCAL_LOSS_ALPHA", 0.5),
-        *("MODEL.FCOS.FOCAL_LOSS_GAMMA", 1.0, "MODEL.FCOS.PRIOR_PROB", 0.3, "MODEL.FCOS.SCORE_THRESH_TEST", 0.35),
+        *("MODEL.FCOS.FOCAL_LOSS_GAMMA", 1.0, "MODEL.FCOS.PRIOR_PROB", 0.3, "MODEL.FCOS.SCORE_THRESH_TEST", 0.3),
         *("MODEL.FCOS.TOPK_CANDIDATES_TEST", 40, "MODEL.FCOS.NMS_THRESH_TEST", 0.9),
-        *("TEST.DETECTIONS_PER_IMAGE", 2, NAME, ""),
+        *("TEST.DETECTIONS_PER_IMAGE", 3, NAME, ""),
     )
     quant = quant_model("FCOS", *options, levels=ONE_STAGE_FPN)
     stock = stock_model("FCOS", *options, levels=ONE_STAGE_FPN)
     assert repr(quant.head) == repr(stock.head)
     assert_equal(training_step(quant, batch()).losses, training_step(stock, batch()).losses)
-    found = detections_of(quant, batch())
-    assert [len(scores) for _, scores, _ in found] == [2, 2]
-    assert_equal(found, detections_of(stock, batch()))
+    assert_equal(detections_of(quant, batch()), detections_of(stock, batch()))
+    numbers = (quant.center_sampling_radius, quant.focal_loss_alpha, quant.focal_loss_gamma)
+    assert numbers == (2.5, 0.5, 1.0)
+    limits = (quant.test_score_thresh, quant.test_topk_candidates, quant.test_nms_thresh)
+    assert (*limits, quant.max_detections_per_image) == (0.3, 40, 0.9, 3)
+    torch.testing.assert_close(quant.head.cls_score.bias.sigmoid(), torch.full((NUM_CLASSES,), 0.3))
 
 
 def test_groups_fit_a_narrow_fcos_head():
