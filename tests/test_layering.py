@@ -18,7 +18,7 @@ LAYERS = [
     ["modeling.trunk_adapter"],
     ["modeling.quant_rcnn", "modeling.quant_retinanet", "modeling.quant_fcos", "modeling.mimic_student"],
     ["modeling.quant_mimic_rcnn", "modeling.quant_mimic_one_stage"],
-    ["analysis", "evaluation", "export"],
+    ["lazy_config", "analysis", "evaluation", "export"],
     ["engine"],
     ["report"],
     ["cli", "__main__"],
