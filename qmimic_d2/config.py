@@ -22,6 +22,11 @@ def add_qmimic_config(cfg: CN) -> None:
     cfg.MODEL.VGG = _vgg_node()
     # R-FCN: read by MODEL.ROI_HEADS.NAME "RFCNROIHeads" alone.
     cfg.MODEL.RFCN = _rfcn_node()
+    # Another project's node of this name keeps its keys and values.
+    others = cfg.MODEL.get("FCOS", CN())
+    # FCOS, as QuantFCOS and QuantMimicFCOS read it.
+    cfg.MODEL.FCOS = _fcos_node()
+    cfg.MODEL.FCOS.update(others)
     _add_resnet_keys(cfg)
     _add_solver_keys(cfg)
 
@@ -29,7 +34,7 @@ def add_qmimic_config(cfg: CN) -> None:
 def _qmimic_node() -> CN:
     node = CN()
 
-    # The frozen teacher that a QuantMimicRCNN imitates.
+    # The frozen teacher that a QuantMimicRCNN, QuantMimicRetinaNet or QuantMimicFCOS imitates.
     node.TEACHER = CN()
     # The teacher's own YAML, or LazyConfig `.py`. It is looked up beside the student's YAML (train_net.py),
     # from the working directory, and among the configs of this package. A `.py` is Python code that runs when
@@ -57,7 +62,8 @@ def _qmimic_node() -> CN:
     node.QUANTIZER.NUM_CODES = 0
     # Mirrored dictionary for maps that no ReLU ends, such as FPN outputs: L codes become 2L - 1.
     node.QUANTIZER.SIGNED = False
-    # Backbone outputs that the model quantizes; [] = those that the RoI heads read.
+    # Backbone outputs that the model quantizes; [] = those that the detector's heads read: MODEL.ROI_HEADS.IN_FEATURES,
+    # MODEL.RETINANET.IN_FEATURES or MODEL.FCOS.IN_FEATURES.
     node.QUANTIZER.IN_FEATURES = []
     # Quantize the teacher's features.
     node.QUANTIZER.TEACHER_ON = True
@@ -95,7 +101,7 @@ def _qmimic_node() -> CN:
     # the C*h*w entries of an RoI; "target": the sum of squares of the teacher's entries, times 2
     # (dimensionless: a weight found once serves other teachers, strides and resolutions).
     node.MIMIC.NORMALIZE_BY = "roi"
-    # Student maps that are compared; [] = those that the RoI heads read.
+    # Student maps that are compared; [] = those that the detector's heads read.
     node.MIMIC.IN_FEATURES = []
     # Teacher maps they are compared with, in the same order; [] = the same names.
     node.MIMIC.TEACHER_IN_FEATURES = []
@@ -103,7 +109,7 @@ def _qmimic_node() -> CN:
     # losses; "proposals": all of the proposal generator's; "teacher_proposals": those of the teacher's, which
     # runs for this alone; "ground_truth": the annotated boxes; "neighbourhood": these and boxes near them.
     # Joined by "+": their union. "whole_map": every cell of the map, the plain feature mimic.
-    # One-stage students have neither "sampled" nor "proposals".
+    # One-stage students have neither "sampled" nor "proposals", and need another value than the default.
     node.MIMIC.ROI_SOURCE = "sampled"
     # How far a neighbour of an annotated box may be shifted, and how much larger or smaller it may be, as a
     # share of the box's sides, from 0.0 to below 1.0. Read by ROI_SOURCE "neighbourhood" alone.
@@ -128,8 +134,8 @@ def _qmimic_node() -> CN:
     # Width of each map behind its adapter in the trunk; [] = the teacher's. train_net.py writes the number into
     # OUTPUT_DIR/config.yaml, where the shipped student, which has no teacher, finds it.
     node.MIMIC.TRUNK_CHANNELS = []
-    # Begin with the teacher's weights in proposal generator and RoI heads, which must be built alike: with
-    # ADAPTER_PLACEMENT "trunk", or where student and teacher have equally many channels.
+    # Begin with the teacher's weights in proposal generator and RoI heads (one-stage: in the head), which must be
+    # built alike: with ADAPTER_PLACEMENT "trunk", or where student and teacher have equally many channels.
     node.MIMIC.INIT_HEADS_FROM_TEACHER = False
 
     # What is measured of student and teacher beside the losses, all under `qmimic/` in metrics.json and TensorBoard;
@@ -230,6 +236,43 @@ def _rfcn_node() -> CN:
     # Of two proposals whose IoU is above it, only the one with the higher loss may be a hard example.
     # 1.0 = no such suppression, as in R-FCN; the paper on hard example mining has 0.7.
     node.HARD_EXAMPLE_NMS_THRESH = 1.0
+    return node
+
+
+def _fcos_node() -> CN:
+    node = CN()
+
+    # Number of foreground classes.
+    node.NUM_CLASSES = 80
+
+    # Backbone outputs that the head reads, finest first. The finest takes the smallest objects and the coarsest the
+    # largest; a level in between takes those whose farthest side lies 4 to 8 of its strides from the cell.
+    node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+
+    # Convolutions of each of the head's two branches before its outputs, 1 or more, as wide as the maps.
+    node.NUM_CONVS = 4
+
+    # Normalization behind each of them: "GN" (with fewer than 32 groups where the maps are narrow), "BN" (of each
+    # level its own), "SyncBN", "FrozenBN", or "" for none.
+    node.NORM = "GN"
+
+    # Classification scores that an untrained head gives every cell.
+    node.PRIOR_PROB = 0.01
+
+    # A cell is a positive example only if it lies within this many strides of the object's center.
+    node.CENTER_SAMPLING_RADIUS = 1.5
+
+    # alpha of the focal loss on the classes: weight of the positive examples.
+    node.FOCAL_LOSS_ALPHA = 0.25
+    # Its gamma: how much less well-classified examples count.
+    node.FOCAL_LOSS_GAMMA = 2.0
+
+    # At inference, boxes below this score are dropped. A score is the root of class score times centerness.
+    node.SCORE_THRESH_TEST = 0.2
+    # Best boxes of each level that are kept before NMS.
+    node.TOPK_CANDIDATES_TEST = 1000
+    # Of two boxes of one class that overlap by more than this IoU, the one that scores less is dropped.
+    node.NMS_THRESH_TEST = 0.6
     return node
 
 

@@ -100,6 +100,22 @@ CASCADE = (
     *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
 )
 
+# KEY VALUE pairs of the one-stage detectors, by the name that "Quant" or "QuantMimic" stands in front of. They read
+# conv5 of the VGG; ONE_STAGE_FPN has four levels. Their students need another ROI_SOURCE than the default.
+ONE_STAGE = {
+    name: (
+        *(f"MODEL.{name.upper()}.IN_FEATURES", ["conv5"]),
+        *(f"MODEL.{name.upper()}.NUM_CLASSES", NUM_CLASSES),
+        *(f"MODEL.{name.upper()}.NUM_CONVS", 1),
+        *("MODEL.QMIMIC.MIMIC.ROI_SOURCE", "ground_truth"),
+    )
+    for name in ("RetinaNet", "FCOS")
+}
+ONE_STAGE_FPN = {
+    name: (*RESNET_FPN, *options, f"MODEL.{name.upper()}.IN_FEATURES", ["p3", "p4", "p5", "p6"])
+    for name, options in ONE_STAGE.items()
+}
+
 
 def tiny_cfg(*options: Any, meta_architecture: str = "GeneralizedRCNN") -> CfgNode:
     """A config of a tiny Faster R-CNN on the CPU, not frozen, with KEY VALUE pairs put over it."""

@@ -10,6 +10,8 @@ from helpers import batch, image
 
 from qmimic_d2.config_files import get_config_file, packaged_config_folder
 from qmimic_d2.engine import Trainer, load_config
+from qmimic_d2.modeling.head_features import head_node, is_meta_architecture
+from qmimic_d2.modeling.mimic_student import MimicStudent
 from qmimic_d2.modeling.teacher_config import load_teacher_config
 
 FOLDER = Path(packaged_config_folder())
@@ -42,12 +44,12 @@ def test_trains_and_detects(name, tmp_path):
     model = build_model(cfg)
     optimizer = Trainer.build_optimizer(cfg, model)
     scheduler = Trainer.build_lr_scheduler(cfg, optimizer)
-    inputs = batch((128, 128), num_boxes=(4,), num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    inputs = batch((128, 128), num_boxes=(4,), num_classes=head_node(cfg).NUM_CLASSES)
     model.train()
     with EventStorage():
         losses = model(inputs)
     assert all(torch.isfinite(loss) for loss in losses.values()), losses
-    is_mimic = cfg.MODEL.META_ARCHITECTURE == "QuantMimicRCNN"
+    is_mimic = is_meta_architecture(cfg, MimicStudent)
     assert any(loss.startswith("loss_mimic") for loss in losses) == is_mimic
     sum(losses.values()).backward()
     optimizer.step()
@@ -66,7 +68,7 @@ def test_leaf_names_what_a_training_needs(name):
     assert cfg.DATASETS.TRAIN and cfg.DATASETS.TEST
     assert cfg.OUTPUT_DIR.startswith("output/")
     assert cfg.SEED >= 0  # what is published can be repeated
-    if cfg.MODEL.META_ARCHITECTURE == "QuantMimicRCNN":
+    if is_meta_architecture(cfg, MimicStudent):
         assert cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE
         assert cfg.MODEL.QMIMIC.TEACHER.WEIGHTS or load_teacher_config(cfg).weights
 

@@ -30,6 +30,7 @@ from qmimic_d2.image_file import read_bgr_image
 
 CLASSES = [(3, "a"), (5, "b"), (9, "c")]
 QUANTIZER = "MODEL.QMIMIC.QUANTIZER"
+MIMIC = "MODEL.QMIMIC.MIMIC"
 RETINANET = (
     *RESNET_FPN,
     *("MODEL.RETINANET.IN_FEATURES", ["p3", "p4", "p5"]),
@@ -37,6 +38,12 @@ RETINANET = (
     *("MODEL.RETINANET.NUM_CONVS", 1),
     *("MODEL.RETINANET.PRIOR_PROB", 0.3),
     *("MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64]]),
+)
+FCOS = (
+    *("MODEL.FCOS.IN_FEATURES", ["p3", "p4", "p5"]),
+    *("MODEL.FCOS.NUM_CLASSES", 3),
+    *("MODEL.FCOS.NUM_CONVS", 1),
+    *("MODEL.FCOS.PRIOR_PROB", 0.3),
 )
 TEN_SIZES = [(64, 64), (50, 33), (33, 50), (100, 300), (300, 100), (7, 9), (1, 200), (300, 1), (640, 480), (1, 1)]
 
@@ -71,6 +78,8 @@ def exported(folder, cfg, model, **options):
         (f"{QUANTIZER}.NAME", "PowerOfTwo"),
         (f"{QUANTIZER}.NAME", "PowerOfTwo", f"{QUANTIZER}.SIGNED", True),
         (f"{QUANTIZER}.SIGNED", True, f"{QUANTIZER}.NUM_CODES", 8),
+        (f"{MIMIC}.ADAPTER_PLACEMENT", "trunk", f"{MIMIC}.ADAPTER", "conv1x1_relu", f"{MIMIC}.TRUNK_CHANNELS", [24]),
+        ("MODEL.ROI_HEADS.NAME", "RFCNROIHeads", "MODEL.RFCN.NUM_BINS", 3, "MODEL.RFCN.CONV_DIM", 8),
     ],
 )
 def test_files_detect_what_the_model_detects(tmp_path, options):
@@ -82,8 +91,9 @@ def test_files_detect_what_the_model_detects(tmp_path, options):
             assert_close(detector(image), predictor.detect(image))
 
 
-def test_a_one_stage_detector(tmp_path):
-    cfg, model = spread_model(*RETINANET, meta_architecture="RetinaNet")
+@pytest.mark.parametrize("meta_architecture", ["RetinaNet", "QuantRetinaNet", "QuantFCOS"])
+def test_a_one_stage_detector(tmp_path, meta_architecture):
+    cfg, model = spread_model(*RETINANET, *FCOS, meta_architecture=meta_architecture)
     predictor = Predictor.of_model(cfg, model)
     for detector in exported(tmp_path, cfg, model)[:2]:
         for size in ((64, 96), (50, 33)):

@@ -207,6 +207,20 @@ def test_adapter_and_teacher_stay_behind(trained, tmp_path):
     assert set(model.state_dict()) == set(content["model"]) - {"mimic_loss.adapters.conv5.weight"}
 
 
+def test_an_adapter_in_the_trunk_ships(tmp_path):
+    prefix = "MODEL.QMIMIC.MIMIC."
+    written = write_teacher(tmp_path)
+    trunk = (f"{prefix}ADAPTER_PLACEMENT", "trunk", f"{prefix}ADAPTER", "conv1x1_relu", *written.options)
+    cfg, model = spread_model(*trunk)
+    student = export_student(cfg, model, str(tmp_path))
+    node = student.cfg.MODEL.QMIMIC
+    assert node.MIMIC.TRUNK_CHANNELS == [32] and node.TEACHER.CONFIG_FILE == ""
+    assert any("TrunkAdapter" in part for part in student.needs_package)
+    shipped = open_detector(str(tmp_path / "config.yaml"))
+    image = random_image(64, 96)
+    assert_close(shipped.detect(image), Predictor.of_model(cfg, model).detect(image), boxes=0.0, scores=0.0)
+
+
 def test_weights_of_another_config(trained):
     with pytest.raises(ValueError, match="(?s)--weights.*of another shape"):
         ship_model(with_weights(trained, trained.weights, "MODEL.VGG.WIDTH_DIVISOR", 32), weights_key="--weights")

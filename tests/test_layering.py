@@ -16,9 +16,9 @@ LAYERS = [
     ["modeling"],  # quantizers, hooks, pooling, regions, backbones: everything that is not named below
     ["modeling.mimic", "modeling.teacher_config", "modeling.teacher"],
     ["modeling.trunk_adapter"],
-    ["modeling.quant_rcnn", "modeling.mimic_student"],
-    ["modeling.quant_mimic_rcnn"],
-    ["analysis", "evaluation", "export"],
+    ["modeling.quant_rcnn", "modeling.quant_retinanet", "modeling.quant_fcos", "modeling.mimic_student"],
+    ["modeling.quant_mimic_rcnn", "modeling.quant_mimic_one_stage"],
+    ["lazy_config", "analysis", "evaluation", "export"],
     ["engine"],
     ["report"],
     ["cli", "__main__"],

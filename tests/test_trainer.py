@@ -18,7 +18,12 @@ from torchvision.models import vgg
 
 from qmimic_d2.engine import Trainer, build_checkpointer, build_evaluator, load_evaluated_weights
 from qmimic_d2.engine.data_order import build_resumable_train_loader, resumable_sampler
-from qmimic_d2.engine.hooks import ResumableBestCheckpointer, SaveOnInterrupt, SeedEachIteration
+from qmimic_d2.engine.hooks import (
+    ResumableBestCheckpointer,
+    ResumableLossNormalizer,
+    SaveOnInterrupt,
+    SeedEachIteration,
+)
 from qmimic_d2.engine.mimic_summary import MimicSummary
 from qmimic_d2.evaluation import PascalVOCEvaluator
 
@@ -241,6 +246,7 @@ class TestHooks:
     def test_order(self, tmp_path, data):
         assert self.order(training_cfg(tmp_path, data, "TEST.EVAL_PERIOD", 2, evaluate=True)) == [
             SeedEachIteration,
+            ResumableLossNormalizer,
             hooks.IterationTimer,
             hooks.LRScheduler,
             hooks.PeriodicCheckpointer,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 __all__ = ["ModelCost", "PartCost", "measure_cost"]
 
 # What a detector consists of; anything else that it runs is counted as OTHER.
-PARTS = ("backbone", "proposal_generator", "roi_heads")
+PARTS = ("backbone", "proposal_generator", "roi_heads", "head")
 OTHER = "other"
 
 # The adapter r of the mimic loss: trained with the student, and not shipped.
@@ -42,9 +42,10 @@ class ModelCost:
 
     Attributes:
         height, width: of the image as it enters the model, in pixels, before padding.
-        num_proposals: proposals that the RoI heads worked on; None where there was nothing to fix them by.
+        num_proposals: proposals that the RoI heads worked on; None where there are none, or nothing to fix them by.
         parameters, flops: of the whole detector, the sums over ``parts``.
-        parts: by "backbone", "proposal_generator", "roi_heads", and "other" for what lies outside of them.
+        parts: by "backbone", "proposal_generator" and "roi_heads" (of a one-stage detector by "backbone" and "head"),
+            and "other" for what lies outside of them.
         uncounted_ops: operators that occurred and for which there is no count, with their number.
     """
 
@@ -74,7 +75,7 @@ def measure_cost(cfg_or_model: Union[CfgNode, nn.Module], height: int, width: in
 
     Args:
         cfg_or_model: a config, whose model is built on the CPU with random weights and no teacher; or a
-            Detectron2 R-CNN, which is left as it was.
+            Detectron2 detector, which is left as it was.
         height, width: of the image as it enters the model, after ``INPUT.MIN_SIZE_TEST`` and
             ``MAX_SIZE_TEST``, in pixels.
 
@@ -96,9 +97,9 @@ def measure_cost(cfg_or_model: Union[CfgNode, nn.Module], height: int, width: in
         uncounted = dict(sorted(analysis.unsupported_ops().items()))
     parameters = _parameters_by_part(model)
     # The analysis wraps the model, hence the prefix.
-    flops_by_part = {part: int(flops.get(f"model.{part}", 0)) for part in PARTS}
+    flops_by_part = {part: int(flops.get(f"model.{part}", 0)) for part in parameters if part != OTHER}
     flops_by_part[OTHER] = int(flops[""]) - sum(flops_by_part.values())
-    parts = {part: PartCost(parameters[part], flops_by_part[part]) for part in (*PARTS, OTHER)}
+    parts = {part: PartCost(parameters[part], flops_by_part[part]) for part in parameters}
     return ModelCost(
         height=int(height),
         width=int(width),
@@ -122,11 +123,11 @@ def build_for_measurement(cfg: CfgNode) -> nn.Module:
 
 
 def _parameters_by_part(model: nn.Module) -> Dict[str, int]:
-    counts = dict.fromkeys((*PARTS, OTHER), 0)
+    counts = dict.fromkeys((*(part for part in PARTS if hasattr(model, part)), OTHER), 0)
     for name, parameter in model.named_parameters():
         part = name.partition(".")[0]
         if part not in _TRAINING_ONLY:
-            counts[part if part in PARTS else OTHER] += parameter.numel()
+            counts[part if part in counts else OTHER] += parameter.numel()
     return counts
 
 

@@ -28,6 +28,7 @@ from qmimic_d2.engine import build_checkpointer
 from qmimic_d2.engine.average_precision import APEvaluation
 from qmimic_d2.json_file import check_writable, write_json
 from qmimic_d2.modeling import QUANTIZER_REGISTRY, build_quantizer
+from qmimic_d2.modeling.head_features import head_features
 from qmimic_d2.modeling.quantizer import Quantizer
 from qmimic_d2.modeling.quantizer_hook import check_features
 
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--signed", action="store_true", help="mirror the dictionary, for features that no ReLU ends"
     )
     parser.add_argument(
-        "--features", nargs="+", default=[], metavar="NAME", help="default: those that the RoI heads read"
+        "--features", nargs="+", default=[], metavar="NAME", help="default: those that the detector's heads read"
     )
     parser.add_argument(
         "--eval", action="store_true", help="AP of the quantized teacher on the first set of DATASETS.TEST"
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
             check_writable(args.json, "--json")
         cfg = load_model_config(args)
         datasets = _calibration_sets(args, cfg)
-        features = args.features or list(cfg.MODEL.ROI_HEADS.IN_FEATURES)
+        features = args.features or head_features(cfg)
         model = build_model(cfg)
         check_features(features, model.backbone.output_shape(), "--features")
         build_checkpointer(model, "").load_for_evaluation(cfg.MODEL.WEIGHTS, weights_key(args))

@@ -7,9 +7,10 @@ from typing import Callable, List, Optional, Sequence
 import numpy as np
 from detectron2.config import CfgNode
 
-from qmimic_d2.engine.prediction import Category, Predictor, dataset_categories, head_node
+from qmimic_d2.engine.prediction import Category, Predictor, dataset_categories
 from qmimic_d2.engine.setup import load_config
 from qmimic_d2.export import Detections, OnnxDetector, TorchScriptDetector
+from qmimic_d2.modeling.head_features import head_node
 
 __all__ = ["FORMS", "OpenDetector", "open_config", "open_detector", "with_score_threshold"]
 

@@ -1,4 +1,4 @@
-"""Training hooks: repeatable randomness, a checkpoint on interruption, the best checkpoint on resume."""
+"""Training hooks: repeatable randomness, a checkpoint on interruption, what a resumed training has to remember."""
 
 import logging
 import math
@@ -6,16 +6,18 @@ import os
 import signal
 import threading
 import time
-from typing import Dict, Optional
+from typing import Any, Dict, Optional
 
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import BestCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from qmimic_d2.engine.randomness import mixed_seed
 
-__all__ = ["ResumableBestCheckpointer", "SaveOnInterrupt", "SeedEachIteration"]
+__all__ = ["ResumableBestCheckpointer", "ResumableLossNormalizer", "SaveOnInterrupt", "SeedEachIteration"]
 
 
 class SeedEachIteration(HookBase):
@@ -131,6 +133,28 @@ class SaveOnInterrupt(HookBase):
 
     def _agreed_signal(self) -> int:
         return max(comm.all_gather(self._received))
+
+
+class ResumableLossNormalizer(HookBase):
+    """
+    Saves the running mean of positive cells that RetinaNet and FCOS divide their losses by.
+
+    Detectron2 keeps it in an attribute of the model that no checkpoint holds, so that a resumed training would begin
+    with another one. Each of several processes has its own; all of them resume with the first one's.
+
+    Args:
+        model: that is trained, wrapped in a DDP or not. One without such a mean is left alone.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model.module if isinstance(model, DistributedDataParallel) else model
+
+    def state_dict(self) -> Dict[str, Any]:
+        mean = getattr(self._model, "loss_normalizer", None)
+        return {} if mean is None else {"loss_normalizer": float(mean)}
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        self._model.loss_normalizer = state_dict["loss_normalizer"]
 
 
 class ResumableBestCheckpointer(BestCheckpointer):

@@ -17,8 +17,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
@@ -26,6 +25,7 @@ from qmimic_d2.engine.trainer import build_checkpointer
 from qmimic_d2.export.network import input_spec_of
 from qmimic_d2.export.preprocessing import Detections, InputSpec
 from qmimic_d2.image_file import UnusableImageError, as_bgr_image, read_bgr_image
+from qmimic_d2.modeling.head_features import head_node
 
 __all__ = [
     "Category",
@@ -36,7 +36,6 @@ __all__ = [
     "dataset_categories",
     "draw_detections",
     "find_images",
-    "head_node",
     "read_bgr_image",
     "unique_names",
 ]
@@ -130,13 +129,6 @@ def as_instances(found: Detections, size: Tuple[int, int]) -> Instances:
         scores=torch.from_numpy(found.scores),
         pred_classes=torch.from_numpy(found.classes),
     )
-
-
-def head_node(cfg: CfgNode) -> CfgNode:
-    """The node that holds NUM_CLASSES and SCORE_THRESH_TEST: of the RoI heads, or of a one-stage detector."""
-    name = cfg.MODEL.META_ARCHITECTURE
-    is_dense = name in META_ARCH_REGISTRY and issubclass(META_ARCH_REGISTRY.get(name), DenseDetector)
-    return cfg.MODEL.RETINANET if is_dense else cfg.MODEL.ROI_HEADS
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from qmimic_d2.engine.trainer import (
     build_evaluator,
     load_evaluated_weights,
 )
-from qmimic_d2.modeling.quant_mimic_rcnn import QuantMimicRCNN
+from qmimic_d2.modeling.mimic_student import MimicStudent
 
 __all__ = ["check_run"]
 
@@ -71,7 +71,7 @@ def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False, resu
         else:
             _check_optimizer(on_cpu, model)
             MimicEvaluator(on_cpu)  # raises at a wrong MODEL.QMIMIC.DIAGNOSTICS.EVAL_IMAGES
-            model.train()  # a QuantMimicRCNN builds its teacher, and audits the weights
+            model.train()  # a MimicStudent builds its teacher, and audits the weights
             _warn_of_unused_teacher(cfg, model)
             build_checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     # Last, since looking for the embedded data makes them.
@@ -131,10 +131,10 @@ def _check_optimizer(cfg: CfgNode, model: nn.Module) -> None:
 
 
 def _warn_of_unused_teacher(cfg: CfgNode, model: nn.Module) -> None:
-    if cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE and not isinstance(model, QuantMimicRCNN):
+    if cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE and not isinstance(model, MimicStudent):
         logging.getLogger(__name__).warning(
             "MODEL.QMIMIC.TEACHER.CONFIG_FILE names a teacher, which nothing uses: MODEL.META_ARCHITECTURE is %r "
-            "and not 'QuantMimicRCNN'",
+            "and none of those that imitate one, such as 'QuantMimicRCNN'",
             cfg.MODEL.META_ARCHITECTURE,
         )
 

@@ -26,7 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qmimic_d2.checkpoint import SafeCheckpointer
 from qmimic_d2.engine.data_order import build_resumable_train_loader, resumable_sampler
-from qmimic_d2.engine.hooks import ResumableBestCheckpointer, SaveOnInterrupt, SeedEachIteration
+from qmimic_d2.engine.hooks import (
+    ResumableBestCheckpointer,
+    ResumableLossNormalizer,
+    SaveOnInterrupt,
+    SeedEachIteration,
+)
 from qmimic_d2.engine.mimic_evaluator import add_mimic_hook
 from qmimic_d2.engine.mimic_summary import MimicSummary
 from qmimic_d2.evaluation import PascalVOCEvaluator, WiderFaceEvaluator
@@ -117,7 +122,7 @@ class Trainer(DefaultTrainer):
         Detectron2's hooks and this project's: what saves on a signal before the evaluation; behind it the
         comparison of student and teacher, and the best checkpoint.
         """
-        built = [SeedEachIteration(self.cfg.SEED)]
+        built = [SeedEachIteration(self.cfg.SEED), ResumableLossNormalizer(self.model)]
         for hook in super().build_hooks():
             if isinstance(hook, hooks.EvalHook):
                 built.append(SaveOnInterrupt())

@@ -20,6 +20,7 @@ from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.export.network import detect
 from qmimic_d2.json_file import write_text
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
+from qmimic_d2.modeling.trunk_adapter import is_in_trunk, trunk_channels
 from qmimic_d2.whole_file import whole_file
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "StudentExport", "export_student", "student_config"]
@@ -206,6 +207,10 @@ def _package_config(cfg: CfgNode, model: nn.Module) -> CfgNode:
     for key in fresh.MODEL.QMIMIC:
         if key != "QUANTIZER":
             node[key] = fresh.MODEL.QMIMIC[key]
+    if is_in_trunk(cfg):  # then the adapter ships
+        for key in ("IN_FEATURES", "ADAPTER", "ADAPTER_PLACEMENT"):
+            node.MIMIC[key] = cfg.MODEL.QMIMIC.MIMIC[key]
+        node.MIMIC.TRUNK_CHANNELS = list(trunk_channels(cfg).values())
     if attached_quantizer(model.backbone) is None:
         node.QUANTIZER = fresh.MODEL.QMIMIC.QUANTIZER
         node.QUANTIZER.NAME = ""

@@ -2,8 +2,11 @@
 
 from qmimic_d2.modeling import backbone  # noqa: F401  (registers the backbones)
 from qmimic_d2.modeling.mimic import RoIMimicLoss
+from qmimic_d2.modeling.quant_fcos import QuantFCOS
+from qmimic_d2.modeling.quant_mimic_one_stage import QuantMimicFCOS, QuantMimicRetinaNet
 from qmimic_d2.modeling.quant_mimic_rcnn import QuantMimicRCNN
 from qmimic_d2.modeling.quant_rcnn import QuantRCNN
+from qmimic_d2.modeling.quant_retinanet import QuantRetinaNet
 from qmimic_d2.modeling.quantizer import (
     QUANTIZER_REGISTRY,
     ClampQuantizer,
@@ -20,8 +23,12 @@ __all__ = [
     "ClampQuantizer",
     "FrozenTeacher",
     "PowerOfTwoQuantizer",
+    "QuantFCOS",
+    "QuantMimicFCOS",
     "QuantMimicRCNN",
+    "QuantMimicRetinaNet",
     "QuantRCNN",
+    "QuantRetinaNet",
     "RFCNROIHeads",
     "RoIMimicLoss",
     "UniformQuantizer",

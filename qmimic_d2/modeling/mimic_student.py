@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qmimic_d2.modeling.feature_comparison import FeatureComparison
 from qmimic_d2.modeling.gradient_share import averaged, gradient_share, summed
+from qmimic_d2.modeling.head_features import head_features
 from qmimic_d2.modeling.mimic import RoIMimicLoss
 from qmimic_d2.modeling.quantizer_hook import check_features
 from qmimic_d2.modeling.rois import ROI_SOURCES, WHOLE_MAP, check_roi_source, select_rois, sources_of
@@ -279,7 +280,7 @@ def _is_due(period: int, iteration: int) -> bool:
 
 def _build_mimic_loss(cfg: CfgNode, backbone: Backbone) -> Optional[RoIMimicLoss]:
     node = cfg.MODEL.QMIMIC.MIMIC
-    names = node.IN_FEATURES or cfg.MODEL.ROI_HEADS.IN_FEATURES
+    names = node.IN_FEATURES or head_features(cfg)
     available = backbone.output_shape()
     check_features(names, available, "MODEL.QMIMIC.MIMIC.IN_FEATURES")
     student_shapes: Dict[str, ShapeSpec] = {name: available[name] for name in names}

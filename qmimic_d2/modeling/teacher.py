@@ -19,6 +19,7 @@ from detectron2.structures import Boxes, ImageList
 from torch import Tensor, nn
 
 from qmimic_d2.checkpoint import load_audited, read_checkpoint
+from qmimic_d2.modeling.head_features import head_features
 from qmimic_d2.modeling.quantizer import Quantizer, build_quantizer
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer, check_features
 from qmimic_d2.modeling.rois import sources_of
@@ -266,7 +267,7 @@ def load_teacher_modules(cfg: CfgNode, modules: Dict[str, nn.Module]) -> None:
 def teacher_feature_names(cfg: CfgNode) -> Tuple[str, ...]:
     """Names of the teacher's compared maps, in the order of the student's."""
     node = cfg.MODEL.QMIMIC.MIMIC
-    names = node.TEACHER_IN_FEATURES or node.IN_FEATURES or cfg.MODEL.ROI_HEADS.IN_FEATURES
+    names = node.TEACHER_IN_FEATURES or node.IN_FEATURES or head_features(cfg)
     return tuple(names)
 
 

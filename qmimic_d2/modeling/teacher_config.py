@@ -19,6 +19,8 @@ from torch import nn
 
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.config_files import find_config_file
+from qmimic_d2.modeling.head_features import is_meta_architecture
+from qmimic_d2.modeling.quantized_detector import QuantizedDetector
 
 __all__ = ["TeacherConfig", "load_teacher_config"]
 
@@ -121,7 +123,7 @@ def _numbers(values: Sequence[float]) -> List[float]:
 
 def _warn_of_other_codes(path: str, teacher: CfgNode, student: CfgNode) -> None:
     """The student's node decides on codes; a teacher that was trained with others should be known."""
-    if teacher.MODEL.META_ARCHITECTURE not in ("QuantRCNN", "QuantMimicRCNN"):
+    if not is_meta_architecture(teacher, QuantizedDetector):
         return
     theirs, ours = teacher.MODEL.QMIMIC.QUANTIZER, student.MODEL.QMIMIC.QUANTIZER
     names = ("NAME", "STRIDE", "NUM_CODES", "SIGNED")

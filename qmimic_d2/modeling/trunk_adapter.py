@@ -8,6 +8,7 @@ from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from qmimic_d2.modeling.adapter import build_adapter
+from qmimic_d2.modeling.head_features import head_features
 from qmimic_d2.modeling.quantizer_hook import check_features
 from qmimic_d2.modeling.teacher import teacher_shapes
 
@@ -93,7 +94,7 @@ def trunk_channels(cfg: CfgNode) -> Dict[str, int]:
         ValueError: neither TRUNK_CHANNELS nor a teacher says them, or there are not as many as maps.
     """
     node = cfg.MODEL.QMIMIC.MIMIC
-    names = list(node.IN_FEATURES or cfg.MODEL.ROI_HEADS.IN_FEATURES)
+    names = list(node.IN_FEATURES or head_features(cfg))
     widths = list(node.TRUNK_CHANNELS)
     if not widths and cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE:
         widths = [shape.channels for shape in teacher_shapes(cfg).values()]

@@ -5,6 +5,7 @@ Every check here raises before a module exists, and names the key to change.
 """
 
 import math
+from collections import abc
 from typing import Callable, List, Sequence, Tuple, Union
 
 from detectron2.config import CfgNode
@@ -65,7 +66,8 @@ def check_stage_strides(key: str, strides: Sequence[int], num_stages: int) -> Tu
     Raises:
         ValueError: unless ``strides`` holds ``num_stages`` integers, each at least 1.
     """
-    is_list = isinstance(strides, (list, tuple)) and len(strides) == num_stages
+    # A LazyConfig's lists are sequences, and no lists.
+    is_list = isinstance(strides, abc.Sequence) and not isinstance(strides, str) and len(strides) == num_stages
     # bool is a subclass of int, and True would pass as a stride of 1.
     if not is_list or any(type(s) is not int or s < 1 for s in strides):
         raise ValueError(f"{key} is {strides!r}; give {num_stages} integers of at least 1, one per stage.")

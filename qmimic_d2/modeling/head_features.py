@@ -1,0 +1,35 @@
+"""Which part of a config describes the detector's heads, whatever its family, and the maps that they read."""
+
+import inspect
+from typing import List
+
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch.fcos import FCOS
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
+
+__all__ = ["head_features", "head_node", "is_meta_architecture"]
+
+
+def is_meta_architecture(cfg: CfgNode, *classes: type) -> bool:
+    """Whether the config's model is of one of these classes or derived from one; False for an unregistered name."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    found = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    return inspect.isclass(found) and issubclass(found, classes)
+
+
+def head_node(cfg: CfgNode) -> CfgNode:
+    """
+    The node of the heads that give the boxes: ``MODEL.RETINANET``, ``MODEL.FCOS``, or ``MODEL.ROI_HEADS`` for every
+    other detector. Each has IN_FEATURES, NUM_CLASSES and SCORE_THRESH_TEST.
+    """
+    if is_meta_architecture(cfg, RetinaNet):
+        return cfg.MODEL.RETINANET
+    if is_meta_architecture(cfg, FCOS):
+        return cfg.MODEL.FCOS
+    return cfg.MODEL.ROI_HEADS
+
+
+def head_features(cfg: CfgNode) -> List[str]:
+    """Names of the backbone's maps that these heads read, in their order."""
+    return list(head_node(cfg).IN_FEATURES)

@@ -1,0 +1,60 @@
+"""docs/detectors.md: its examples build students that train, as they stand there."""
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from helpers import ONE_STAGE_FPN, RESNET_FPN, batch, seeded_model, tiny_cfg, training_step, write_teacher
+
+from qmimic_d2.modeling.quantizer_hook import attached_quantizer
+
+TEXT = (Path(__file__).resolve().parent.parent / "docs" / "detectors.md").read_text()
+YAMLS = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)]
+
+# What the batches of the tests have.
+KEYPOINTS = (
+    *("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 2, "MODEL.ROI_HEADS.NUM_CLASSES", 1),
+    *("MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS", False),
+)
+LOSSES = ["loss_box_reg", "loss_mask", "loss_keypoint", "loss_cls_stage2", "loss_box_reg", "loss_fcos_ctr"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return write_teacher(tmp_path_factory.mktemp("teacher"), *RESNET_FPN, "MODEL.FPN.OUT_CHANNELS", 12)
+
+
+@pytest.mark.parametrize("number", range(len(LOSSES)))
+def test_example(number, teacher):
+    assert len(YAMLS) == len(LOSSES)
+    cfg = tiny_cfg(*RESNET_FPN, "MODEL.QMIMIC.QUANTIZER.SIGNED", False)
+    cfg.merge_from_other_cfg(CfgNode(YAMLS[number]))
+    cfg.merge_from_list([*teacher.options, *(KEYPOINTS if cfg.MODEL.KEYPOINT_ON else ())])
+    model = seeded_model(cfg)
+    assert attached_quantizer(model.backbone).quantizer.signed
+    step = training_step(model, batch(num_classes=1 if cfg.MODEL.KEYPOINT_ON else 3))
+    assert LOSSES[number] in step.losses and step.losses["loss_mimic_p3"].item() > 0.0
+
+
+def test_a_detector_of_ones_own(teacher, monkeypatch):
+    (example,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    project = types.ModuleType("my_project")
+    project.MyRetinaNet = type("MyRetinaNet", (RetinaNet,), {})
+    monkeypatch.setitem(sys.modules, "my_project", project)
+    try:
+        exec(compile(example, "example", "exec"), {"__name__": "example"})
+        cfg = tiny_cfg(*ONE_STAGE_FPN["RetinaNet"], *teacher.options, meta_architecture="MyStudent")
+        step = training_step(seeded_model(cfg), batch())
+        assert step.losses["loss_mimic_p3"].item() > 0.0
+        # with the teacher off it is the class that it stands in front of
+        plain = seeded_model(tiny_cfg(*ONE_STAGE_FPN["RetinaNet"], meta_architecture="MyStudent"))
+        assert isinstance(plain, project.MyRetinaNet)
+        assert set(training_step(plain, batch()).losses) == {"loss_cls", "loss_box_reg"}
+    finally:
+        META_ARCH_REGISTRY._obj_map.pop("MyStudent", None)

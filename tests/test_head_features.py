@@ -1,0 +1,48 @@
+"""Which node describes the heads of a config's detector."""
+
+import pytest
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from helpers import tiny_cfg
+
+from qmimic_d2.modeling import QuantRCNN
+from qmimic_d2.modeling.head_features import head_features, head_node, is_meta_architecture
+
+
+class OwnRetinaNet(RetinaNet):
+    """Of another project."""
+
+
+@pytest.fixture
+def registered():
+    META_ARCH_REGISTRY.register(OwnRetinaNet)
+    yield
+    META_ARCH_REGISTRY._obj_map.pop("OwnRetinaNet")
+
+
+@pytest.mark.parametrize(
+    "name, node",
+    [
+        *((name, "ROI_HEADS") for name in ("GeneralizedRCNN", "QuantRCNN", "QuantMimicRCNN", "PanopticFPN")),
+        *((name, "RETINANET") for name in ("RetinaNet", "QuantRetinaNet", "QuantMimicRetinaNet", "OwnRetinaNet")),
+        *((name, "FCOS") for name in ("QuantFCOS", "QuantMimicFCOS")),
+        ("OfAPackageThatIsNotImported", "ROI_HEADS"),
+    ],
+)
+def test_node_of_the_heads(registered, name, node):
+    cfg = tiny_cfg(f"MODEL.{node}.IN_FEATURES", ["a", "b"], meta_architecture=name)
+    assert head_node(cfg) is cfg.MODEL[node]
+    assert head_features(cfg) == ["a", "b"]
+
+
+def test_the_list_is_its_own():
+    cfg = tiny_cfg()
+    head_features(cfg).append("p9")
+    assert cfg.MODEL.ROI_HEADS.IN_FEATURES == ["conv5"]
+
+
+def test_is_meta_architecture():
+    cfg = tiny_cfg(meta_architecture="QuantMimicRCNN")
+    assert is_meta_architecture(cfg, QuantRCNN) and is_meta_architecture(cfg, RetinaNet, GeneralizedRCNN)
+    assert not is_meta_architecture(cfg, RetinaNet)
+    assert not is_meta_architecture(tiny_cfg(meta_architecture="NotRegistered"), object)
