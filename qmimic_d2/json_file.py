@@ -5,6 +5,8 @@ import math
 import os
 from typing import Any
 
+from qmimic_d2.whole_file import whole_file
+
 __all__ = ["check_writable", "write_json", "write_text"]
 
 
@@ -27,11 +29,9 @@ def write_json(path: str, content: Any) -> None:
 
 
 def write_text(path: str, text: str) -> None:
-    """Writes UTF-8 under another name first."""
-    partial = path + ".part"
-    with open(partial, "w", encoding="utf-8") as file:
+    """Writes UTF-8, by :func:`whole_file`."""
+    with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
         file.write(text)
-    os.replace(partial, path)
 
 
 def _finite(content: Any) -> Any:
