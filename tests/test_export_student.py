@@ -130,6 +130,18 @@ def test_other_strides_have_no_stock_key():
     assert "MODEL.BACKBONE.NAME" in reason and "computes something else" in reason
 
 
+def test_what_detectron2_builds_but_cannot_run_needs_the_package():
+    # its FPN pools the coarsest level from "p5", which is not there
+    names = ("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4"], "MODEL.FPN.IN_FEATURES", ["res3", "res4"])
+    levels = ("MODEL.RPN.IN_FEATURES", ["p3", "p4"], "MODEL.ROI_HEADS.IN_FEATURES", ["p3", "p4"])
+    sizes = ("MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32]])
+    cfg, model = dropped(*RESNET50_FPN, *names, *levels, *sizes)
+    student = student_config(cfg, model)
+    assert student.cfg.MODEL.META_ARCHITECTURE == "QuantRCNN"
+    (reason,) = student.needs_package
+    assert "build_divided_resnet_fpn_backbone" in reason and "fails on an image" in reason
+
+
 def test_a_stock_one_stage_detector():
     student = student_config(*dropped(*RETINANET, meta_architecture="RetinaNet"))
     assert student.is_stock and student.cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
