@@ -1,15 +1,17 @@
-"""Every YAML that is shipped is read, built, trained for a step and used, at its own sizes."""
+"""Every YAML that is shipped is read, built, trained for a step and used, on a small image and with few proposals."""
 
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
+from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from helpers import batch, image
 
 from qmimic_d2.config_files import get_config_file, packaged_config_folder
-from qmimic_d2.engine import Trainer, load_config
+from qmimic_d2.engine import Trainer, build_checkpointer, load_config
 from qmimic_d2.modeling.head_features import head_node, is_meta_architecture
 from qmimic_d2.modeling.mimic_student import MimicStudent
 from qmimic_d2.modeling.teacher_config import load_teacher_config
@@ -18,19 +20,45 @@ FOLDER = Path(packaged_config_folder())
 NAMES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml"))
 LEAVES = [name for name in NAMES if not name.rpartition("/")[2].startswith("Base-")]
 
+# What a full-width network of images of 600 pixels and more needs, in seconds: fewer regions, smaller images.
+SIDE = 96
+FEWER = (
+    *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 200, "MODEL.RPN.PRE_NMS_TOPK_TEST", 200),
+    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 40, "MODEL.RPN.POST_NMS_TOPK_TEST", 40),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16, "MODEL.QMIMIC.MIMIC.MAX_ROIS_PER_IMAGE", 8),
+)
+# A base without a backbone of its own is joined to others by the configs that build on it; here, to this one.
+TINY_BASE = "Base-FasterRCNN-ResNet.yaml"
+TINY = ("MODEL.RESNETS.WIDTH_DIVISOR", 16, "MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 0)
+
 
 def load(name, *opts):
     return load_config(get_config_file(name), ["MODEL.DEVICE", "cpu", *opts])
 
 
-def with_random_teacher(name, folder):
-    """The config, with weights for its teacher, if it has one, that nobody trained."""
-    cfg = load(name)
-    if not cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE:
-        return cfg
-    weights = folder / "teacher.pth"
-    torch.save(load_teacher_config(cfg).build_backbone().state_dict(prefix="backbone."), weights)
-    return load(name, "MODEL.QMIMIC.TEACHER.WEIGHTS", str(weights))
+def load_whole(name, folder, *opts):
+    """The config, joined to a tiny detector where it names no backbone."""
+    if load(name).MODEL.BACKBONE.NAME != get_cfg().MODEL.BACKBONE.NAME:
+        return load(name, *FEWER, *opts)
+    path = folder / "joined.yaml"
+    path.write_text(f"_BASE_: [{get_config_file(TINY_BASE)}, {get_config_file(name)}]\n")
+    return load_config(str(path), ["MODEL.DEVICE", "cpu", *FEWER, *TINY, *opts])
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """Gives a file of weights that nobody trained for the teacher of a config; one for each teacher."""
+    folder = tmp_path_factory.mktemp("teachers")
+    files = {}
+
+    def weights_of(cfg):
+        teacher = load_teacher_config(cfg)
+        if teacher.path not in files:
+            files[teacher.path] = folder / f"{len(files)}.pth"
+            torch.save(teacher.build_backbone().state_dict(prefix="backbone."), files[teacher.path])
+        return str(files[teacher.path])
+
+    return weights_of
 
 
 def test_there_are_some():
@@ -39,12 +67,15 @@ def test_there_are_some():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_trains_and_detects(name, tmp_path):
-    cfg = with_random_teacher(name, tmp_path)
+def test_trains_and_detects(name, tmp_path, teachers):
+    cfg = load_whole(name, tmp_path)
+    has_teacher = bool(cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE)
+    if has_teacher:
+        cfg = load_whole(name, tmp_path, "MODEL.QMIMIC.TEACHER.WEIGHTS", teachers(cfg))
     model = build_model(cfg)
     optimizer = Trainer.build_optimizer(cfg, model)
     scheduler = Trainer.build_lr_scheduler(cfg, optimizer)
-    inputs = batch((128, 128), num_boxes=(4,), num_classes=head_node(cfg).NUM_CLASSES)
+    inputs = batch((SIDE, SIDE), num_boxes=(4,), num_classes=head_node(cfg).NUM_CLASSES)
     model.train()
     with EventStorage():
         losses = model(inputs)
@@ -57,7 +88,7 @@ def test_trains_and_detects(name, tmp_path):
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     model.eval()
     with torch.no_grad():
-        instances = model([{"image": image(128, 128), "height": 100, "width": 80}])[0]["instances"]
+        instances = model([{"image": image(SIDE, SIDE), "height": 100, "width": 80}])[0]["instances"]
     assert instances.image_size == (100, 80)
     assert len(instances) <= cfg.TEST.DETECTIONS_PER_IMAGE
 
@@ -76,3 +107,100 @@ def test_leaf_names_what_a_training_needs(name):
 def test_no_two_leaves_share_an_output_folder():
     folders = [load(name).OUTPUT_DIR for name in LEAVES]
     assert len(set(folders)) == len(folders)
+
+
+# ------------------------------------------------------------------------------------ the paper's settings
+
+STUDENTS = {
+    "PascalVOC/student_resnet18_1_16": "output/voc",
+    "PascalVOC/student_vgg_1_16": "output/voc",
+    "WIDERFACE/student_vgg_1_32": "output/widerface",
+}
+VARIANTS = ("scratch", "quant", "mimic", "qmimic", "pow2", "group", "depthwise")
+PAPER = [name for name in LEAVES if name.startswith(("PascalVOC/", "WIDERFACE/"))]
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_seven_variants_of_a_student_differ_in_nothing_else(student):
+    """Same data, heads, schedule and seed; only CONV's variants have another backbone and a narrower RPN."""
+    scratch = load(f"{student}_scratch.yaml")
+    for variant in VARIANTS:
+        cfg = load(f"{student}_{variant}.yaml")
+        assert cfg.OUTPUT_DIR == f"{STUDENTS[student]}/{student.partition('/')[2]}_{variant}"
+        for node in ("INPUT", "DATASETS", "SOLVER", "TEST", "SEED"):
+            assert cfg[node] == scratch[node], node
+        cfg.defrost()
+        cfg.MODEL.META_ARCHITECTURE = scratch.MODEL.META_ARCHITECTURE
+        cfg.MODEL.QMIMIC = scratch.MODEL.QMIMIC
+        if variant in ("group", "depthwise"):
+            kind = "RESNETS" if "resnet" in student else "VGG"
+            assert cfg.MODEL[kind].CONV == variant
+            cfg.MODEL[kind] = scratch.MODEL[kind]
+            cfg.MODEL.RPN.CONV_DIMS = scratch.MODEL.RPN.CONV_DIMS
+        assert cfg.MODEL == scratch.MODEL, variant
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_what_the_variants_of_a_student_are(student):
+    found = {}
+    for variant in VARIANTS:
+        cfg = load(f"{student}_{variant}.yaml")
+        node = cfg.MODEL.QMIMIC
+        kind = cfg.MODEL.META_ARCHITECTURE
+        found[variant] = (kind, "" if kind == "GeneralizedRCNN" else node.QUANTIZER.NAME)
+    plain = ("GeneralizedRCNN", "")
+    assert found == {
+        "scratch": plain,
+        "quant": ("QuantRCNN", "Uniform"),
+        "mimic": ("QuantMimicRCNN", ""),
+        "qmimic": ("QuantMimicRCNN", "Uniform"),
+        "pow2": ("QuantMimicRCNN", "PowerOfTwo"),
+        "group": plain,
+        "depthwise": plain,
+    }
+    strides = {load(f"{student}_{each}.yaml").MODEL.QMIMIC.QUANTIZER.STRIDE for each in VARIANTS[1:5]}
+    assert len(strides) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER if load(name).MODEL.QMIMIC.TEACHER.CONFIG_FILE])
+def test_a_student_imitates_what_its_teacher_leaves(name):
+    """Its weights, and the codes that they were fine-tuned with."""
+    node = load(name).MODEL.QMIMIC
+    teacher = load(f"{name.partition('/')[0]}/{node.TEACHER.CONFIG_FILE.rpartition('/')[2]}")
+    assert node.TEACHER.WEIGHTS == f"{teacher.OUTPUT_DIR}/model_final.pth"
+    assert (teacher.MODEL.META_ARCHITECTURE == "QuantRCNN") == bool(node.QUANTIZER.NAME)
+    if node.QUANTIZER.NAME:
+        assert teacher.MODEL.QMIMIC.QUANTIZER == node.QUANTIZER
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER if name.endswith(("_quant.yaml", "_pow2.yaml")) and "/t" in name])
+def test_a_quantized_teacher_begins_with_the_full_precision_one(name):
+    cfg, full = load(name), load(f"{name.rpartition('_')[0]}.yaml")
+    assert cfg.MODEL.WEIGHTS == f"{full.OUTPUT_DIR}/model_final.pth"
+    assert cfg.SOLVER.BASE_LR < full.SOLVER.BASE_LR and cfg.SOLVER.MAX_ITER < full.SOLVER.MAX_ITER
+    for node in ("INPUT", "DATASETS", "TEST", "SEED"):
+        assert cfg[node] == full[node]
+
+
+@pytest.mark.parametrize("name", ["PascalVOC/teacher_resnet18_faster_rcnn.yaml", "PascalVOC/teacher_vgg16_rfcn.yaml"])
+def test_imagenet_weights_fill_the_backbone(name, tmp_path):
+    """Weights of torchvision's names, drawn at random: the real ones are downloaded where the config says."""
+    cfg = load(name)
+    address = cfg.MODEL.WEIGHTS
+    assert address.startswith("https://download.pytorch.org/models/")
+    network = address.rpartition("/")[2].partition("-")[0]
+    if network == "vgg16":  # without its classifier, which is most of it
+        features = torchvision.models.vgg16(weights=None, init_weights=False).features
+        state = features.state_dict(prefix="features.")
+    else:
+        state = getattr(torchvision.models, network)(weights=None).state_dict()
+    path = tmp_path / "imagenet.pth"
+    torch.save(state, path, _use_new_zipfile_serialization=False)  # as vgg16's file is
+    model = build_model(cfg)
+    build_checkpointer(model, "").load(str(path), checkpointables=[])
+    ours = model.backbone.state_dict()
+    first, theirs = ("conv1.conv1", "features.0") if network == "vgg16" else ("stem.conv1", "conv1")
+    assert torch.equal(ours[f"{first}.weight"], state[f"{theirs}.weight"])
+    given = [tensor.double().sum() for key, tensor in state.items() if not key.startswith("fc.") and tensor.dim()]
+    assert len(given) == len(ours)
+    assert sum(tensor.double().sum() for tensor in ours.values()) == pytest.approx(float(sum(given)), rel=1e-9)
