@@ -108,7 +108,7 @@ WRONG_VALUES = [
     ("DATASETS.TEST", "('coco_2017_vla',)", ["'coco_2017_vla'", "not registered", "'coco_2017_val'"]),
     ("DATASETS.TRAIN", "()", ["name a registered data set"]),
     ("DATASETS.TRAIN", "('coco_2017_train',)", ["'coco_2017_train'", "no such file", "DETECTRON2_DATASETS"]),
-    ("DATASETS.TRAIN", "('voc_2007_trainval',)", ["'voc_2007_trainval'", "no such file", "DETECTRON2_DATASETS"]),
+    ("DATASETS.TRAIN", "('voc_2007_trainval',)", ["'voc_2007_trainval'", "there is no", "VOCtrainval_06-Nov-2007.tar"]),
     ("MODEL.WEIGHTS", "/nowhere/model.pth", ["'/nowhere/model.pth'", "does not exist"]),
 ]
 
@@ -295,8 +295,9 @@ class TestAnnotations:
         try:
             message = refusal(student, "DATASETS.TRAIN", "('tiny_voc',)")
             assert "'tiny_voc'" in message and str(root / "ImageSets" / "Main" / "train.txt") in message
-            (root / "ImageSets" / "Main").mkdir(parents=True)
-            (root / "ImageSets" / "Main" / "train.txt").write_text("0\n")
+            for path in ("ImageSets/Main/train.txt", "Annotations/0.xml", "JPEGImages/0.jpg"):
+                (root / path).parent.mkdir(parents=True)
+                (root / path).write_text("0\n")
             check(student, "DATASETS.TRAIN", "('tiny_voc',)")
         finally:
             DatasetCatalog.remove("tiny_voc")

@@ -23,6 +23,7 @@ from qmimic_d2.analysis.feature_statistics import (
     FeatureDistribution,
     FeatureStatistics,
 )
+from qmimic_d2.data.mapper import FileNamingMapper
 from qmimic_d2.modeling.quantizer import Quantizer
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer, attached_quantizer, check_features
 
@@ -75,7 +76,7 @@ def build_calibration_loader(
         raise ValueError(f"the data sets {list(dataset_names)} hold no image to calibrate on")
     loader = build_detection_test_loader(
         dataset=evenly_spaced(dicts, num_images),
-        mapper=DatasetMapper(cfg, is_train=False),
+        mapper=FileNamingMapper(DatasetMapper(cfg, is_train=False)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     return loader, len(dicts)

@@ -11,6 +11,7 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, inference_on_
 from torch import nn
 
 from qmimic_d2.analysis import evenly_spaced
+from qmimic_d2.data.mapper import FileNamingMapper
 from qmimic_d2.engine.trainer import build_evaluator
 
 __all__ = ["APEvaluation"]
@@ -62,7 +63,7 @@ class APEvaluation:
             self._evaluator = _part_of(self._evaluator, dataset_name, [each["image_id"] for each in chosen])
         self._loader = build_detection_test_loader(
             dataset=chosen,
-            mapper=mapper or DatasetMapper(cfg, is_train=False),
+            mapper=FileNamingMapper(mapper or DatasetMapper(cfg, is_train=False)),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
 

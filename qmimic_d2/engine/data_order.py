@@ -15,6 +15,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from qmimic_d2.data.mapper import FileNamingMapper
 from qmimic_d2.engine.randomness import mixed_seed, own_randomness
 
 __all__ = ["SAMPLERS", "ResumableSampler", "build_resumable_train_loader", "resumable_sampler"]
@@ -117,7 +118,8 @@ def build_resumable_train_loader(
     groups = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     is_landscape = _orientations(cfg, dataset) if groups else [False] * len(dataset)
     sampler = ResumableSampler(_build_sampler(cfg, dataset, seed), is_landscape, batch_size)
-    mapped = MapDataset(DatasetFromList(dataset, copy=False), mapper or DatasetMapper(cfg, True))
+    mapper = FileNamingMapper(mapper or DatasetMapper(cfg, True))
+    mapped = MapDataset(DatasetFromList(dataset, copy=False), mapper)
     options = {
         "dataset": _SeededDataset(mapped, seed),
         "sampler": sampler,

@@ -13,11 +13,12 @@ from typing import Any, Dict, Iterable, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from qmimic_d2.data.pascal_voc import check_pascal_voc
 from qmimic_d2.engine.data_order import SAMPLERS
 from qmimic_d2.engine.mimic_evaluator import MimicEvaluator
 from qmimic_d2.engine.trainer import (
@@ -170,7 +171,7 @@ def _check_annotations(key: str, name: str) -> None:
     is_coco = bool(path)
     kind = metadata.get("evaluator_type", "")
     if kind == "pascal_voc":
-        path = os.path.join(metadata.dirname, "ImageSets", "Main", f"{metadata.split}.txt")
+        _check_pascal_voc(key, name, metadata)
     elif kind == "wider_face":
         path = metadata.get("annotation_file", "")
     if not path:
@@ -184,6 +185,14 @@ def _check_annotations(key: str, name: str) -> None:
         )
     if is_coco:
         _check_coco_json(key, name, path)
+
+
+def _check_pascal_voc(key: str, name: str, metadata: Metadata) -> None:
+    folder = PathManager.get_local_path(metadata.dirname)
+    try:
+        check_pascal_voc(folder, metadata.split, metadata.year)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{key} names {name!r}, and {error}") from error
 
 
 def _check_coco_json(key: str, name: str, path: str) -> None:

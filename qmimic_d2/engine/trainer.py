@@ -8,7 +8,7 @@ from typing import Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qmimic_d2.checkpoint import SafeCheckpointer
+from qmimic_d2.data.mapper import FileNamingMapper
 from qmimic_d2.engine.data_order import build_resumable_train_loader, resumable_sampler
 from qmimic_d2.engine.hooks import (
     ResumableBestCheckpointer,
@@ -156,6 +157,12 @@ class Trainer(DefaultTrainer):
         """See :func:`build_resumable_train_loader`, which also takes a mapper."""
         loader, _ = build_resumable_train_loader(cfg, cfg.SEED)
         return loader
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        """As :meth:`DefaultTrainer.build_test_loader`; an image that cannot be read is named."""
+        mapper = FileNamingMapper(DatasetMapper(cfg, is_train=False))
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
