@@ -1,7 +1,5 @@
 """Every YAML that is shipped is read, built, trained for a step and used, on a small image and with few proposals."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torchvision
@@ -9,56 +7,33 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from helpers import batch, image
+from shipped_configs import FEW_REGIONS, LEAVES, NAMES, PAPER, UntrainedTeachers, load
 
-from qmimic_d2.config_files import get_config_file, packaged_config_folder
+from qmimic_d2.config_files import get_config_file
 from qmimic_d2.engine import Trainer, build_checkpointer, load_config
 from qmimic_d2.modeling.head_features import head_node, is_meta_architecture
 from qmimic_d2.modeling.mimic_student import MimicStudent
 from qmimic_d2.modeling.teacher_config import load_teacher_config
 
-FOLDER = Path(packaged_config_folder())
-NAMES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml"))
-LEAVES = [name for name in NAMES if not name.rpartition("/")[2].startswith("Base-")]
-
-# What a full-width network of images of 600 pixels and more needs, in seconds: fewer regions, smaller images.
+# Pixels of the images' sides.
 SIDE = 96
-FEWER = (
-    *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 200, "MODEL.RPN.PRE_NMS_TOPK_TEST", 200),
-    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 40, "MODEL.RPN.POST_NMS_TOPK_TEST", 40),
-    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16, "MODEL.QMIMIC.MIMIC.MAX_ROIS_PER_IMAGE", 8),
-)
 # A base without a backbone of its own is joined to others by the configs that build on it; here, to this one.
 TINY_BASE = "Base-FasterRCNN-ResNet.yaml"
 TINY = ("MODEL.RESNETS.WIDTH_DIVISOR", 16, "MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 0)
 
 
-def load(name, *opts):
-    return load_config(get_config_file(name), ["MODEL.DEVICE", "cpu", *opts])
-
-
 def load_whole(name, folder, *opts):
     """The config, joined to a tiny detector where it names no backbone."""
     if load(name).MODEL.BACKBONE.NAME != get_cfg().MODEL.BACKBONE.NAME:
-        return load(name, *FEWER, *opts)
+        return load(name, *FEW_REGIONS, *opts)
     path = folder / "joined.yaml"
     path.write_text(f"_BASE_: [{get_config_file(TINY_BASE)}, {get_config_file(name)}]\n")
-    return load_config(str(path), ["MODEL.DEVICE", "cpu", *FEWER, *TINY, *opts])
+    return load_config(str(path), ["MODEL.DEVICE", "cpu", *FEW_REGIONS, *TINY, *opts])
 
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    """Gives a file of weights that nobody trained for the teacher of a config; one for each teacher."""
-    folder = tmp_path_factory.mktemp("teachers")
-    files = {}
-
-    def weights_of(cfg):
-        teacher = load_teacher_config(cfg)
-        if teacher.path not in files:
-            files[teacher.path] = folder / f"{len(files)}.pth"
-            torch.save(teacher.build_backbone().state_dict(prefix="backbone."), files[teacher.path])
-        return str(files[teacher.path])
-
-    return weights_of
+    return UntrainedTeachers(tmp_path_factory.mktemp("teachers"))
 
 
 def test_there_are_some():
@@ -71,7 +46,7 @@ def test_trains_and_detects(name, tmp_path, teachers):
     cfg = load_whole(name, tmp_path)
     has_teacher = bool(cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE)
     if has_teacher:
-        cfg = load_whole(name, tmp_path, "MODEL.QMIMIC.TEACHER.WEIGHTS", teachers(cfg))
+        cfg = load_whole(name, tmp_path, "MODEL.QMIMIC.TEACHER.WEIGHTS", teachers.weights_of(cfg))
     model = build_model(cfg)
     optimizer = Trainer.build_optimizer(cfg, model)
     scheduler = Trainer.build_lr_scheduler(cfg, optimizer)
@@ -116,7 +91,6 @@ STUDENTS = {
     "WIDERFACE/student_vgg_1_32": "output/widerface",
 }
 VARIANTS = ("scratch", "quant", "mimic", "qmimic", "pow2", "group", "depthwise")
-PAPER = [name for name in LEAVES if name.startswith(("PascalVOC/", "WIDERFACE/"))]
 QUANTIZED = [name for name in PAPER if "_quant." in name or "_pow2." in name]
 
 
