@@ -1,5 +1,7 @@
 """Every YAML that is shipped is read, built, trained for a step and used, on a small image and with few proposals."""
 
+import re
+
 import pytest
 import torch
 import torchvision
@@ -7,7 +9,8 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from helpers import batch, image
-from shipped_configs import FEW_REGIONS, LEAVES, NAMES, PAPER, UntrainedTeachers, load
+from shipped_configs import FEW_REGIONS, FOLDER, LEAVES, NAMES, PAPER, UntrainedTeachers, load
+from tiny_training import ROOT
 
 from qmimic_d2.config_files import get_config_file
 from qmimic_d2.engine import Trainer, build_checkpointer, load_config
@@ -134,6 +137,55 @@ def test_what_the_variants_of_a_student_are(student):
     }
     strides = {load(f"{student}_{each}.yaml").MODEL.QMIMIC.QUANTIZER.STRIDE for each in VARIANTS[1:5]}
     assert len(strides) == 1
+
+
+GUIDE = (ROOT / "docs" / "reproduce.md").read_text()
+
+
+def pairs_of_the_guide(variable):
+    """The KEY VALUE pairs of a shell variable in docs/reproduce.md."""
+    (text,) = re.findall(rf"^ +{variable}='([^']*)'", GUIDE, flags=re.MULTILINE)
+    return text.split()
+
+
+def test_the_guide_names_configs_that_are_there():
+    named = {each for each in re.findall(r"\b(?:teacher|student)_\w+", GUIDE) if not each.endswith("_")}
+    assert len(named) > 20
+    assert named <= {name.rpartition("/")[2][: -len(".yaml")] for name in PAPER}
+
+
+def test_sizes_and_schedules_of_the_guide_and_nothing_else():
+    pairs = pairs_of_the_guide("SMALL")
+    for name in PAPER:
+        load(name, *pairs)
+    keys = {key.partition(".")[0] for key in pairs[::2]}
+    assert keys == {"INPUT", "MODEL", "DATALOADER", "SOLVER"}
+    assert {key for key in pairs[::2] if key.startswith("MODEL")} == {
+        *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "MODEL.RPN.POST_NMS_TOPK_TEST")
+    }
+
+
+@pytest.mark.parametrize(
+    "name, family, variable",
+    [
+        ("student_vgg_1_16_scratch", "FasterRCNN-VGG", "FASTER_RCNN"),
+        ("student_resnet18_1_16_scratch", "RFCN-ResNet", "RFCN"),
+    ],
+)
+def test_the_other_detector_by_another_base_and_by_pairs(name, family, variable, tmp_path):
+    folder = FOLDER / "PascalVOC"
+    text = (folder / f"{name}.yaml").read_text()
+    other, count = re.subn(r'"\.\./Base-(RFCN|FasterRCNN)-(VGG|ResNet)\.yaml"', f'"{FOLDER}/Base-{family}.yaml"', text)
+    assert count == 1
+    other = other.replace('"Base-', f'"{folder}/Base-')
+    (tmp_path / "other.yaml").write_text(other)
+    by_base = load_config(str(tmp_path / "other.yaml"), ["MODEL.DEVICE", "cpu"])
+    by_pairs = load(f"PascalVOC/{name}.yaml", *pairs_of_the_guide(variable))
+    if variable == "FASTER_RCNN":  # which reads none of them
+        by_pairs.defrost()
+        by_pairs.MODEL.RFCN = by_base.MODEL.RFCN
+    assert by_pairs.MODEL.ROI_HEADS.NAME == ("StandardROIHeads" if variable == "FASTER_RCNN" else "RFCNROIHeads")
+    assert by_pairs == by_base
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER if "mimic" in name or "student" in name and "pow2" in name])
