@@ -24,6 +24,7 @@ class Variant:
         weights: variant whose weights are MODEL.WEIGHTS; "" = none.
         seed: the variant is run once, with this seed, whatever the group; None = with the group's.
         eval_only: nothing is trained.
+        script: that trains it, with the command line of train_net.py.
         not_yet: why it cannot be run yet; "" = it can.
     """
 
@@ -35,6 +36,7 @@ class Variant:
     weights: str = ""
     seed: Optional[int] = None
     eval_only: bool = False
+    script: str = "train_net.py"
     not_yet: str = ""
 
     @property

@@ -10,6 +10,7 @@ from typing import Dict, List, Optional, Sequence, Set, Tuple
 
 from detectron2.config import CfgNode
 
+from evidence_lib import prototypes  # noqa: F401  (registers them, for the cost of their models)
 from evidence_lib.matrix import Matrix, Run, Variant
 from evidence_lib.records import DONE, FAILED, Record, Records, digest_of_weights, figures_of_run, versions
 from evidence_lib.settings import config_digest, settings_of
@@ -169,7 +170,7 @@ class Runs:
             opts += ["MODEL.QMIMIC.TEACHER.WEIGHTS", weights[variant.teacher]]
         if variant.weights:
             opts += ["MODEL.WEIGHTS", weights[variant.weights]]
-        command = [sys.executable, "train_net.py", "--config-file", f"configs/{variant.config}"]
+        command = [sys.executable, variant.script, "--config-file", f"configs/{variant.config}"]
         command += ["--eval-only"] if variant.eval_only else []
         return Task(
             name=run.name,
