@@ -10,7 +10,7 @@ Shape letters:
 """
 
 import functools
-from typing import List, Tuple
+from typing import List, Tuple, Type
 
 import torch
 from detectron2.config import configurable
@@ -137,6 +137,12 @@ class _BeforePoolingLoss(RoIMimicLoss):
         return self._distance(pooled, target, num_rois)
 
 
+def _exchange_loss(model: QuantMimicRCNN, loss_class: Type[RoIMimicLoss]) -> None:
+    """Gives the model's mimic loss, if there is one, another class; parameters and settings stay."""
+    if model.mimic_loss is not None:
+        model.mimic_loss.__class__ = loss_class
+
+
 @META_ARCH_REGISTRY.register()
 class BeforeAdapterRCNN(QuantMimicRCNN):
     """With :class:`_BeforeAdapterLoss`."""
@@ -144,7 +150,7 @@ class BeforeAdapterRCNN(QuantMimicRCNN):
     @configurable
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.mimic_loss.__class__ = _BeforeAdapterLoss
+        _exchange_loss(self, _BeforeAdapterLoss)
 
 
 @META_ARCH_REGISTRY.register()
@@ -154,7 +160,7 @@ class BeforePoolingRCNN(QuantMimicRCNN):
     @configurable
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.mimic_loss.__class__ = _BeforePoolingLoss
+        _exchange_loss(self, _BeforePoolingLoss)
 
 
 @META_ARCH_REGISTRY.register()
@@ -164,7 +170,7 @@ class CodesDifferRCNN(QuantMimicRCNN):
     @configurable
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.mimic_loss.__class__ = _CodesDifferLoss  # the same state with another distance
+        _exchange_loss(self, _CodesDifferLoss)
 
 
 @META_ARCH_REGISTRY.register()
