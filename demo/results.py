@@ -3,20 +3,17 @@
 import hashlib
 import json
 import os
-import platform
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence
 
 import cv2
-import detectron2
 import numpy as np
-import torch
-import torchvision
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tabulate import tabulate
 
 import qmimic_d2
+from package_versions import package_versions
 from qmimic_d2.analysis import measure_cost
 from qmimic_d2.engine.prediction import Predictor
 from qmimic_d2.json_file import write_json
@@ -46,7 +43,7 @@ class Model:
 def write_results(models: Sequence[Model], folder: str) -> None:
     """Prints the table and writes ``results.json``, ``detections.png`` and ``report.html`` to ``folder``."""
     rows = [_row(model, folder) for model in models]
-    write_json(os.path.join(folder, "results.json"), {"models": rows, "versions": _versions()})
+    write_json(os.path.join(folder, "results.json"), {"models": rows, "versions": package_versions()})
     _draw(models, os.path.join(folder, "detections.png"))
     _print(rows, folder)
     _report(models, folder)
@@ -87,18 +84,6 @@ def _match_ratio(path: str) -> Dict[str, float]:
         if values:
             means[name] = float(np.mean(values))
     return means
-
-
-def _versions() -> Dict[str, str]:
-    return {
-        "qmimic_d2": qmimic_d2.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "detectron2": detectron2.__version__,
-        "numpy": np.__version__,
-        "opencv": cv2.__version__,
-    }
 
 
 def _print(rows: Sequence[Dict[str, Any]], folder: str) -> None:

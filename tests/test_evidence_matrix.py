@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 
+from evidence_lib import prototypes
 from evidence_lib.matrix import load_matrix
 from evidence_lib.records import Records
 from evidence_lib.runs import Runs
 from evidence_lib.settings import config_digest, settings_of
 from qmimic_d2.config_files import get_config_file
 from qmimic_d2.engine import Trainer, load_config
+from qmimic_d2.modeling import QUANTIZER_REGISTRY, QuantMimicRCNN
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "benchmarks" / "evidence" / "matrix.yaml"
@@ -102,19 +104,26 @@ def test_variant_is_an_ordinary_config(name, runs, tmp_path):
     assert len(variant.opts) % 2 == 0 and variant.label
     cfg = runs.config(run)
     assert cfg.SEED == (7 if variant.seed is None else variant.seed) and cfg.MODEL.DEVICE == "cpu"
-    is_mimic = cfg.MODEL.META_ARCHITECTURE == "QuantMimicRCNN"
+    model_class = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    is_mimic = issubclass(model_class, QuantMimicRCNN)
     assert is_mimic == bool(variant.teacher)
+    parts = (model_class, QUANTIZER_REGISTRY.get(f"{cfg.MODEL.QMIMIC.QUANTIZER.NAME or 'Uniform'}Quantizer"))
+    is_prototype = any(part.__module__ == prototypes.__name__ for part in parts)
+    assert variant.script == ("benchmarks/train_prototype.py" if is_prototype else "train_net.py")
+    assert (ROOT / variant.script).is_file()
     if variant.not_yet:
         return
     if is_mimic:
         weights = tmp_path / "teacher.pth"
-        teacher = load_config(cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE, device="cpu")
+        node = cfg.MODEL.QMIMIC.TEACHER
+        teacher = load_config(node.CONFIG_FILE, node.OPTS, device="cpu")
         torch.save(build_model(teacher).state_dict(), weights)
         opts = [*variant.opts, "MODEL.QMIMIC.TEACHER.WEIGHTS", str(weights)]
         cfg = load_config(get_config_file(variant.config), opts)
         # the variant that lends its weights is the teacher of the config
-        lender = load_config(get_config_file(MATRIX.variants[variant.teacher].config))
-        assert lender.MODEL.VGG == load_config(cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE).MODEL.VGG
+        variant = MATRIX.variants[variant.teacher]
+        lender = load_config(get_config_file(variant.config), variant.opts)
+        assert lender.MODEL.VGG == teacher.MODEL.VGG
         assert lender.DATASETS.TRAIN == cfg.DATASETS.TRAIN
     model = build_model(cfg)
     model.train()  # reads the teacher

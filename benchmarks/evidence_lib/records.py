@@ -3,17 +3,13 @@
 import json
 import math
 import os
-import platform
 import subprocess
 from typing import Any, Dict, List, Optional
 
-import cv2
-import detectron2
 import numpy as np
-import torch
-import torchvision
 
 import qmimic_d2
+from package_versions import package_versions
 from qmimic_d2.checkpoint import weights_digest
 from qmimic_d2.checkpoint_reader import read_checkpoint
 from qmimic_d2.json_file import write_json
@@ -103,16 +99,7 @@ def digest_of_weights(path: str) -> str:
 
 def versions() -> Dict[str, str]:
     """What computed a run."""
-    return {
-        "qmimic_d2": qmimic_d2.__version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "detectron2": detectron2.__version__,
-        "numpy": np.__version__,
-        "opencv": cv2.__version__,
-    }
+    return {**package_versions(), "commit": _commit()}
 
 
 def _scalars(path: str) -> Dict[str, Dict[str, float]]:

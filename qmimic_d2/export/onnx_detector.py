@@ -1,18 +1,17 @@
 """Runs an exported ONNX detector with numpy and onnxruntime; torch is not needed, nor is Detectron2."""
 
 import os
-from typing import List, Optional, Sequence
+from typing import Optional, Sequence
 
 import numpy as np
 
-from qmimic_d2.export.description import METADATA_KEY, ModelDescription
-from qmimic_d2.export.preprocessing import Detections, InputSpec
-from qmimic_d2.image_file import as_bgr_image
+from qmimic_d2.export.description import METADATA_KEY
+from qmimic_d2.export.exported_detector import ExportedDetector
 
 __all__ = ["OnnxDetector"]
 
 
-class OnnxDetector:
+class OnnxDetector(ExportedDetector):
     """
     A detector in an ONNX file that ``python -m qmimic_d2 export`` wrote, float or int8::
 
@@ -20,9 +19,6 @@ class OnnxDetector:
         found = detector(cv2.imread("photo.jpg"))
         for box, score, index in zip(found.boxes, found.scores, found.classes):
             print(detector.names[index], score, box)
-
-    Attributes:
-        description: what the file tells about itself.
     """
 
     def __init__(self, path: str, threads: int = 0, providers: Optional[Sequence[str]] = None):
@@ -56,44 +52,7 @@ class OnnxDetector:
         except Exception as error:  # onnxruntime has an exception of its own for every kind of damage
             raise ValueError(f"{path!r} is no ONNX file that onnxruntime can run: {error}") from error
         text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "")
-        try:
-            self.description = ModelDescription.from_json(text)
-        except ValueError as error:
-            raise ValueError(f"{path!r} was not written by `python -m qmimic_d2 export`: it holds {error}") from error
+        super().__init__(path, text)
 
-    @property
-    def names(self) -> List[str]:
-        """Class names, in the order of the indices in ``Detections.classes``."""
-        return self.description.names
-
-    @property
-    def input_spec(self) -> InputSpec:
-        """How an image becomes the network's input."""
-        return self.description.input_spec
-
-    def __call__(self, image: np.ndarray) -> Detections:
-        """
-        Args:
-            image: as ``cv2.imread`` gives it: shape (H, W), (H, W, 1), (H, W, 3) in BGR or (H, W, 4) in BGRA,
-                uint8 or uint16.
-
-        Returns:
-            Detections in pixels of the image, by falling score.
-
-        Raises:
-            ValueError: another shape or dtype.
-        """
-        pixels, placement = self.input_spec.prepare(as_bgr_image(image))
-        return placement.restore(*self.run_network(pixels))
-
-    def run_network(self, pixels: np.ndarray):
-        """
-        The network alone.
-
-        Args:
-            pixels: shape (3, h, w), float32, as ``input_spec.prepare`` makes it.
-
-        Returns:
-            Boxes (N, 4) in pixels of the input, scores (N,), classes (N,).
-        """
+    def run_network(self, pixels: np.ndarray) -> Sequence[np.ndarray]:
         return self._session.run(["boxes", "scores", "classes"], {"image": pixels})

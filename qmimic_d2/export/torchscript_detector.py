@@ -2,18 +2,17 @@
 
 import os
 import warnings
-from typing import List
+from typing import Sequence
 
 import numpy as np
 
-from qmimic_d2.export.description import METADATA_KEY, ModelDescription
-from qmimic_d2.export.preprocessing import Detections, InputSpec
-from qmimic_d2.image_file import as_bgr_image
+from qmimic_d2.export.description import METADATA_KEY
+from qmimic_d2.export.exported_detector import ExportedDetector
 
 __all__ = ["TorchScriptDetector"]
 
 
-class TorchScriptDetector:
+class TorchScriptDetector(ExportedDetector):
     """
     A detector in a TorchScript file that ``python -m qmimic_d2 export`` wrote; see ``OnnxDetector``.
 
@@ -44,29 +43,10 @@ class TorchScriptDetector:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{path!r} is no TorchScript file that torch can run: {reason}") from error
         text = files[METADATA_KEY]
-        try:
-            self.description = ModelDescription.from_json(text.decode() if isinstance(text, bytes) else text)
-        except ValueError as error:
-            raise ValueError(f"{path!r} was not written by `python -m qmimic_d2 export`: it holds {error}") from error
+        super().__init__(path, text.decode() if isinstance(text, bytes) else text)
         self._device = device
 
-    @property
-    def names(self) -> List[str]:
-        """Class names, in the order of the indices in ``Detections.classes``."""
-        return self.description.names
-
-    @property
-    def input_spec(self) -> InputSpec:
-        """How an image becomes the network's input."""
-        return self.description.input_spec
-
-    def __call__(self, image: np.ndarray) -> Detections:
-        """As ``OnnxDetector``'s."""
-        pixels, placement = self.input_spec.prepare(as_bgr_image(image))
-        return placement.restore(*self.run_network(pixels))
-
-    def run_network(self, pixels: np.ndarray):
-        """As ``OnnxDetector``'s."""
+    def run_network(self, pixels: np.ndarray) -> Sequence[np.ndarray]:
         import torch
 
         with torch.no_grad():

@@ -1,0 +1,72 @@
+"""What every exported detector that is one file does, whatever its network runs in; torch is not needed."""
+
+import abc
+from typing import List, Sequence
+
+import numpy as np
+
+from qmimic_d2.export.description import ModelDescription
+from qmimic_d2.export.preprocessing import Detections, InputSpec
+from qmimic_d2.image_file import as_bgr_image
+
+__all__ = ["ExportedDetector"]
+
+
+class ExportedDetector(abc.ABC):
+    """
+    From an image to detections: preparation, network, and back to pixels of the image.
+
+    Attributes:
+        description: what the file tells about itself.
+    """
+
+    def __init__(self, path: str, description: str):
+        """
+        Args:
+            path: of the file, for the error message.
+            description: JSON, as the file holds it; "" where it holds none.
+
+        Raises:
+            ValueError: the description is not one of this package's.
+        """
+        try:
+            self.description = ModelDescription.from_json(description)
+        except ValueError as error:
+            raise ValueError(f"{path!r} was not written by `python -m qmimic_d2 export`: it holds {error}") from error
+
+    @property
+    def names(self) -> List[str]:
+        """Class names, in the order of the indices in ``Detections.classes``."""
+        return self.description.names
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """How an image becomes the network's input."""
+        return self.description.input_spec
+
+    def __call__(self, image: np.ndarray) -> Detections:
+        """
+        Args:
+            image: as ``cv2.imread`` gives it: shape (H, W), (H, W, 1), (H, W, 3) in BGR or (H, W, 4) in BGRA,
+                uint8 or uint16.
+
+        Returns:
+            Detections in pixels of the image, by falling score.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        pixels, placement = self.input_spec.prepare(as_bgr_image(image))
+        return placement.restore(*self.run_network(pixels))
+
+    @abc.abstractmethod
+    def run_network(self, pixels: np.ndarray) -> Sequence[np.ndarray]:
+        """
+        The network alone.
+
+        Args:
+            pixels: shape (3, h, w), float32, as ``input_spec.prepare`` makes it.
+
+        Returns:
+            Boxes (N, 4) in pixels of the input, scores (N,), classes (N,).
+        """
