@@ -82,6 +82,7 @@ def test_all_figures_by_hand():
         "teacher_saturation": 0.0,
         "student_dead_channels": 0.0,
         "teacher_dead_channels": 0.0,
+        "student_at_threshold": 0.0,  # of 0.2 and 0.6; near are 0.4 to 0.6, without their ends
     }
     assert comparison.figures() == pytest.approx(expected)
     assert tuple(comparison.figures()) == FIGURES
@@ -140,6 +141,22 @@ def test_saturation_is_the_share_of_the_outermost_code(quantizer, student, teach
     found = figures(row(1.6, 2.4, 9.0, -9.0, 1.4), row(2.0, 2.0, 1.0, 0.0, 0.0), quantizer)
     assert found["student_saturation"] == pytest.approx(student)
     assert found["teacher_saturation"] == pytest.approx(teacher)
+
+
+@pytest.mark.parametrize(
+    "quantizer, share",
+    [
+        (UniformQuantizer(2.0), 2 / 4),  # 0.9 and 1.1 of 0.3, 0.9, 1.1 and 1.9
+        (UniformQuantizer(2.0, num_codes=2), 2 / 4),
+        (PowerOfTwoQuantizer(2.0), 2 / 4),
+        (UniformQuantizer(2.0, signed=True), 3 / 5),  # and -0.9
+        (UniformQuantizer(0.02), float("nan")),
+    ],
+)
+def test_share_at_the_threshold(quantizer, share):
+    student = row(0.3, 0.9, 1.1, 1.9, 2.0, 0.0, -0.9, 3.0)
+    found = figures(student, row(*[1.0] * 8), quantizer)["student_at_threshold"]
+    assert found == pytest.approx(share, nan_ok=True)
 
 
 def test_a_saturated_side_matches_whatever_is_beyond():
@@ -205,7 +222,7 @@ def test_comparisons_add_up(quantizer):
     parts = [compare_features(student[rows], teacher[rows], quantizer) for rows in ([0, 1], [2], [], [3, 4, 5, 6])]
     total = parts[0] + parts[1] + parts[2] + parts[3]
     assert_same(total, whole)
-    assert total.figures() == pytest.approx(whole.figures())
+    assert total.figures() == pytest.approx(whole.figures(), nan_ok=True)
     assert total.num_rois == 7 and total.num_entries == 84
     assert int(total.student_histogram.sum()) == int(total.teacher_histogram.sum()) == 84
 
@@ -279,7 +296,7 @@ def test_without_a_region_every_figure_is_nan_and_nothing_is_added(quantizer):
 
 def test_features_that_are_zero_everywhere():
     found = figures(torch.zeros(2, 3, 2, 2), torch.zeros(2, 3, 2, 2), UniformQuantizer(1.0, num_codes=4))
-    undefined = {"match_ratio_nonzero", "within_one_nonzero", "cosine", "relative_error"}
+    undefined = {"match_ratio_nonzero", "within_one_nonzero", "cosine", "relative_error", "student_at_threshold"}
     assert {name for name, value in found.items() if math.isnan(value)} == undefined
     assert {name: value for name, value in found.items() if name not in undefined} == {
         **{"match_ratio": 1.0, "within_one": 1.0, "student_sparsity": 1.0, "teacher_sparsity": 1.0},

@@ -7,7 +7,7 @@ import pytest
 from detectron2.utils.events import EventStorage
 from helpers import tiny_cfg
 
-from qmimic_d2.engine.mimic_summary import MimicSummary, summary_of_shares
+from qmimic_d2.engine.mimic_summary import MimicSummary, summary_of_shares, warning_of_threshold
 
 NAN = float("nan")
 
@@ -48,11 +48,26 @@ def test_nothing_measured():
     assert summary_of_shares([NAN], 1.0, "constant") is None
 
 
-def after_training(caplog, *options, shares=(), stopped_at=10):
+def test_features_at_the_threshold_are_warned_of():
+    warning = warning_of_threshold([NAN, 0.7, 0.8], 0.75)
+    for word in ["75% of the student's", "STRIDE smaller (it is 0.75)", 'STUDENT_AT ["features"]', '"conv1x1_relu"']:
+        assert word in warning
+    assert " at p3 ended" in warning_of_threshold([0.9], 1.0, "p3")
+
+
+@pytest.mark.parametrize("shares", [[], [NAN], [0.2, 0.3], [0.4, 0.6]])
+def test_features_that_are_spread_are_not(shares):
+    assert warning_of_threshold(shares, 1.0) is None
+
+
+def after_training(caplog, *options, shares=(), at_threshold=(), level="", stopped_at=10):
     hook = MimicSummary(tiny_cfg("MODEL.QMIMIC.TEACHER.CONFIG_FILE", "teacher.yaml", *options))
     with EventStorage() as storage:
         for share in shares:
             storage.put_scalar("qmimic/grad_share_map", share)
+            storage.step()
+        for share in at_threshold:
+            storage.put_scalar(f"qmimic/student_at_threshold{level}", share)
             storage.step()
     hook.trainer = SimpleNamespace(storage=storage, iter=stopped_at, max_iter=10)
     with caplog.at_level(logging.INFO):
@@ -79,3 +94,21 @@ def test_a_share_that_was_not_measured_says_so(caplog):
 def test_a_mimic_of_weight_zero_has_no_share(caplog):
     options = ("MODEL.QMIMIC.DIAGNOSTICS.GRADIENT_PERIOD", 0, "MODEL.QMIMIC.MIMIC.LOSS_WEIGHT", 0.0)
     assert after_training(caplog, *options) == ""
+
+
+def test_only_the_last_measurements_count_for_the_threshold(caplog):
+    early_only = (*[0.9] * 5, *[0.2] * 10)
+    assert "threshold" not in after_training(caplog, at_threshold=early_only)
+    late = after_training(caplog, at_threshold=(*[0.2] * 30, *[0.9] * 10))
+    assert "90% of the student's" in late and "WARNING" in late
+
+
+def test_threshold_of_a_level(caplog):
+    assert "first code at p4 ended" in after_training(caplog, at_threshold=(0.9,), level="_p4")
+
+
+@pytest.mark.parametrize("options", [("NAME", "Clamp"), ("NAME", ""), ("STUDENT_AT", ["features"])])
+def test_a_student_that_is_not_rounded_has_no_threshold(caplog, options):
+    key, value = options
+    found = after_training(caplog, f"MODEL.QMIMIC.QUANTIZER.{key}", value, at_threshold=(0.9,))
+    assert "threshold" not in found

@@ -103,7 +103,7 @@ class _CodesDifferLoss(RoIMimicLoss):
     """
     The full-precision difference, of those entries whose codes differ.
 
-    Unlike the straight-through gradient it falls to 0 towards the threshold, so an entry can come to rest there.
+    Where codes differ by one the straight-through gradient is a whole stride; here it is what really lies between.
     """
 
     def _loss(self, name: str, pooled: Tensor, target: Tensor, num_rois: int, measure: bool) -> Tensor:

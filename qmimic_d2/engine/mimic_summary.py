@@ -1,4 +1,7 @@
-"""One line after training: what the mimic's share of the gradient was, and what to change where it was off."""
+"""
+After training, what the mimic's share of the gradient was, and whether rounding threw the student to and fro; with what
+to change where either was off.
+"""
 
 import logging
 import math
@@ -8,19 +11,26 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-__all__ = ["DOMINANT", "NEGLIGIBLE", "MimicSummary", "summary_of_shares"]
+__all__ = ["AT_THRESHOLD", "DOMINANT", "NEGLIGIBLE", "MimicSummary", "summary_of_shares", "warning_of_threshold"]
 
 # Shares of the gradient at the student's map outside of which the weight is named as a likely mistake. Within them,
 # the constant weights of docs/evidence.md differ little in AP.
 NEGLIGIBLE = 0.05
 DOMINANT = 0.95
 
+# Share of r(f_s) at the threshold from which it is named: 20 % would be there if r were spread evenly. docs/evidence.md
+# ("The search") tells which shares go with which AP.
+AT_THRESHOLD = 0.5
+# Measurements at the end of the training that are looked at.
+_LAST = 10
+
 _SHARE = "qmimic/grad_share_map"
+_THRESHOLD = "qmimic/student_at_threshold"
 
 
 class MimicSummary(HookBase):
     """
-    Logs the line when training ends.
+    Logs the line, and the warning where there is one, when training ends.
 
     For a trainer of another project as well: it reads the event storage alone.
 
@@ -33,6 +43,9 @@ class MimicSummary(HookBase):
         self._schedule = cfg.MODEL.QMIMIC.MIMIC.SCHEDULE
         self._weight = cfg.MODEL.QMIMIC.MIMIC.LOSS_WEIGHT
         self._period = cfg.MODEL.QMIMIC.DIAGNOSTICS.GRADIENT_PERIOD
+        quantizer = cfg.MODEL.QMIMIC.QUANTIZER
+        self._rounds_student = quantizer.NAME not in ("", "Clamp") and "mimic" in quantizer.STUDENT_AT
+        self._stride = quantizer.STRIDE
 
     def after_train(self) -> None:
         if not self._is_on or not comm.is_main_process() or self.trainer.iter < self.trainer.max_iter:
@@ -46,6 +59,39 @@ class MimicSummary(HookBase):
             logging.getLogger(__name__).info(
                 "The mimic's share of the gradient was not measured: MODEL.QMIMIC.DIAGNOSTICS.GRADIENT_PERIOD is 0"
             )
+        if self._rounds_student:
+            self._warn_of_threshold()
+
+    def _warn_of_threshold(self) -> None:
+        for name, history in self.trainer.storage.histories().items():
+            if name.startswith(_THRESHOLD):  # with the level's name behind it where there are several
+                last = [share for share, _ in history.values()[-_LAST:]]
+                warning = warning_of_threshold(last, self._stride, name[len(_THRESHOLD) + 1 :])
+                if warning is not None:
+                    logging.getLogger(__name__).warning(warning)
+
+
+def warning_of_threshold(shares: List[float], stride: float, level: str = "") -> Optional[str]:
+    """
+    Args:
+        shares: of the entries of r(f_s) between 0 and s that were at the threshold between the two, 0..1, last
+            measurements of a student whose side of the mimic is rounded.
+        stride: ``MODEL.QMIMIC.QUANTIZER.STRIDE``.
+        level: name of the student's map where there are several.
+
+    Returns:
+        The warning; None where their mean is at most :data:`AT_THRESHOLD`, or none is finite.
+    """
+    finite = [share for share in shares if math.isfinite(share)]
+    if not finite or sum(finite) / len(finite) <= AT_THRESHOLD:
+        return None
+    place = f" at {level}" if level else ""
+    return (
+        f"{sum(finite) / len(finite):.0%} of the student's features between 0 and the first code{place} ended at the "
+        "threshold between the two, where rounding throws them to and fro; evenly spread it would be 20%. Set "
+        f"MODEL.QMIMIC.QUANTIZER.STRIDE smaller (it is {stride:g}), or keep the codes and round the student's side of "
+        'the mimic no more: QUANTIZER.STUDENT_AT ["features"] with MIMIC.ADAPTER "conv1x1_relu"'
+    )
 
 
 def summary_of_shares(shares: List[float], weight: float, schedule: str) -> Optional[str]:

@@ -14,7 +14,7 @@ up to the comparison of all of them. The match ratio is the paper's (Wei et al.,
 
 import math
 from dataclasses import dataclass, fields
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ FIGURES = (
     "teacher_saturation",
     "student_dead_channels",
     "teacher_dead_channels",
+    "student_at_threshold",
 )
 
 # Histograms have a bin for each code up to this index; codes beyond it are counted in its bin.
@@ -61,6 +62,8 @@ class FeatureComparison:
         num_equal: entries with the same code on both sides.
         num_within_one: entries whose codes are the same or neighbours in the dictionary.
         num_both_zero: entries whose code is 0 on both sides.
+        num_student_below_first, num_student_at_threshold: the student's entries between 0 and the first code s
+            (signed: on either side of 0), and those of them within s / 10 of the threshold s / 2.
         num_student_saturated, num_teacher_saturated: entries with the outermost code (signed: either of
             the two); 0 for an unbounded dictionary.
         product, student_energy, teacher_energy, error_energy: sums of s*t, s*s, t*t and (s-t)*(s-t) over
@@ -77,6 +80,8 @@ class FeatureComparison:
     num_equal: float
     num_within_one: float
     num_both_zero: float
+    num_student_below_first: float
+    num_student_at_threshold: float
     num_student_saturated: float
     num_teacher_saturated: float
     product: float
@@ -104,7 +109,8 @@ class FeatureComparison:
         Returns:
             Shares in 0..1, the cosine in -1..1, the relative error >= 0. NaN where a figure has nothing
             to be a share of: all of them without a region; the ``_nonzero`` ones where every code is 0;
-            ``cosine`` where one side is 0 everywhere, ``relative_error`` where the teacher is.
+            ``cosine`` where one side is 0 everywhere, ``relative_error`` where the teacher is;
+            ``student_at_threshold`` where the student has nothing between 0 and the first code.
         """
         num_occupied = self.num_entries - self.num_both_zero
         norms = math.sqrt(self.student_energy) * math.sqrt(self.teacher_energy)
@@ -121,6 +127,7 @@ class FeatureComparison:
             "teacher_saturation": _ratio(self.num_teacher_saturated, self.num_entries),
             "student_dead_channels": self._dead_share(self.student_active),
             "teacher_dead_channels": self._dead_share(self.teacher_active),
+            "student_at_threshold": _ratio(self.num_student_at_threshold, self.num_student_below_first),
         }
 
     def _sparsity(self, active: Tensor) -> float:
@@ -196,6 +203,7 @@ def _compare(student: Tensor, teacher: Tensor, quantizer: Quantizer) -> FeatureC
         num_entries - int(steps.count_nonzero()),
         int((steps <= 1).count_nonzero()),
         num_entries - int((codes | others).count_nonzero()),
+        *_around_threshold(student, quantizer),
         _num_saturated(codes, quantizer),
         _num_saturated(others, quantizer),
         *energies,
@@ -205,9 +213,16 @@ def _compare(student: Tensor, teacher: Tensor, quantizer: Quantizer) -> FeatureC
 
 
 def _diverged(num_rois: int, num_channels: int, num_bins: int) -> FeatureComparison:
-    numbers = [math.nan] * 10
+    numbers = [math.nan] * 12
     lengths = (num_channels, num_channels, num_bins, num_bins)
     return FeatureComparison(num_rois, *numbers, *(torch.full((length,), math.nan) for length in lengths))
+
+
+def _around_threshold(features: Tensor, quantizer: Quantizer) -> Tuple[int, int]:
+    """Entries between 0 and the first code, and those of them near the threshold. In every dictionary it is s / 2."""
+    distance = (features.abs() if quantizer.signed else features) - 0.5 * quantizer.stride
+    distance.abs_()
+    return tuple(int((distance < share * quantizer.stride).count_nonzero()) for share in (0.5, 0.1))
 
 
 def _num_saturated(codes: Tensor, quantizer: Quantizer) -> int:
