@@ -1,15 +1,17 @@
 """Tiny configs, teachers and batches that several tests share: ``from helpers import tiny_cfg``."""
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from qmimic_d2.config import add_qmimic_config
 
@@ -249,3 +251,19 @@ def training_step(
     }
     model.zero_grad()
     return Step({name: loss.detach() for name, loss in losses.items()}, gradients, storage)
+
+
+def run_two_processes(work: Callable[..., None], folder: Any, *args: Any) -> None:
+    """``work(rank, folder, *args)`` in two processes of one gloo group, with one thread each."""
+    torch.multiprocessing.spawn(_in_group, args=(work, str(folder), args), nprocs=2)
+
+
+def _in_group(rank: int, work: Callable[..., None], folder: str, args: Tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    comm.create_local_process_group(2)
+    work(rank, folder, *args)
+    # gloo's threads must not race with the end of the process
+    gc.collect()
+    distributed.barrier()
+    distributed.destroy_process_group()

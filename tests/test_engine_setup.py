@@ -277,9 +277,20 @@ class TestLaunch:
 
         monkeypatch.setattr("qmimic_d2.engine.setup.launch", launched)
         args = arguments("--num-processes", 2, "--num-machines", 3, "--machine-rank", 1, "--dist-url", "tcp://a:1")
-        launch_processes(print, args, (1,))
+        ran = []
+        launch_processes(ran.append, args, (1,))
+        given.pop("main")(*given.pop("args"))
+        assert ran == [1]
         machines = {"num_machines": 3, "machine_rank": 1, "dist_url": "tcp://a:1"}
-        assert given == {"main": print, "count": 2, "args": (1,), **machines}
+        assert given == {"count": 2, **machines}
+
+    def test_a_process_leaves_its_group_when_its_work_is_done(self, monkeypatch):
+        done = []
+        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+        monkeypatch.setattr("detectron2.utils.comm.synchronize", lambda: done.append("together"))
+        monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: done.append("left"))
+        launch_processes(done.append, arguments(), ("work",))
+        assert done == ["work", "together", "left"]
 
     def test_signals_reach_the_children_and_decide_the_status(self, monkeypatch):
         sent = []

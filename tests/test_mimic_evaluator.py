@@ -14,11 +14,9 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from helpers import RESNET_FPN, batch, seeded_model, write_teacher
+from helpers import RESNET_FPN, batch, run_two_processes, seeded_model, write_teacher
 from tiny_training import BUILTIN_DATASET, Recorder, Run, registered_data, training_cfg, write_builtin_data, write_coco
-from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from qmimic_d2.engine import MimicEvaluator, MimicSummary, Trainer, add_mimic_hook
@@ -378,27 +376,21 @@ def test_train_net_evaluates_alone_without_comparing(tmp_path):
 
 
 def process_worker(rank, folder, cfg):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    comm.create_local_process_group(2)
-    try:
-        with registered_data(Path(folder) / "data", DATASET, is_written=True):
-            model = DistributedDataParallel(trained_model(cfg), broadcast_buffers=False)
-            results = [MimicEvaluator(cfg)(model)]
-            one = cfg.clone()
-            one.defrost()
-            one.MODEL.QMIMIC.DIAGNOSTICS.EVAL_IMAGES = 1  # nothing is left for the second process
-            one.OUTPUT_DIR = ""
-            results.append(MimicEvaluator(one)(model))
-        torch.save(results, os.path.join(folder, f"rank{rank}.pth"))
-    finally:
-        distributed.destroy_process_group()
+    with registered_data(Path(folder) / "data", DATASET, is_written=True):
+        model = DistributedDataParallel(trained_model(cfg), broadcast_buffers=False)
+        results = [MimicEvaluator(cfg)(model)]
+        one = cfg.clone()
+        one.defrost()
+        one.MODEL.QMIMIC.DIAGNOSTICS.EVAL_IMAGES = 1  # nothing is left for the second process
+        one.OUTPUT_DIR = ""
+        results.append(MimicEvaluator(one)(model))
+    torch.save(results, os.path.join(folder, f"rank{rank}.pth"))
 
 
 def test_two_processes_share_the_images_and_sum_their_counts(folder, teacher):
     cfg = heldout_cfg(folder / "processes", teacher)
     (folder / "processes").mkdir()
-    torch.multiprocessing.spawn(process_worker, args=(str(folder), cfg), nprocs=2)
+    run_two_processes(process_worker, folder, cfg)
     shared = content_of(folder / "processes")
     ranks = [torch.load(folder / f"rank{rank}.pth") for rank in range(2)]
     assert ranks[1] == [{}, {}]

@@ -5,8 +5,16 @@ import os
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from helpers import RESNET_FPN, batch, randomize, seeded_model, tiny_cfg, training_step, write_teacher
-from torch import distributed
+from helpers import (
+    RESNET_FPN,
+    batch,
+    randomize,
+    run_two_processes,
+    seeded_model,
+    tiny_cfg,
+    training_step,
+    write_teacher,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 MIMIC = "MODEL.QMIMIC.MIMIC"
@@ -136,20 +144,15 @@ def test_only_a_balanced_student_saves_a_weight(teacher):
 
 
 def balanced_worker(rank, folder, options):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    try:
-        model = seeded_model(tiny_cfg(*options, meta_architecture="QuantMimicRCNN"))
-        wrapped = DistributedDataParallel(model.train(), broadcast_buffers=False)
-        step = training_step(wrapped, batch(seed=rank, num_boxes=(2 - rank,)))
-        torch.save(step.storage.latest()["qmimic/weight"][0], os.path.join(folder, f"rank{rank}.pth"))
-    finally:
-        distributed.destroy_process_group()
+    model = seeded_model(tiny_cfg(*options, meta_architecture="QuantMimicRCNN"))
+    wrapped = DistributedDataParallel(model.train(), broadcast_buffers=False)
+    step = training_step(wrapped, batch(seed=rank, num_boxes=(2 - rank,)))
+    torch.save(step.storage.latest()["qmimic/weight"][0], os.path.join(folder, f"rank{rank}.pth"))
 
 
 def test_all_processes_balance_alike(teacher, tmp_path):
     options = [*teacher.options, *BALANCED]
-    torch.multiprocessing.spawn(balanced_worker, args=(str(tmp_path), options), nprocs=2)
+    run_two_processes(balanced_worker, tmp_path, options)
     first, second = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
     alone = training_step(student(teacher, *BALANCED), batch(seed=0, num_boxes=(2,)))
     assert first == second != alone.storage.latest()["qmimic/weight"][0]

@@ -27,12 +27,13 @@ from helpers import (
     RESNET_C4,
     RESNET_FPN,
     batch,
+    run_two_processes,
     seeded_model,
     tiny_cfg,
     training_step,
     write_teacher,
 )
-from torch import distributed, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qmimic_d2.engine.trainer import build_checkpointer
@@ -866,18 +867,13 @@ def test_detectron2s_trainer_and_hooks(vgg_teacher, tmp_path):
 
 def ddp_worker(rank: int, folder: str, options: list) -> None:
     """One of two processes; the second one's images have no annotation."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    try:
-        results = {}
-        for name, (own_options, iteration) in options.items():
-            model = DistributedDataParallel(mimic_model(*own_options).train(), broadcast_buffers=False)
-            step = training_step(model, ddp_batch(rank), iteration=iteration)
-            teacher = model.module.teacher._backbone.state_dict()
-            results[name] = (step.losses, step.gradients, dict(teacher))
-        torch.save(results, os.path.join(folder, f"rank{rank}.pth"))
-    finally:
-        distributed.destroy_process_group()
+    results = {}
+    for name, (own_options, iteration) in options.items():
+        model = DistributedDataParallel(mimic_model(*own_options).train(), broadcast_buffers=False)
+        step = training_step(model, ddp_batch(rank), iteration=iteration)
+        teacher = model.module.teacher._backbone.state_dict()
+        results[name] = (step.losses, step.gradients, dict(teacher))
+    torch.save(results, os.path.join(folder, f"rank{rank}.pth"))
 
 
 def ddp_batch(rank):
@@ -894,7 +890,7 @@ def test_two_processes_one_without_regions(vgg_teacher, fpn_teacher, tmp_path):
         "sampled": ([*vgg_teacher.options, *PLAIN], 0),
         "levels": ([*RESNET_FPN, *fpn_teacher.options, *source], 0),
     }
-    torch.multiprocessing.spawn(ddp_worker, args=(str(tmp_path), runs), nprocs=2)
+    run_two_processes(ddp_worker, tmp_path, runs)
     ranks = [torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2)]
     for name, (options, iteration) in runs.items():
         alone = [training_step(mimic_model(*options), ddp_batch(rank), iteration=iteration) for rank in range(2)]

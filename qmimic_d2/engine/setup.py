@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -170,18 +171,32 @@ def launch_processes(
     with _signals_passed_on(received) if per_machine * args.num_machines > 1 else contextlib.nullcontext():
         try:
             launch(
-                main,
+                _main_of_process,
                 per_machine,
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
-                args=main_args,
+                args=(main, main_args),
             )
         except torch.multiprocessing.ProcessExitedException:
             if not received:
                 raise
     if received:
         raise SystemExit(128 + received[0])
+
+
+def _main_of_process(main: Callable[..., object], main_args: Tuple[object, ...]) -> None:
+    """
+    Runs ``main`` and leaves the process group, if there is one.
+
+    Detectron2's launcher lets a process end inside its group. The threads of gloo then race with the interpreter's
+    end, and now and then a process that had finished its work was counted as crashed (SIGABRT).
+    """
+    main(*main_args)
+    if comm.get_world_size() > 1:
+        gc.collect()  # a DistributedDataParallel in a reference cycle holds the group
+        comm.synchronize()
+        torch.distributed.destroy_process_group()
 
 
 def _processes_per_machine(args: argparse.Namespace) -> int:
