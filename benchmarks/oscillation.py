@@ -69,7 +69,8 @@ class RestingPlaces(HookBase):
         if self.trainer.iter < self.trainer.max_iter - self._steps - 1:
             return
         adapted = adapted_features(self.trainer.model, self._batch)
-        self._histogram += torch.histc(adapted / self._quantizer.stride, BINS, 0.0, 1.0).double()
+        multiples = adapted[adapted > 0] / self._quantizer.stride  # a ReLU's zeros are at rest
+        self._histogram += torch.histc(multiples, BINS, 0.0, 1.0).double()
         if self._previous is not None:
             before, after = self._quantizer.codes(self._previous), self._quantizer.codes(adapted)
             is_on = (before > 0) | (after > 0)

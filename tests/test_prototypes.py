@@ -150,14 +150,14 @@ class FakeTrainer:
 
 
 def test_figures_of_the_oscillation(monkeypatch):
-    states = iter([[0.2, 0.9, 0.45, 1.2], [0.2, 0.9, 0.55, 1.2], [0.2, 0.9, 0.45, 1.2], [0.2, 0.9, 0.45, 1.2]])
+    states = iter([[0.2, 0.9, middle, 1.2, 0.0, -0.5] for middle in (0.45, 0.55, 0.45, 0.45)])
     monkeypatch.setattr(oscillation, "adapted_features", lambda model, batch: torch.tensor(next(states)))
     places = oscillation.RestingPlaces([], 3, UniformQuantizer(1.0))
     places.trainer = FakeTrainer()
     for places.trainer.iter in range(4):
         places.after_step()
     figures = places.figures()
-    # of 0.2, 0.9 and 0.45 or 0.55, the last is near 1/2; 1.2 is beyond s
+    # of 0.2, 0.9 and 0.45 or 0.55, the last is near 1/2; 1.2 is beyond s, and a ReLU's 0 at rest
     assert figures["near the threshold, %"] == pytest.approx(100 / 3)
     # one of three, one of three, none of two (its code was 0 before and after)
     assert figures["codes that change in a step, %"] == pytest.approx(100 * (1 / 3 + 1 / 3 + 0) / 3)
