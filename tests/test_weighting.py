@@ -65,7 +65,7 @@ def test_weights_are_floats():
 
 
 def balanced(**arguments):
-    return BalancedWeight(**{"weight": 100.0, "schedule": "balanced", **arguments})
+    return BalancedWeight(**{"weight": 100.0, "schedule": "balanced", "share": 0.5, **arguments})
 
 
 def test_balanced_begins_with_the_weight_and_forgets_it_at_the_first_measurement():

@@ -135,7 +135,7 @@ class BalancedWeight(MimicWeight):
     def __init__(
         self,
         *,
-        share: float = 0.5,
+        share: float = 0.8,
         period: int = 10,
         momentum: float = 0.9,
         bounds: Tuple[float, float] = (1e-4, 1e4),
