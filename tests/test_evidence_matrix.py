@@ -1,6 +1,5 @@
 """The shipped matrix is well-formed and every run of it is an ordinary config; mistakes in one are named."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ MATRIX = load_matrix(str(SHIPPED))
 NAMES = list(MATRIX.variants)
 # The claims of the method that each has a group.
 GROUPS = ["main", "match", "sides", "codes", "stride", "num_codes", "lambda", "schedule", "sgd", "students", "hard"]
-CONTROLS = {"clamp", "mimic_relu"}
+CONTROLS = ("clamp", "relu")  # in the names of the variants
 
 SMALL = """
 seeds: {reporting: [101, 102, 103], choosing: [11]}
@@ -69,16 +68,14 @@ def test_every_claim_has_a_group_with_enough_seeds():
     for name in GROUPS:
         group = MATRIX.groups[name]
         assert len(group.seeds) >= 5 and group.seed_list == "reporting" and group.contrasts
-    for name in ("main", "match", "sides", "codes"):
-        assert len(MATRIX.groups[name].seeds) == 12
+    assert len(MATRIX.groups["kinds"].seeds) == 12  # five left the sign of a claim open there
     assert [name for name, group in MATRIX.groups.items() if group.on_request] == ["hard"]
 
 
 def test_the_controls_stand_in_every_comparison_of_students():
     for name, group in MATRIX.groups.items():
         if group.seed_list == "reporting":
-            members = {re.sub("^(hard|sgd|rfcn)_", "", each) for each in group.variants}
-            assert CONTROLS <= members, name
+            assert all(any(control in each for each in group.variants) for control in CONTROLS), name
 
 
 def test_what_is_reported_was_not_chosen_on():
