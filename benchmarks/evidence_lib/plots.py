@@ -63,7 +63,7 @@ def _draw_measures(summary: GroupSummary, measures: Sequence[str], path: str) ->
         len(measures),
         1 + has_contrasts,
         squeeze=False,
-        figsize=(5.5 * (1 + has_contrasts), len(measures) * (1.2 + _ROW * rows)),
+        figsize=(6.8 * (1 + has_contrasts), len(measures) * (1.2 + _ROW * rows)),
         layout="constrained",
     )
     for axes, measure in zip(grid, measures):
@@ -97,7 +97,7 @@ def _draw_differences(axes: Axes, summary: GroupSummary, measure: str) -> None:
         if contrast.sample.mean is not None:
             _draw_mean(axes, row, contrast.sample.mean, contrast.sample.interval, measure)
     _label_rows(axes, [f"{labels[a]} −\n{labels[b]}" for a, b in summary.group.contrasts])
-    axes.set_xlabel(f"difference in {_name(measure)}\n(thick: 95 %; thin: 95 % for all {len(contrasts)} together)")
+    axes.set_xlabel(f"difference in {_name(measure)}\n(thick: 95 %,\nthin: 95 % for all {len(contrasts)} together)")
 
 
 def _draw_dots(axes: Axes, row: int, values: Sequence[float], measure: str, color: str) -> None:
