@@ -327,7 +327,8 @@ def test_the_match_is_measured_on_codes_of_the_configs_stride(name, built):
 def test_an_unknown_name_is_refused():
     with pytest.raises(KeyError) as error:
         build_quantizer(make_cfg(NAME="uniform"))
-    for part in ("MODEL.QMIMIC.QUANTIZER.NAME", "'uniform'", "'Clamp', 'PowerOfTwo', 'Uniform'", '"" stands for none'):
+    names = ("'Clamp'", "'PowerOfTwo'", "'Uniform'")
+    for part in ("MODEL.QMIMIC.QUANTIZER.NAME", "'uniform'", *names, '"" stands for none'):
         assert part in error.value.args[0]
 
 
