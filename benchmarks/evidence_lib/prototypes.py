@@ -5,7 +5,7 @@ Quantizers and meta-architectures under names of their own, so that a variant of
 ``benchmarks/train_prototype.py`` trains with them. docs/evidence.md ("The search") says what they did.
 
 Shape letters:
-    M: regions; T: channels of the teacher's map; N: images; P: pooler resolution.
+    M: regions; T: channels of the teacher's map; N: images.
     *: any shape.
 """
 
@@ -137,40 +137,37 @@ class _BeforePoolingLoss(RoIMimicLoss):
         return self._distance(pooled, target, num_rois)
 
 
-def _exchange_loss(model: QuantMimicRCNN, loss_class: Type[RoIMimicLoss]) -> None:
-    """Gives the model's mimic loss, if there is one, another class; parameters and settings stay."""
-    if model.mimic_loss is not None:
-        model.mimic_loss.__class__ = loss_class
+class _OtherLossRCNN(QuantMimicRCNN):
+    """Gives the mimic loss, if there is one, the class ``loss_class``; parameters and settings stay."""
+
+    loss_class: Type[RoIMimicLoss]
+
+    @configurable
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        if self.mimic_loss is not None:
+            self.mimic_loss.__class__ = self.loss_class
 
 
 @META_ARCH_REGISTRY.register()
-class BeforeAdapterRCNN(QuantMimicRCNN):
+class BeforeAdapterRCNN(_OtherLossRCNN):
     """With :class:`_BeforeAdapterLoss`."""
 
-    @configurable
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        _exchange_loss(self, _BeforeAdapterLoss)
+    loss_class = _BeforeAdapterLoss
 
 
 @META_ARCH_REGISTRY.register()
-class BeforePoolingRCNN(QuantMimicRCNN):
+class BeforePoolingRCNN(_OtherLossRCNN):
     """With :class:`_BeforePoolingLoss`."""
 
-    @configurable
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        _exchange_loss(self, _BeforePoolingLoss)
+    loss_class = _BeforePoolingLoss
 
 
 @META_ARCH_REGISTRY.register()
-class CodesDifferRCNN(QuantMimicRCNN):
+class CodesDifferRCNN(_OtherLossRCNN):
     """With :class:`_CodesDifferLoss`."""
 
-    @configurable
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        _exchange_loss(self, _CodesDifferLoss)
+    loss_class = _CodesDifferLoss
 
 
 @META_ARCH_REGISTRY.register()
