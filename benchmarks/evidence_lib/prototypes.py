@@ -2,7 +2,7 @@
 What was tried in the search for a setting in which rounding helps, and is no part of the product.
 
 Quantizers and meta-architectures under names of their own, so that a variant of the matrix is a config here as well;
-``benchmarks/train_prototype.py`` trains with them. docs/evidence.md ("The search") says what they did.
+``benchmarks/train_variant.py`` trains with them. docs/evidence.md ("The search") says what they did.
 
 Shape letters:
     M: regions; T: channels of the teacher's map; N: images.

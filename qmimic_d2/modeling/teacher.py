@@ -25,7 +25,7 @@ from qmimic_d2.modeling.quantizer_hook import attach_quantizer, check_features
 from qmimic_d2.modeling.rois import sources_of
 from qmimic_d2.modeling.teacher_config import TeacherConfig, load_teacher_config
 
-__all__ = ["FrozenTeacher", "load_teacher_modules", "teacher_feature_names", "teacher_shapes"]
+__all__ = ["FrozenTeacher", "load_teacher_modules", "stack_maps", "teacher_feature_names", "teacher_shapes"]
 
 _WEIGHTS_KEY = "MODEL.QMIMIC.TEACHER.WEIGHTS"
 
@@ -222,7 +222,7 @@ class FrozenTeacher:
                 return {name: maps[name] for name in self._features}, others
             for position, index in enumerate(members):
                 maps_of_image[index] = {name: maps[name][position] for name in self._features}
-        return {name: _stack([maps[name] for maps in maps_of_image]) for name in self._features}, others
+        return {name: stack_maps([maps[name] for maps in maps_of_image]) for name in self._features}, others
 
     def _preprocess(self, image: Tensor) -> Tensor:
         """Shape (3, H, W) of the student's input to (3, H', W') of the teacher's."""
@@ -348,7 +348,8 @@ def _needs_flip(student_format: str, teacher_format: str) -> bool:
     )
 
 
-def _stack(maps: List[Tensor]) -> Tensor:
+def stack_maps(maps: List[Tensor]) -> Tensor:
+    """N maps (T, H', W') as one (N, T, H', W'); smaller ones are continued as :meth:`FrozenTeacher.features` says."""
     height = max(each.shape[-2] for each in maps)
     width = max(each.shape[-1] for each in maps)
     return torch.stack(
