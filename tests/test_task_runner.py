@@ -49,6 +49,22 @@ def test_another_command_or_input_is_run_again(tmp_path):
     assert lines(out) == ["a", "b", "b"]
 
 
+def test_a_second_runner_in_the_folder_is_refused(tmp_path):
+    folder, out = str(tmp_path / "records"), tmp_path / "out"
+    nested = []
+
+    def run_another(continues):
+        with pytest.raises(SystemExit, match="another process is at work in .*records"):
+            run_tasks([Task("two", appending(out, "two"))], folder, 1, {})
+        run_tasks([Task("three", appending(out, "three"))], str(tmp_path / "elsewhere"), 1, {})
+        nested.append(continues)
+
+    run_tasks([Task("one", appending(out, "one"), on_start=run_another)], folder, 1, {})
+    assert nested == [False] and lines(out) == ["three", "one"]
+    run_tasks([Task("two", appending(out, "two"))], folder, 1, {})  # free again
+    assert lines(out) == ["three", "one", "two"]
+
+
 def test_failure_names_the_log_and_shows_its_end_and_the_next_run_resumes(tmp_path):
     folder = tmp_path / "records"
     flag = tmp_path / "flag"

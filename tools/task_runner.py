@@ -1,5 +1,6 @@
 """Runs commands side by side, in the order of their needs, and remembers which are done."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,8 +11,9 @@ import sys
 import textwrap
 import time
 from dataclasses import dataclass, field
-from typing import Callable, Dict, List, Optional, Sequence, Set, Union
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Set, Union
 
+import portalocker
 from detectron2.config import CfgNode
 
 from qmimic_d2.json_file import write_json
@@ -96,11 +98,35 @@ def run_tasks(
         Seconds that each task took, earlier and interrupted runs included; without those that were not run.
 
     Raises:
-        SystemExit: a command failed; names its log and shows the end of it. Not with ``keeps_going``.
+        SystemExit: a command failed; names its log and shows the end of it. Not with ``keeps_going``. Or another
+            process is at work in the folder.
         KeyboardInterrupt: after the running commands have saved and stopped.
     """
     logs = os.path.join(folder, "logs")
     os.makedirs(logs, exist_ok=True)
+    with _alone_in(folder):
+        return _run(tasks, logs, jobs, environment, keeps_going)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: str) -> Iterator[None]:
+    """Two runners in one folder would run the same task twice, into the same files."""
+    lock = portalocker.Lock(os.path.join(folder, ".lock"), mode="a", timeout=0)
+    try:
+        lock.acquire()
+    except portalocker.LockException as error:
+        raise SystemExit(
+            f"another process is at work in {folder}; wait for its end, or give another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run(
+    tasks: Sequence[Task], logs: str, jobs: int, environment: Dict[str, str], keeps_going: bool
+) -> Dict[str, float]:
     records: Dict[str, _Record] = {}
     waiting, failed = list(tasks), set()
     running: List[_Running] = []
