@@ -232,6 +232,13 @@ def test_recommended_stride(strides, aps, limit, expected):
     assert analysis.recommend_stride(strides, aps, 70.0, limit) == expected
 
 
+def test_recommended_stride_is_bounded_for_the_student():
+    strides, aps = [0.25, 0.5, 1.0], [70.0, 69.9, 69.8]
+    assert analysis.recommend_stride(strides, aps, 70.0, 0.5, max_stride=0.6) == 0.5
+    assert analysis.recommend_stride(strides, aps, 70.0, 0.5, max_stride=0.5) == 0.5
+    assert analysis.recommend_stride(strides, aps, 70.0, 0.5, max_stride=0.2) is None
+
+
 def test_a_loss_of_exactly_the_limit_qualifies_in_spite_of_rounding():
     assert 64.4 - 63.9 > 0.5
     assert analysis.recommend_stride([1.0], [63.9], 64.4, 0.5) == 1.0

@@ -174,7 +174,7 @@ def test_calibrate_with_evaluation(teacher, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("qmimic_d2.engine.average_precision.APEvaluation.__call__", evaluate)
     file = tmp_path / "report.json"
     arguments = ["--strides", 1.0, 0.25, 0.5, "--eval", "--eval-images", 2, "--json", file]
-    assert calibrate(teacher, *arguments) == 0
+    assert calibrate(teacher, *arguments, "--max-relative-stride", 10.0) == 0
     assert seen == [0, 1, 1, 1]
     output = capsys.readouterr().out
     assert "tiny_coco, 2 images" in output and "a subset" in output
@@ -189,9 +189,22 @@ def test_calibrate_with_evaluation(teacher, tmp_path, capsys, monkeypatch):
         "is_subset": True,
         "full_precision_AP": 60.0,
         "max_AP_loss": 0.5,
+        "max_relative_stride": 10.0,
     }
     assert [each["AP"] for each in report["strides"]] == [59.9, 59.5, 58.0]
     assert [each["AP_loss"] for each in report["strides"]] == pytest.approx([0.1, 0.5, 2.0])
+
+
+def test_calibrate_recommends_no_stride_that_a_student_cannot_bear(teacher, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("qmimic_d2.engine.average_precision.APEvaluation.__call__", lambda self, model: 60.0)
+    file = tmp_path / "report.json"
+    assert calibrate(teacher, "--strides", 0.001, 100.0, "--eval", "--eval-images", 2, "--json", file) == 0
+    report = json.loads(file.read_text())
+    # the teacher bears both
+    assert [each["AP_loss"] for each in report["strides"]] == [0.0, 0.0]
+    assert 0.001 < 0.6 * report["features"]["conv5"]["rms"] < 100.0
+    assert report["recommended_stride"] == 0.001
+    assert "at most 0.6 times the features' rms (--max-relative-stride)" in capsys.readouterr().out
 
 
 def test_calibrate_really_evaluates(teacher, tmp_path, capsys):
@@ -273,6 +286,7 @@ def report_with(aps, full_precision, recommended, **quantizer):
             "is_subset": False,
             "full_precision_AP": full_precision,
             "max_AP_loss": 0.5,
+        "max_relative_stride": 10.0,
         },
         "recommended_stride": recommended,
     }
@@ -281,6 +295,7 @@ def report_with(aps, full_precision, recommended, **quantizer):
 def test_text_where_no_stride_qualifies():
     text = recommendation_text(report_with([60.0, 50.0], 70.0, None))
     assert "each of these costs more than 0.5 AP" in text and "--strides 0.25 0.12" in text
+    assert "or is more than 10 times the features' rms" in text
     assert "subset" not in text and "--num-codes" not in text
     assert "-10.00" in text
 

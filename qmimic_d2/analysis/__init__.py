@@ -3,6 +3,7 @@
 from qmimic_d2.analysis.activation_memory import measure_activation_memory
 from qmimic_d2.analysis.calibration import (
     LEAST_AP,
+    MAX_RELATIVE_STRIDE,
     build_calibration_loader,
     default_strides,
     evenly_spaced,
@@ -17,6 +18,7 @@ from qmimic_d2.analysis.model_cost import ModelCost, PartCost, measure_cost
 
 __all__ = [
     "LEAST_AP",
+    "MAX_RELATIVE_STRIDE",
     "CodeStatistics",
     "FeatureStatistics",
     "ModelCost",

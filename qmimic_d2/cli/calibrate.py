@@ -76,6 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="recommend the largest stride that costs at most so many points of AP (default: %(default)s)",
     )
     parser.add_argument(
+        "--max-relative-stride",
+        type=_stride,
+        default=analysis.MAX_RELATIVE_STRIDE,
+        metavar="S",
+        help="recommend none above so many times the features' rms, since a student that is rounded too would learn "
+        "worse (default: %(default)s)",
+    )
+    parser.add_argument(
         "--eval-images",
         type=_positive,
         default=0,
@@ -207,9 +215,15 @@ def _evaluate(
         "is_subset": evaluation.is_subset,
         "full_precision_AP": full_precision,
         "max_AP_loss": args.max_ap_loss,
+        "max_relative_stride": args.max_relative_stride,
     }
+    smallest_rms = min(feature["rms"] for feature in report["features"].values())
     report["recommended_stride"] = analysis.recommend_stride(
-        [quantizer.stride for quantizer in quantizers], aps, full_precision, args.max_ap_loss
+        [quantizer.stride for quantizer in quantizers],
+        aps,
+        full_precision,
+        args.max_ap_loss,
+        args.max_relative_stride * smallest_rms,
     )
 
 

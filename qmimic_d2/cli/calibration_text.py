@@ -50,10 +50,15 @@ def recommendation_text(report: Dict[str, Any]) -> str:
 def _recommendation(report: Dict[str, Any]) -> List[str]:
     evaluation, stride = report["evaluation"], report["recommended_stride"]
     limit = f"{evaluation['max_AP_loss']:g} AP (--max-ap-loss)"
+    bound = (
+        f"{evaluation['max_relative_stride']:g} times the features' rms (--max-relative-stride), above which a student "
+        "that is rounded too learns worse"
+    )
     tried = [each["stride"] for each in report["strides"]]
     if stride is not None:
         lines = [
-            f"Recommended: stride {stride:g}, the largest of these that costs at most {limit}.",
+            f"Recommended: stride {stride:g}, the largest of these that costs at most {limit}",
+            f"  and is at most {bound}.",
             f"  {_config_pairs(report, stride)}",
         ]
         if stride == max(tried):
@@ -68,7 +73,8 @@ def _recommendation(report: Dict[str, Any]) -> List[str]:
     elif quantizer["num_codes"]:  # small strides saturate
         advice.append("more codes (--num-codes)")
     return [
-        f"No stride is recommended: each of these costs more than {limit}.",
+        f"No stride is recommended: each of these costs more than {limit}",
+        f"  or is more than {bound}.",
         f"  Try {', or '.join([*advice, 'fine-tuning the quantized teacher'])}.",
     ]
 
