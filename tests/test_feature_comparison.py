@@ -83,6 +83,7 @@ def test_all_figures_by_hand():
         "student_dead_channels": 0.0,
         "teacher_dead_channels": 0.0,
         "student_at_threshold": 0.0,  # of 0.2 and 0.6; near are 0.4 to 0.6, without their ends
+        "teacher_rms": math.sqrt(teacher_energy / 6),
     }
     assert comparison.figures() == pytest.approx(expected)
     assert tuple(comparison.figures()) == FIGURES
@@ -301,7 +302,7 @@ def test_features_that_are_zero_everywhere():
     assert {name: value for name, value in found.items() if name not in undefined} == {
         **{"match_ratio": 1.0, "within_one": 1.0, "student_sparsity": 1.0, "teacher_sparsity": 1.0},
         **{"student_saturation": 0.0, "teacher_saturation": 0.0},
-        **{"student_dead_channels": 1.0, "teacher_dead_channels": 1.0},
+        **{"student_dead_channels": 1.0, "teacher_dead_channels": 1.0, "teacher_rms": 0.0},
     }
 
 

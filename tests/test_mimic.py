@@ -511,6 +511,7 @@ def test_the_figures_are_written_when_asked_for():
             **{f"qmimic/{side}_saturation": 0.0 for side in ("student", "teacher")},
             **{f"qmimic/{side}_dead_channels": 0.0 for side in ("student", "teacher")},
             "qmimic/student_at_threshold": math.nan,  # nothing lies between 0 and 1
+            "qmimic/teacher_rms": 0.9,
         },
         nan_ok=True,
     )

@@ -49,18 +49,24 @@ def test_nothing_measured():
 
 
 def test_features_at_the_threshold_are_warned_of():
-    warning = warning_of_threshold([NAN, 0.7, 0.8], 0.75)
-    for word in ["75% of the student's", "STRIDE smaller (it is 0.75)", 'STUDENT_AT ["features"]', '"conv1x1_relu"']:
+    warning = warning_of_threshold([NAN, 0.7, 0.8], 0.75, 0.36)
+    for word in ["75% of the student's", "STRIDE smaller (it is 0.75, the", "mean square of 0.36)", 'STUDENT_AT ["features"]', '"conv1x1_relu"']:
         assert word in warning
-    assert " at p3 ended" in warning_of_threshold([0.9], 1.0, "p3")
+    assert " at p3 ended" in warning_of_threshold([0.9], 1.0, 0.5, "p3")
+
+
+def test_a_stride_that_is_small_against_the_features_is_not_warned_of():
+    assert warning_of_threshold([0.9], 0.25, 0.29) is None
+    assert warning_of_threshold([0.9], 0.25, 0.24) is not None
+    assert warning_of_threshold([0.9], 0.25, NAN) is not None  # not known
 
 
 @pytest.mark.parametrize("shares", [[], [NAN], [0.2, 0.3], [0.4, 0.6]])
 def test_features_that_are_spread_are_not(shares):
-    assert warning_of_threshold(shares, 1.0) is None
+    assert warning_of_threshold(shares, 1.0, 0.5) is None
 
 
-def after_training(caplog, *options, shares=(), at_threshold=(), level="", stopped_at=10):
+def after_training(caplog, *options, shares=(), at_threshold=(), rms=0.2, level="", stopped_at=10):
     hook = MimicSummary(tiny_cfg("MODEL.QMIMIC.TEACHER.CONFIG_FILE", "teacher.yaml", *options))
     with EventStorage() as storage:
         for share in shares:
@@ -68,6 +74,7 @@ def after_training(caplog, *options, shares=(), at_threshold=(), level="", stopp
             storage.step()
         for share in at_threshold:
             storage.put_scalar(f"qmimic/student_at_threshold{level}", share)
+            storage.put_scalar(f"qmimic/teacher_rms{level}", rms)
             storage.step()
     hook.trainer = SimpleNamespace(storage=storage, iter=stopped_at, max_iter=10)
     with caplog.at_level(logging.INFO):
@@ -101,6 +108,13 @@ def test_only_the_last_measurements_count_for_the_threshold(caplog):
     assert "threshold" not in after_training(caplog, at_threshold=early_only)
     late = after_training(caplog, at_threshold=(*[0.2] * 30, *[0.9] * 10))
     assert "90% of the student's" in late and "WARNING" in late
+
+
+def test_threshold_of_a_small_stride(caplog):
+    # its stride is 0.25
+    assert "threshold" in after_training(caplog, at_threshold=(0.9,), rms=0.2)
+    caplog.clear()
+    assert "threshold" not in after_training(caplog, at_threshold=(0.9,), rms=0.3)
 
 
 def test_threshold_of_a_level(caplog):

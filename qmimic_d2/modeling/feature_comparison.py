@@ -38,6 +38,7 @@ FIGURES = (
     "student_dead_channels",
     "teacher_dead_channels",
     "student_at_threshold",
+    "teacher_rms",
 )
 
 # Histograms have a bin for each code up to this index; codes beyond it are counted in its bin.
@@ -107,7 +108,8 @@ class FeatureComparison:
         The comparison in figures, by the names of :data:`FIGURES`.
 
         Returns:
-            Shares in 0..1, the cosine in -1..1, the relative error >= 0. NaN where a figure has nothing
+            Shares in 0..1, the cosine in -1..1, the relative error and the teacher's root mean square (in units of
+            the feature) >= 0. NaN where a figure has nothing
             to be a share of: all of them without a region; the ``_nonzero`` ones where every code is 0;
             ``cosine`` where one side is 0 everywhere, ``relative_error`` where the teacher is;
             ``student_at_threshold`` where the student has nothing between 0 and the first code.
@@ -128,6 +130,7 @@ class FeatureComparison:
             "student_dead_channels": self._dead_share(self.student_active),
             "teacher_dead_channels": self._dead_share(self.teacher_active),
             "student_at_threshold": _ratio(self.num_student_at_threshold, self.num_student_below_first),
+            "teacher_rms": math.sqrt(_ratio(self.teacher_energy, self.num_entries)),
         }
 
     def _sparsity(self, active: Tensor) -> float:

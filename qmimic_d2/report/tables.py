@@ -102,6 +102,7 @@ _HELD_OUT = (
     ("teacher_dead_channels", "dead, teacher", "channels that are 0 everywhere", "percent"),
     ("student_dead_channels", "dead, student", "channels that are 0 everywhere", "percent"),
     ("student_at_threshold", "at the threshold", "share of r in 0 to s within s/10 of s/2; even: 20 %", "percent"),
+    ("teacher_rms", "rms, teacher", "root mean square of the teacher's features", "number"),
 )
 
 
