@@ -1,5 +1,5 @@
 """
-The same trainings on a CPU in about half the time, for evidence of many runs.
+The same trainings on a CPU with 40 % less time per iteration, for evidence of many runs.
 
 What a run computes stays what its config says. Four things are computed otherwise, so that its numbers differ by
 rounding, as they do between two processors:
