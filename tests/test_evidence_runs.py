@@ -290,6 +290,19 @@ def test_a_run_without_a_result_is_no_success(tmp_path):
         figures_of_run(str(tmp_path))
 
 
+def test_a_model_that_detects_nothing_has_an_ap_of_zero(tmp_path):
+    boxes = {"AP": None, "AP50": None, "AP75": None, "APs": None}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"results": {"bbox": boxes}}))
+    (tmp_path / "inference").mkdir()
+    detections = tmp_path / "inference" / "coco_instances_results.json"
+    detections.write_text("[]")
+    figures = figures_of_run(str(tmp_path))
+    assert (figures["AP"], figures["AP50"], figures["AP75"], figures["per_class"]) == (0.0, 0.0, 0.0, {})
+    detections.write_text('[{"image_id": 1}]')  # then it is the annotations that are missing
+    with pytest.raises(ValueError, match="has no AP"):
+        figures_of_run(str(tmp_path))
+
+
 def test_digest_is_of_the_model_alone(tmp_path):
     torch.save({"model": {"w": torch.tensor([1.0])}, "optimizer": {"state": [1, 2]}}, tmp_path / "other.pth")
     assert digest_of_weights(str(tmp_path / "other.pth")) == digest_of_weights("weights.pth")
