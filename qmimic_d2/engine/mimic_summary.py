@@ -106,8 +106,8 @@ def warning_of_threshold(shares: List[float], stride: float, rms: float, level: 
     return (
         f"{sum(finite) / len(finite):.0%} of the student's features between 0 and the first code{place} ended at the "
         "threshold between the two, where rounding throws them to and fro; evenly spread it would be 20%. Set "
-        f"MODEL.QMIMIC.QUANTIZER.STRIDE smaller (it is {stride:g}, the teacher's features there have a root mean square "
-        f"of {rms:.2g}), or keep the codes and round the student's side of "
+        f"MODEL.QMIMIC.QUANTIZER.STRIDE smaller (it is {stride:g}, the teacher's features there have a root mean "
+        f"square of {rms:.2g}), or keep the codes and round the student's side of "
         'the mimic no more: QUANTIZER.STUDENT_AT ["features"] with MIMIC.ADAPTER "conv1x1_relu"'
     )
 
