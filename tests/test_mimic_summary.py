@@ -50,7 +50,10 @@ def test_nothing_measured():
 
 def test_features_at_the_threshold_are_warned_of():
     warning = warning_of_threshold([NAN, 0.7, 0.8], 0.75, 0.36)
-    for word in ["75% of the student's", "STRIDE smaller (it is 0.75, the", "mean square of 0.36)", 'STUDENT_AT ["features"]', '"conv1x1_relu"']:
+    for word in [
+        *("75% of the student's", "STRIDE smaller (it is 0.75, the", "mean square of 0.36)"),
+        *('STUDENT_AT ["features"]', '"conv1x1_relu"'),
+    ]:
         assert word in warning
     assert " at p3 ended" in warning_of_threshold([0.9], 1.0, 0.5, "p3")
 
