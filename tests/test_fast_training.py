@@ -1,7 +1,9 @@
 """The faster training of the evidence computes what train_net.py's computes, to rounding, and reuses what it keeps."""
 
+import cv2
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
@@ -78,9 +80,25 @@ def test_teacher_maps_are_shared_and_do_not_depend_on_the_batch(student, tmp_pat
     assert [each.name for each in file.parent.iterdir()] == [file.name]
 
 
-def test_other_codes_have_another_file(student, tmp_path):
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("MODEL.QMIMIC.QUANTIZER.STRIDE", 0.5),
+        ("MODEL.QMIMIC.TEACHER.OPTS", ["MODEL.PIXEL_MEAN", [0.0, 0.0, 0.0]]),
+        ("INPUT.MIN_SIZE_TRAIN", (48,)),
+    ],
+)
+def test_other_codes_or_preprocessing_have_another_file(student, tmp_path, key, value):
     FastTrainer.build_model(student).train()
-    student.MODEL.QMIMIC.QUANTIZER.STRIDE = 0.5
+    student.merge_from_list([key, value])
+    FastTrainer.build_model(student).train()
+    assert len(list((tmp_path / "runs" / "teacher_maps").iterdir())) == 2
+
+
+def test_other_images_of_the_same_name_have_another_file(student, tmp_path):
+    FastTrainer.build_model(student).train()
+    name = DatasetCatalog.get(student.DATASETS.TRAIN[0])[0]["file_name"]
+    cv2.imwrite(name, 255 - cv2.imread(name))
     FastTrainer.build_model(student).train()
     assert len(list((tmp_path / "runs" / "teacher_maps").iterdir())) == 2
 

@@ -36,3 +36,19 @@ def test_a_block_that_writes_nothing(tmp_path):
         with whole_file(str(tmp_path / "model.onnx")):
             pass
     assert os.listdir(tmp_path) == []
+
+
+def test_two_processes_do_not_write_into_each_others(tmp_path, monkeypatch):
+    target = tmp_path / "maps.pth"
+    with whole_file(str(target)) as first:
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: -1)
+            with whole_file(str(target)) as second:
+                assert second != first
+                with open(first, "w") as file:
+                    file.write("first")
+                with open(second, "w") as file:
+                    file.write("second")
+        assert target.read_text() == "second"
+    assert target.read_text() == "first"
+    assert os.listdir(tmp_path) == ["maps.pth"]

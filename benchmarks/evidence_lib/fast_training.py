@@ -33,6 +33,7 @@ from qmimic_d2.modeling.mimic_student import MimicStudent
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 from qmimic_d2.modeling.roi_pooling import LevelPooler
 from qmimic_d2.modeling.teacher import stack_maps
+from qmimic_d2.whole_file import whole_file
 
 __all__ = ["CachedMapper", "FastTrainer", "SharedTeacherMaps", "TrainingBoxPooler", "check_images_repeat"]
 
@@ -141,7 +142,7 @@ class SharedTeacherMaps(FrozenTeacher):
     _maps: Dict[str, List[Tensor]] = {}
     _row_of: Dict[str, int] = {}
 
-    def remember(self, images: List[Dict[str, Any]], mapper: Callable, folder: str) -> None:
+    def remember(self, images: List[Dict[str, Any]], mapper: Callable, mapping: str, folder: str) -> None:
         """
         Reads the maps of a data set's images from the folder, and computes and writes them first where they are
         not there.
@@ -149,22 +150,30 @@ class SharedTeacherMaps(FrozenTeacher):
         Args:
             images: dicts of the data set.
             mapper: from such a dict to one with "image", the student's input.
-            folder: is made; one file per teacher, codes, and images.
+            mapping: tells this mapper from others.
+            folder: is made; one file per teacher with its codes and preprocessing, images, and mapping.
         """
         names = [each["file_name"] for each in images]
-        hook = attached_quantizer(self._backbone)
-        content = (self.digest, repr(hook.quantizer if hook else None), self._features, self._input_scale, names)
-        key = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-        path = os.path.join(folder, f"{key}.pth")
+        path = os.path.join(folder, f"{self._key(names, mapping)}.pth")
         if not os.path.isfile(path):
             computed = [super(SharedTeacherMaps, self).features([mapper(each)]) for each in images]
             kept = {name: [maps[name][0].clone() for maps in computed] for name in self._features}
             os.makedirs(folder, exist_ok=True)
-            partial = f"{path}.{os.getpid()}"  # another run may be at it, too
-            torch.save(kept, partial)
-            os.replace(partial, path)
+            with whole_file(path) as partial:  # another run may be at it, too
+                torch.save(kept, partial)
         self._maps = torch.load(path, mmap=True, weights_only=True)
         self._row_of = {name: row for row, name in enumerate(names)}
+
+    def _key(self, names: List[str], mapping: str) -> str:
+        """Of everything that the maps depend on, the bytes of the image files included."""
+        hook = attached_quantizer(self._backbone)
+        preprocessing = (self._input_scale, self._flip_channels, self._pixel_mean.tolist(), self._pixel_std.tolist())
+        codes = repr(hook.quantizer if hook else None)
+        content = hashlib.sha256(repr((self.digest, codes, self._features, preprocessing, mapping)).encode())
+        for name in names:
+            with open(name, "rb") as file:
+                content.update(repr((name, hashlib.sha256(file.read()).hexdigest())).encode())
+        return content.hexdigest()[:16]
 
     @torch.inference_mode()
     def features(self, batched_inputs: List[Dict[str, Tensor]]) -> Dict[str, Tensor]:
@@ -183,5 +192,5 @@ def _build_shared_teacher(cfg: CfgNode) -> FrozenTeacher:
             cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         )
         folder = os.path.join(os.path.dirname(cfg.OUTPUT_DIR), "teacher_maps")
-        teacher.remember(images, DatasetMapper(cfg, is_train=True), folder)
+        teacher.remember(images, DatasetMapper(cfg, is_train=True), str(cfg.INPUT), folder)
     return teacher
