@@ -305,7 +305,8 @@ def test_wrong_names_and_interruptions_end_in_a_message(command, monkeypatch):
 
 def test_the_guide_has_its_markers_and_commands_that_exist():
     text = (ROOT / "docs" / "evidence.md").read_text()
-    assert insert_between_markers(text, "evidence", "new").count("new\n") >= 1
+    for name in ("evidence", "evidence overview"):
+        assert insert_between_markers(text, name, "new").count("new\n") >= 1
     commands = re.findall(r"^    python benchmarks/evidence\.py (.*?)\s*(?:#.*)?$", text, re.MULTILINE)
     assert len(commands) >= 7
     matrix = load_matrix(str(ROOT / "benchmarks" / "evidence" / "matrix.yaml"))

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 
-__all__ = ["Axis", "Group", "Matrix", "Run", "Variant", "load_matrix"]
+__all__ = ["Axis", "Claim", "Group", "Matrix", "Overview", "Run", "Setting", "Variant", "load_matrix"]
 
 _DEFAULT_MEASURES = ("AP",)
 
@@ -101,10 +101,51 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """
+    A difference that is asked for in every setting.
+
+    Attributes:
+        label: of its column.
+        roles: (a, b): a minus b.
+        paper: the paper's figure, in AP; None = it has none.
+    """
+
+    label: str
+    roles: Tuple[str, str]
+    paper: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    One way to train, in which the claims are looked at.
+
+    Attributes:
+        label: of its row.
+        group: whose seeds count.
+        roles: by role, the group's variant.
+    """
+
+    label: str
+    group: str
+    roles: Dict[str, str]
+
+
+@dataclass(frozen=True)
+class Overview:
+    """Claims over settings: the first table and picture of the document."""
+
+    claims: Tuple[Claim, ...]
+    settings: Tuple[Setting, ...]
+
+
+@dataclass(frozen=True)
 class Matrix:
     """
     Attributes:
         variants, groups: by name, in the file's order.
+        overview: of the groups; None = there is none.
         revision: part of every run's digest.
         quick: names of the variants of ``--quick``.
         quick_seeds: their seeds.
@@ -113,6 +154,7 @@ class Matrix:
 
     variants: Dict[str, Variant]
     groups: Dict[str, Group]
+    overview: Optional[Overview] = None
     revision: int = 1
     quick: Tuple[str, ...] = ()
     quick_seeds: Tuple[int, ...] = ()
@@ -188,6 +230,7 @@ def load_matrix(path: str) -> Matrix:
         return Matrix(
             variants=variants,
             groups=groups,
+            overview=_overview(content["overview"], groups) if "overview" in content else None,
             revision=content.get("revision", 1),
             quick=tuple(quick["variants"]),
             quick_seeds=_first(seeds, "reporting", quick["count"], "quick"),
@@ -260,6 +303,18 @@ def _group(name: str, entry: Dict[str, Any], seeds: Dict[str, List[int]], varian
         axis=Axis(axis["label"], axis["lines"], tuple(axis.get("beside", []))) if axis else None,
         on_request=entry.get("on_request", False),
     )
+
+
+def _overview(entry: Dict[str, Any], groups: Dict[str, Group]) -> Overview:
+    claims = tuple(Claim(each["label"], tuple(each["of"]), each.get("paper")) for each in entry["claims"])
+    settings = tuple(Setting(**each) for each in entry["settings"])
+    roles = {role for claim in claims for role in claim.roles}
+    for setting in settings:
+        _check_names("overview", [setting.group], groups)
+        place = f"overview, {setting.label}"
+        _check_names(place, list(setting.roles), roles)
+        _check_names(place, list(setting.roles.values()), groups[setting.group].variants)
+    return Overview(claims, settings)
 
 
 def _first(seeds: Dict[str, List[int]], name: str, count: int, place: str) -> Tuple[int, ...]:

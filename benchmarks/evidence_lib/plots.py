@@ -1,4 +1,7 @@
-"""Pictures of a group: every run with its mean, the paired differences, and AP over a quantity."""
+"""
+Pictures of a group: every run with its mean, the paired differences, and AP over a quantity; and of the overview:
+every claim in every setting.
+"""
 
 import os
 from typing import Dict, List, Optional, Sequence, Tuple
@@ -10,10 +13,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-from evidence_lib.statistics import Interval, Sample  # noqa: E402
+from evidence_lib.overview import OverviewSummary  # noqa: E402
+from evidence_lib.statistics import Contrast, Interval, Sample  # noqa: E402
 from evidence_lib.summary import ACCURACIES, EARLY_SHARE, SHARE, GroupSummary, VariantSummary  # noqa: E402
 
-__all__ = ["draw_group"]
+__all__ = ["draw_group", "draw_overview"]
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
@@ -56,6 +60,32 @@ def draw_group(summary: GroupSummary, folder: str) -> List[str]:
     return paths
 
 
+def draw_overview(overview: OverviewSummary, folder: str) -> List[str]:
+    """
+    Writes ``overview.png``: one column per claim, one row per setting.
+
+    Returns:
+        Its path; nothing for an overview without results.
+    """
+    if not overview.has_results:
+        return []
+    os.makedirs(folder, exist_ok=True)
+    columns = len(overview.claims)
+    size = (2.6 + 2.1 * columns, 1.4 + _ROW * len(overview.settings))
+    with plt.rc_context(_STYLE):
+        figure, grid = plt.subplots(1, columns, squeeze=False, sharey=True, figsize=size, layout="constrained")
+        for axes, summary in zip(grid[0], overview.claims):
+            _draw_contrasts(axes, summary.contrasts, "AP")
+            if summary.claim.paper is not None:
+                axes.axvline(summary.claim.paper, color=BLUE, linewidth=1.0, linestyle="--", zorder=1)
+            axes.set_title(summary.claim.label.replace(" − ", " −\n"), fontsize=9)
+            _label_rows(axes, [each.label for each in overview.settings])
+        figure.supxlabel(
+            "difference in AP (thick: 95 %, thin: 95 % for all settings together, dashed: the paper)", fontsize=9
+        )
+        return [_save(figure, os.path.join(folder, "overview.png"))]
+
+
 def _draw_measures(summary: GroupSummary, measures: Sequence[str], path: str) -> str:
     has_contrasts = bool(summary.group.contrasts)
     rows = max(len(summary.variants), len(summary.group.contrasts))
@@ -88,16 +118,22 @@ def _draw_runs(axes: Axes, variants: Sequence[VariantSummary], measure: str) -> 
 def _draw_differences(axes: Axes, summary: GroupSummary, measure: str) -> None:
     labels = {each.name: each.label for each in summary.variants}
     contrasts = summary.contrasts[measure]
+    _draw_contrasts(axes, contrasts, measure)
+    _label_rows(axes, [f"{labels[a]} −\n{labels[b]}" for a, b in summary.group.contrasts])
+    axes.set_xlabel(f"difference in {_name(measure)}\n(thick: 95 %,\nthin: 95 % for all {len(contrasts)} together)")
+
+
+def _draw_contrasts(axes: Axes, contrasts: Sequence[Optional[Contrast]], measure: str) -> None:
     axes.axvline(0.0, color=GREY, linewidth=1.0, zorder=1)
     for row, contrast in enumerate(contrasts):
+        if contrast is None:
+            continue
         values = list(contrast.differences.values())
         _draw_dots(axes, row, values, measure, ORANGE)
         if contrast.simultaneous:
             axes.plot(_shown(contrast.simultaneous, measure), [row, row], color=BLACK, linewidth=1.0, zorder=3)
         if contrast.sample.mean is not None:
             _draw_mean(axes, row, contrast.sample.mean, contrast.sample.interval, measure)
-    _label_rows(axes, [f"{labels[a]} −\n{labels[b]}" for a, b in summary.group.contrasts])
-    axes.set_xlabel(f"difference in {_name(measure)}\n(thick: 95 %,\nthin: 95 % for all {len(contrasts)} together)")
 
 
 def _draw_dots(axes: Axes, row: int, values: Sequence[float], measure: str, color: str) -> None:

@@ -4,6 +4,7 @@ from typing import Callable, List, Optional, Sequence, Tuple
 
 from tabulate import tabulate
 
+from evidence_lib.overview import OverviewSummary
 from evidence_lib.statistics import Contrast, Sample
 from evidence_lib.summary import (
     ACCURACIES,
@@ -15,7 +16,14 @@ from evidence_lib.summary import (
     VariantSummary,
 )
 
-__all__ = ["comparison_table", "contrast_table", "group_section", "insert_between_markers", "seed_table"]
+__all__ = [
+    "comparison_table",
+    "contrast_table",
+    "group_section",
+    "insert_between_markers",
+    "overview_table",
+    "seed_table",
+]
 
 NOTHING = "-"
 # Further columns of a group's table where the runs have them: title and measure.
@@ -50,6 +58,18 @@ def contrast_table(summary: GroupSummary, measure: str) -> str:
         for (a, b), contrast in zip(summary.group.contrasts, summary.contrasts[measure])
     ]
     headers = ["difference", "pairs", "mean", "95 %", f"95 %, all {len(rows)}", "above 0", "p", "p, Holm"]
+    return _table(headers, rows)
+
+
+def overview_table(overview: OverviewSummary) -> str:
+    """One row per setting, one column per claim; bold where the interval of all settings together excludes 0."""
+    rows = [["the paper", NOTHING, *(_signed(each.claim.paper) for each in overview.claims)]]
+    for index, setting in enumerate(overview.settings):
+        contrasts = [each.contrasts[index] for each in overview.claims]
+        pairs = sorted({each.sample.n for each in contrasts if each})
+        counts = str(pairs[0]) if len(pairs) == 1 else f"{pairs[0]} to {pairs[-1]}"
+        rows.append([setting.label, counts, *map(_overview_cell, contrasts)])
+    headers = ["setting", "seeds", *(each.claim.label for each in overview.claims)]
     return _table(headers, rows)
 
 
@@ -123,6 +143,20 @@ def _contrast_cells(contrast: Contrast, measure: str) -> List[str]:
         _p(contrast.p),
         _p(contrast.p_holm),
     ]
+
+
+def _overview_cell(contrast: Optional[Contrast]) -> str:
+    if contrast is None or contrast.sample.mean is None:
+        return NOTHING
+    mean, together = _signed(contrast.sample.mean), contrast.simultaneous
+    if contrast.sample.interval is None:
+        return mean
+    shown = f"**{mean}**" if together[0] > 0.0 or together[1] < 0.0 else mean
+    return f"{shown}, {_interval(contrast.sample, 'AP', sign=True)}"
+
+
+def _signed(ap: Optional[float]) -> str:
+    return _shown("AP", sign=True)(ap)
 
 
 def _notes(variants: Sequence[VariantSummary]) -> str:
