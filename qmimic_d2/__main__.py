@@ -7,7 +7,7 @@ from typing import Optional, Sequence
 
 from qmimic_d2 import __version__
 from qmimic_d2.cli import COMMANDS
-from qmimic_d2.cli.model_arguments import split_overrides
+from qmimic_d2.cli.model_arguments import split_overrides, usage_errors
 
 __all__ = ["build_parser", "main"]
 
@@ -18,6 +18,14 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m qmimic_d2",
         description="Quantization mimic for Detectron2. Training and evaluation are train_net.py's.",
         epilog="python -m qmimic_d2 COMMAND --help tells the arguments of a command.",
+    )
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="before COMMAND: import a module of yours first, which registers data sets or backbones",
     )
     parser.add_argument("--version", action="version", version=f"qmimic_d2 {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -44,7 +52,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         The exit status.
 
     Raises:
-        SystemExit: after ``--help``, and with status 2 after a mistake in the arguments.
+        SystemExit: after ``--help``, and with status 2 after a mistake in the arguments or a module of ``--import``
+            that is not there.
     """
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
@@ -53,6 +62,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error(f"this command takes no KEY VALUE pairs, got {' '.join(overrides)}")
     if hasattr(args, "opts"):
         args.opts = [*args.opts, *overrides]
+    with usage_errors():
+        for module in args.modules:
+            importlib.import_module(module)
     return args.run(args)
 
 

@@ -100,7 +100,7 @@ def _qmimic_node() -> CN:
     node.MIMIC.BALANCE_BOUNDS = [0.0001, 10000.0]
     # What the sum of squared differences is divided by. "roi": 2N, the paper's; "element": 2N times
     # the C*h*w entries of an RoI; "target": the sum of squares of the teacher's entries, times 2
-    # (dimensionless: a weight found once serves other teachers, strides and resolutions).
+    # (dimensionless: a weight found once serves other teachers, strides and resolutions; not other students).
     node.MIMIC.NORMALIZE_BY = "roi"
     # Student maps that are compared; [] = those that the detector's heads read.
     node.MIMIC.IN_FEATURES = []

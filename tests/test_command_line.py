@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from helpers import RESNET_FPN, write_teacher
 from tiny_coco import registered_coco
 
@@ -220,15 +221,36 @@ def test_calibrate_really_evaluates(teacher, tmp_path, capsys):
     assert 0.0 <= erased <= 100.0
 
 
-def test_calibrate_warns_of_signed_features(tmp_path, dataset, capsys):
+def test_a_module_of_ones_own_registers_the_data(teacher, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_data.py").write_text(
+        "from detectron2.data import DatasetCatalog\n"
+        "DatasetCatalog.register('mine', lambda: DatasetCatalog.get('tiny_coco'))\n"
+    )
+    arguments = ["calibrate", "--config-file", teacher.config_file, "--weights", teacher.weights]
+    arguments += ["--num-images", "1", "--strides", "0.5"]
+    try:
+        assert status_of("--import", "my_data", *arguments, "--dataset", "mine") == 0
+        assert "1 of" in capsys.readouterr().out
+    finally:
+        DatasetCatalog.remove("mine")
+    assert status_of("--import", "not_my_data", *arguments) == 2
+    assert "No module named 'not_my_data'" in capsys.readouterr().err
+
+
+def test_calibrate_warns_of_signed_features(tmp_path, dataset, capsys, monkeypatch):
     pyramid = write_teacher(
         tmp_path,
         *RESNET_FPN,
-        *("DATASETS.TRAIN", (dataset,), "INPUT.MIN_SIZE_TEST", 64, "DATALOADER.NUM_WORKERS", 0),
+        *("DATASETS.TRAIN", (dataset,), "DATASETS.TEST", (dataset,)),
+        *("INPUT.MIN_SIZE_TEST", 64, "DATALOADER.NUM_WORKERS", 0),
     )
     assert calibrate(pyramid, "--num-images", 1, "--strides", 0.5) == 0
     output = capsys.readouterr().out
     assert "p3: features are signed" in output and "use --signed" in output
+    monkeypatch.setattr("qmimic_d2.engine.average_precision.APEvaluation.__call__", lambda self, model: 70.0)
+    assert calibrate(pyramid, "--num-images", 1, "--strides", 0.5, "--eval") == 0
+    assert "No stride is recommended for a dictionary that does not fit" in capsys.readouterr().out
     assert all(f"Feature {name}:" in output for name in ("p3", "p4", "p5"))
     file = tmp_path / "report.json"
     arguments = ["--signed", "--quantizer", "PowerOfTwo", "--features", "p4", "--json", file]
@@ -286,9 +308,10 @@ def report_with(aps, full_precision, recommended, **quantizer):
             "is_subset": False,
             "full_precision_AP": full_precision,
             "max_AP_loss": 0.5,
-        "max_relative_stride": 10.0,
+            "max_relative_stride": 10.0,
         },
         "recommended_stride": recommended,
+        "warnings": [],
     }
 
 

@@ -95,6 +95,22 @@ def test_without_a_weight_there_is_nothing_to_measure(teacher):
     assert step.storage.latest()["qmimic/weight"][0] == 0.0
 
 
+def test_a_mimic_loss_of_another_order_is_warned_of_once(teacher, caplog):
+    def warnings_of(*options, steps=2):
+        caplog.clear()
+        model = student(teacher, *options)
+        for iteration in range(steps):
+            training_step(model, batch(), iteration=iteration)
+        return [each.message for each in caplog.records if "does not fit NORMALIZE_BY" in each.message]
+
+    relative = (f"{MIMIC}.NORMALIZE_BY", "target", f"{MIMIC}.LOSS_WEIGHT")
+    assert warnings_of(*relative, 20.0) == []
+    (message,) = warnings_of(*relative, 20000.0)
+    assert "MODEL.QMIMIC.MIMIC.LOSS_WEIGHT" in message and "SCHEDULE 'balanced'" in message
+    assert warnings_of(*relative, 0.0) == []
+    assert warnings_of(*relative, 20000.0, *BALANCED) == []
+
+
 def test_without_a_region_the_mimic_has_no_share(teacher):
     source = (f"{MIMIC}.ROI_SOURCE", "ground_truth")
     step = training_step(student(teacher, GRADIENT_PERIOD, 1, *source), batch(num_boxes=(0, 0)))

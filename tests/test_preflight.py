@@ -136,6 +136,18 @@ def test_pairs_that_are_none(student, opts):
     assert opts[0] in message
 
 
+@pytest.mark.parametrize(
+    "opts, words",
+    [
+        ((f"{MIMIC}.LOSS_WIEGHT", "1.0"), f"'{MIMIC}.LOSS_WEIGHT'"),
+        ((f"{QUANTIZER}.STRIDE", "1"), "1.0, not 1"),
+        ((f"{QUANTIZER}.STRIDE", "1.0", "--resume"), "--resume stand before the pairs"),
+    ],
+)
+def test_what_may_have_been_meant(student, opts, words):
+    assert words in refusal(student, *opts)
+
+
 @pytest.mark.parametrize("text", ["MODEL: [1\n", "only words\n", "- a list\n", "", "\x00\x01"])
 def test_a_config_that_is_no_yaml_of_keys(student, folder, text):
     path = folder / "broken.yaml"
@@ -282,6 +294,44 @@ class TestAnnotations:
         check(student, "DATASETS.TEST", "('tiny_wrong',)")
         assert "no list 'annotations'" in refusal(student, "DATASETS.TRAIN", "('tiny_wrong',)")
 
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_too_few_classes(self, student, number):
+        message = refusal(student, "MODEL.ROI_HEADS.NUM_CLASSES", number)
+        assert f"MODEL.ROI_HEADS.NUM_CLASSES is {number}" in message and "'tiny_preflight'" in message
+        assert "set it to 3" in message
+
+    def test_more_classes_than_the_data_have(self, student, caplog):
+        check(student, "MODEL.ROI_HEADS.NUM_CLASSES", 3)
+        assert "never learned" not in caplog.text
+        check(student, "MODEL.ROI_HEADS.NUM_CLASSES", 4)
+        assert "MODEL.ROI_HEADS.NUM_CLASSES is 4" in caplog.text and "has 3 classes" in caplog.text
+
+    def test_classes_are_counted_up_to_the_last_that_is_annotated(self, student, registered, folder):
+        # ids with gaps; the first and the last category have no box, as a "supercategory" of some tools has none
+        names = {1: "all", 4: "a", 5: "b", 8: "c", 9: "rest"}
+        categories = [{"id": number, "name": name} for number, name in names.items()]
+        write_coco(registered, folder / "data" / "images", categories=categories[1:4])
+        content = json.loads(registered.read_text())
+        content["categories"] = categories
+        registered.write_text(json.dumps(content))
+        train = ("DATASETS.TRAIN", "('tiny_wrong',)")
+        message = refusal(student, *train, "MODEL.ROI_HEADS.NUM_CLASSES", 3)
+        assert "has 5 classes, 'c' the last that is annotated" in message
+        check(student, *train, "MODEL.ROI_HEADS.NUM_CLASSES", 4)
+        for annotation in content["annotations"]:
+            annotation["iscrowd"] = int(annotation["category_id"] == 8)  # not trained on
+        registered.write_text(json.dumps(content))
+        check(student, *train, "MODEL.ROI_HEADS.NUM_CLASSES", 3)
+
+    @pytest.mark.parametrize(
+        "architecture, key", [("RetinaNet", "RETINANET"), ("QuantFCOS", "FCOS")], ids=["retinanet", "fcos"]
+    )
+    def test_classes_of_one_stage_detectors(self, student, architecture, key):
+        one_level = (f"MODEL.{key}.IN_FEATURES", "['conv5']", "MODEL.ANCHOR_GENERATOR.SIZES", "[[16]]")
+        options = ("MODEL.META_ARCHITECTURE", architecture, *one_level, f"MODEL.{key}.NUM_CLASSES")
+        assert f"MODEL.{key}.NUM_CLASSES is 2" in refusal(student, *options, 2)
+        check(student, *options, 3)
+
     def test_no_evaluator_for_the_test_set(self, student, registered):
         MetadataCatalog.remove("tiny_wrong")
         MetadataCatalog.get("tiny_wrong").evaluator_type = "lvis"
@@ -298,7 +348,9 @@ class TestAnnotations:
             for path in ("ImageSets/Main/train.txt", "Annotations/0.xml", "JPEGImages/0.jpg"):
                 (root / path).parent.mkdir(parents=True)
                 (root / path).write_text("0\n")
-            check(student, "DATASETS.TRAIN", "('tiny_voc',)")
+            check(student, "DATASETS.TRAIN", "('tiny_voc',)", "MODEL.ROI_HEADS.NUM_CLASSES", 20)
+            message = refusal(student, "DATASETS.TRAIN", "('tiny_voc',)", "MODEL.ROI_HEADS.NUM_CLASSES", 19)
+            assert "MODEL.ROI_HEADS.NUM_CLASSES is 19" in message and "set it to 20" in message
         finally:
             DatasetCatalog.remove("tiny_voc")
             MetadataCatalog.remove("tiny_voc")

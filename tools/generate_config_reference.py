@@ -62,13 +62,13 @@ MODEL:
     NORM: "BN"
   QMIMIC:
     TEACHER:
-      CONFIG_FILE: "teacher.yaml"           # looked up beside this file first
+      CONFIG_FILE: "teacher.yaml"           # train_net.py looks beside this file first
       WEIGHTS: "output/teacher/model_final.pth"
     QUANTIZER:
       NAME: "Uniform"
       STRIDE: 0.5
     MIMIC:
-      LOSS_WEIGHT: 20.0
+      SCHEDULE: "balanced"
       NORMALIZE_BY: "target"
 OUTPUT_DIR: "output/student"
 ```

@@ -162,7 +162,10 @@ def _check_registered(names: Sequence[str], flag: str) -> None:
         if name not in DatasetCatalog.list():
             near = difflib.get_close_matches(name, DatasetCatalog.list(), n=5, cutoff=0.4)
             hint = f"near names are {near}" if near else "give the name of one that is"
-            raise KeyError(f"{flag} names {name!r}, which is not registered; {hint}")
+            raise KeyError(
+                f"{flag} names {name!r}, which is not registered; {hint}, or the module that registers it: "
+                "python -m qmimic_d2 --import MODULE calibrate ..."
+            )
 
 
 def _quantizer(args: argparse.Namespace, cfg: CfgNode, stride: float) -> Quantizer:
@@ -217,6 +220,8 @@ def _evaluate(
         "max_AP_loss": args.max_ap_loss,
         "max_relative_stride": args.max_relative_stride,
     }
+    if report["warnings"]:  # whatever the AP, half of what the teacher knows is lost
+        return
     smallest_rms = min(feature["rms"] for feature in report["features"].values())
     report["recommended_stride"] = analysis.recommend_stride(
         [quantizer.stride for quantizer in quantizers],

@@ -64,6 +64,8 @@ def _recommendation(report: Dict[str, Any]) -> List[str]:
         if stride == max(tried):
             lines.append("  It is the largest that was tried; a larger one (--strides) may do as well.")
         return lines
+    if report["warnings"]:
+        return ["No stride is recommended for a dictionary that does not fit the features (see WARNING above)."]
     if not evaluation["full_precision_AP"] >= LEAST_AP:
         return ["No stride is recommended: the teacher detects nothing in full precision. Train it first."]
     quantizer = report["quantizer"]

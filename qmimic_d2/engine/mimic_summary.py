@@ -127,8 +127,12 @@ def summary_of_shares(shares: List[float], weight: float, schedule: str) -> Opti
     middle = len(finite) // 2
     median = finite[middle] if len(finite) % 2 else (finite[middle - 1] + finite[middle]) / 2
     line = (
-        f"The mimic's share of the gradient at the student's map was {median:.0%} (median of {len(finite)} "
-        f"measurements, {finite[0]:.0%} to {finite[-1]:.0%})"
+        f"The mimic's share of the gradient at the student's map was {median:.0%} "
+        + (
+            f"(median of {len(finite)} measurements, {finite[0]:.0%} to {finite[-1]:.0%})"
+            if len(finite) > 1
+            else "(one measurement)"
+        )
     )
     if NEGLIGIBLE <= median <= DOMINANT:
         return f"{line}: neither negligible nor dominant"

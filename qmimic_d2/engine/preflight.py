@@ -9,12 +9,14 @@ import difflib
 import json
 import logging
 import os
-from typing import Any, Dict, Iterable, Sequence
+import warnings
+from typing import Any, Dict, Iterable, NamedTuple, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet, build_model
+from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
@@ -38,6 +40,13 @@ _COCO_ENTRIES = {
     "annotations": ("id", "image_id", "category_id", "bbox"),
     "categories": ("id", "name"),
 }
+
+
+class _Classes(NamedTuple):
+    """How many classes a model has, and the key that says so."""
+
+    key: str
+    number: int
 
 
 def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False, resume: bool = False) -> None:
@@ -76,9 +85,23 @@ def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False, resu
             _warn_of_unused_teacher(cfg, model)
             build_checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     # Last, since looking for the embedded data makes them.
-    used = [] if eval_only else [("DATASETS.TRAIN", name) for name in cfg.DATASETS.TRAIN]
-    for key, name in [*used, *(("DATASETS.TEST", name) for name in cfg.DATASETS.TEST)]:
-        _check_annotations(key, name)
+    if not eval_only:
+        classes = _classes(cfg, model)
+        for name in cfg.DATASETS.TRAIN:
+            _check_annotations("DATASETS.TRAIN", name, classes)
+    for name in cfg.DATASETS.TEST:
+        _check_annotations("DATASETS.TEST", name)
+
+
+def _classes(cfg: CfgNode, model: nn.Module) -> Optional[_Classes]:
+    """None for a model of another project that keeps its number of classes elsewhere."""
+    if hasattr(model, "roi_heads"):
+        return _Classes("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    if isinstance(model, RetinaNet):
+        return _Classes("MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES)
+    if isinstance(model, FCOS):
+        return _Classes("MODEL.FCOS.NUM_CLASSES", cfg.MODEL.FCOS.NUM_CLASSES)
+    return None
 
 
 def _scaled(cfg: CfgNode, num_processes: int) -> CfgNode:
@@ -120,7 +143,9 @@ def _check_optimizer(cfg: CfgNode, model: nn.Module) -> None:
         scheduler = Trainer.build_lr_scheduler(cfg, Trainer.build_optimizer(cfg, model))
         # behind the last step, where fvcore's schedule of NUM_DECAYS steps has no value
         scheduler.last_epoch = cfg.SOLVER.MAX_ITER - 1
-        scheduler.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that no optimizer stepped before it
+            scheduler.step()
     except Exception as error:  # fvcore and PyTorch assert, divide and raise, and name no key
         node = cfg.SOLVER
         raise ValueError(
@@ -165,13 +190,15 @@ def _check_evaluator(cfg: CfgNode, name: str) -> None:
         build_evaluator(cfg, name)  # raises, and says what to do
 
 
-def _check_annotations(key: str, name: str) -> None:
+def _check_annotations(key: str, name: str, classes: Optional[_Classes] = None) -> None:
     metadata = MetadataCatalog.get(name)
     path = metadata.get("json_file", "")
     is_coco = bool(path)
     kind = metadata.get("evaluator_type", "")
     if kind == "pascal_voc":
         _check_pascal_voc(key, name, metadata)
+        if classes:
+            _check_classes(key, name, metadata.thing_classes, len(metadata.thing_classes), classes)
     elif kind == "wider_face":
         path = metadata.get("annotation_file", "")
     if not path:
@@ -184,7 +211,32 @@ def _check_annotations(key: str, name: str) -> None:
             "DETECTRON2_DATASETS to the folder that holds them"
         )
     if is_coco:
-        _check_coco_json(key, name, path)
+        content = _read_coco_json(key, name, path)
+        if classes:
+            by_id = {each["id"]: each["name"] for each in content["categories"]}
+            order = sorted(by_id)  # as load_coco_json numbers them
+            found = {each.get("category_id") for each in content["annotations"] if not each.get("iscrowd", 0)}
+            used = [index for index, category in enumerate(order, 1) if category in found]
+            _check_classes(key, name, [by_id[each] for each in order], max(used, default=0), classes)
+
+
+def _check_classes(key: str, name: str, names: Sequence[str], used: int, classes: _Classes) -> None:
+    """
+    Args:
+        names: of the data set's classes, in the order of their labels.
+        used: number of them up to the last that an annotation has.
+    """
+    if used > classes.number:
+        raise ValueError(
+            f"{classes.key} is {classes.number}, and {key} names {name!r}, which has {len(names)} classes, "
+            f"{names[used - 1]!r} the last that is annotated; set it to {len(names)}. With too few, a label is out of "
+            "bounds, or is that of the background"
+        )
+    if len(names) < classes.number:
+        logging.getLogger(__name__).warning(
+            "%s is %d, and %s names %r, which has %d classes: the others are never learned",
+            *(classes.key, classes.number, key, name, len(names)),
+        )
 
 
 def _check_pascal_voc(key: str, name: str, metadata: Metadata) -> None:
@@ -195,7 +247,7 @@ def _check_pascal_voc(key: str, name: str, metadata: Metadata) -> None:
         raise type(error)(f"{key} names {name!r}, and {error}") from error
 
 
-def _check_coco_json(key: str, name: str, path: str) -> None:
+def _read_coco_json(key: str, name: str, path: str) -> Dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -206,6 +258,7 @@ def _check_coco_json(key: str, name: str, path: str) -> None:
                 _check_coco_part(content, part, entries)
         if not content["images"]:
             raise ValueError("its list of images is empty")
+        return content
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{key} names {name!r}, whose annotation file {os.path.abspath(path)} is not in COCO's "

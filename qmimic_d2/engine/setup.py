@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import gc
 import logging
 import multiprocessing
@@ -103,7 +104,10 @@ def load_config(
     try:
         cfg.merge_from_list(list(opts))
     except AssertionError as error:  # yacs: an unknown key, or a key without a value
-        raise KeyError(f"{error} (of the KEY VALUE pairs {list(opts)})") from error
+        raise KeyError(f"{error} (of the KEY VALUE pairs {list(opts)}){_hint(cfg, opts)}") from error
+    except ValueError as error:  # yacs: a value of another type
+        hint = ". A float needs its point: 1.0, not 1" if "'float'" in str(error) and "'int'" in str(error) else ""
+        raise ValueError(f"{error}{hint}") from error
     if device:
         cfg.MODEL.DEVICE = device
     _complete_teacher(cfg, os.path.dirname(config_file) if config_file else "", eval_only)
@@ -117,6 +121,24 @@ def load_config(
         cfg.SEED = int.from_bytes(os.urandom(3), "little") if earlier is None else earlier
     cfg.freeze()
     return cfg
+
+
+def _hint(cfg: CfgNode, opts: Sequence[str]) -> str:
+    """What may have been meant by KEY VALUE pairs that the config refuses."""
+    misplaced = [each for each in opts if each.startswith("--")]
+    if misplaced:
+        return f". Options such as {misplaced[0]} stand before the pairs"
+    known = _keys(cfg)
+    unknown = [key for key in opts[::2] if key not in known]
+    near = difflib.get_close_matches(unknown[0], known, n=3) if unknown else []
+    return f". Near keys are {near}" if near else ""
+
+
+def _keys(node: CfgNode, prefix: str = "") -> List[str]:
+    found = []
+    for key, value in node.items():
+        found += _keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [f"{prefix}{key}"]
+    return found
 
 
 def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:

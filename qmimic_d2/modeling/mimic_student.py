@@ -26,6 +26,9 @@ from qmimic_d2.modeling.weighting import MimicWeight, build_mimic_weight
 
 __all__ = ["MimicStudent"]
 
+# Above so many times the detection losses the mimic loss is of another order, and a warning tells of it.
+_MOST_TIMES = 100.0
+
 
 class MimicStudent(nn.Module):
     """
@@ -99,6 +102,7 @@ class MimicStudent(nn.Module):
         self._teacher: Optional[FrozenTeacher] = None
         self._has_warned = False
         self._has_loaded_heads = False
+        self._has_compared_losses = False
         self._record = StepRecord()
         if mimic_loss is not None:
             self._record.watch_backbone(self.backbone)
@@ -217,8 +221,25 @@ class MimicStudent(nn.Module):
             weight = self._measure_gradients(detection, losses, weight)
         storage.put_scalar("qmimic/weight", weight, smoothing_hint=False)
         if weight > 0.0:
-            return {name: loss * weight for name, loss in losses.items()}
+            losses = {name: loss * weight for name, loss in losses.items()}
+            self._warn_of_scale(detection, losses)
+            return losses
         return self.mimic_loss.zeros(self._record.maps)
+
+    def _warn_of_scale(self, detection: Dict[str, Tensor], losses: Dict[str, Tensor]) -> None:
+        """Once, in the first iteration: a mimic loss of another order than the detector's drowns it, or diverges."""
+        if self._has_compared_losses:
+            return
+        self._has_compared_losses = True
+        theirs, ours = (summed(each).item() for each in (detection, losses))
+        if not ours <= _MOST_TIMES * theirs:
+            logging.getLogger(__name__).warning(
+                "the mimic loss begins at %.3g, and the detection losses together at %.3g: MODEL.QMIMIC.MIMIC."
+                "LOSS_WEIGHT does not fit NORMALIZE_BY, and the training will neglect the detector or diverge. Set "
+                "MODEL.QMIMIC.MIMIC.NORMALIZE_BY 'target', a relative error, and SCHEDULE 'balanced', which needs no "
+                "weight",
+                *(ours, theirs),
+            )
 
     def _measure_gradients(
         self, detection: Dict[str, Tensor], losses: Dict[str, Tensor], weight: float

@@ -86,10 +86,12 @@ def attach_quantizer(
     return hook
 
 
-def check_features(features: Sequence[str], available: Dict[str, object], key: str) -> None:
-    """Raises a ValueError that names ``key`` where a feature is not among the available ones."""
+def check_features(
+    features: Sequence[str], available: Dict[str, object], key: str, of: str = "the backbone"
+) -> None:
+    """Raises a ValueError that names ``key`` where a feature is not among the available ones ``of`` a backbone."""
     unknown = [name for name in features if name not in available]
     if unknown:
         raise ValueError(
-            f"{key} names {unknown}, which the backbone does not have; it gives {sorted(available)}"
+            f"{key} names {unknown}, which {of} does not have; it gives {sorted(available)}"
         )

@@ -285,7 +285,10 @@ def teacher_shapes(cfg: CfgNode) -> Dict[str, ShapeSpec]:
     _check_input_scale(scale)
     shapes = _build_backbone(load_teacher_config(cfg)).output_shape()
     names = teacher_feature_names(cfg)
-    check_features(names, shapes, "MODEL.QMIMIC.MIMIC.TEACHER_IN_FEATURES")
+    key = "MODEL.QMIMIC.MIMIC.TEACHER_IN_FEATURES"
+    if not cfg.MODEL.QMIMIC.MIMIC.TEACHER_IN_FEATURES:
+        key += " is [], for the student's own names, so it"
+    check_features(names, shapes, key, of="the teacher's backbone")
     return {
         name: ShapeSpec(channels=shapes[name].channels, stride=shapes[name].stride / scale)
         for name in names

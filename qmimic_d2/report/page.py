@@ -23,7 +23,7 @@ try:
     import jinja2
     from markupsafe import Markup
 except ImportError as error:
-    raise ImportError("the report needs jinja2: pip install 'qmimic_d2[report]'") from error
+    raise ImportError("the report needs jinja2: pip install jinja2 matplotlib") from error
 
 __all__ = ["render_page", "write_report"]
 

@@ -15,7 +15,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter
 except ImportError as error:
-    raise ImportError("the report's plots need matplotlib: pip install 'qmimic_d2[report]'") from error
+    raise ImportError("the report's plots need matplotlib: pip install jinja2 matplotlib") from error
 
 __all__ = ["DASHES", "NUM_COLORS", "SHAPES", "Point", "histogram", "lines", "scatter"]
 
