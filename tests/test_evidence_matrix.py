@@ -22,7 +22,10 @@ MATRIX = load_matrix(str(SHIPPED))
 NAMES = list(MATRIX.variants)
 SCRIPTS = ("train_net.py", "benchmarks/train_variant.py")
 # The claims of the method that each has a group.
-GROUPS = ["main", "match", "sides", "codes", "stride", "num_codes", "lambda", "schedule", "sgd", "students", "hard"]
+GROUPS = [
+    *("main", "match", "sides", "codes", "stride", "num_codes", "lambda", "schedule", "sgd"),
+    *("vgg32", "resnet", "convolutions", "rfcn", "hard"),
+]
 CONTROLS = ("clamp", "relu")  # in the names of the variants
 
 SMALL = """
