@@ -6,8 +6,10 @@ from pathlib import Path
 import cv2
 import pytest
 from made_up_evidence import made_up_record
+from matplotlib.axes import Axes
 from test_evidence_report import AP, MATRIX
 
+from evidence_lib import plots
 from evidence_lib.matrix import load_matrix
 from evidence_lib.overview import summarize_overview
 from evidence_lib.plots import draw_overview
@@ -82,6 +84,16 @@ def test_table(recorded):
     # for three settings together, which is above 0
     assert rows["weight 20"] == ["2 to 3", "+1.5, -4.9 to +7.9", "**+3.3**, +1.9 to +4.8"]
     assert rows["weight 200"] == ["1", "-", "+10.0"]
+
+
+def test_a_mean_outside_the_axes_is_written_at_their_end(recorded, monkeypatch):
+    written = []
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, text, **look: written.append((text, look["ha"])))
+    draw_overview(summary_of(recorded), "plots")
+    assert written == []
+    monkeypatch.setattr(plots, "_OVERVIEW_LIMITS", (4.0, 5.0))
+    draw_overview(summary_of(recorded), "plots")
+    assert written == [("+1.5", "left"), ("+3.3", "left"), ("+10.0", "right"), ("+3.0", "left")]
 
 
 def test_what_was_not_run_has_no_figure(load):

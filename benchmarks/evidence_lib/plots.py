@@ -35,6 +35,7 @@ _STYLE = {
 _ROW = 0.32  # inches
 _BELOW = 0.22  # of a row: where the single runs stand, so that the mean hides none
 _DPI = 110
+_OVERVIEW_LIMITS = (-12.0, 16.0)  # AP; what varies between seeds by more would flatten the rest
 
 
 def draw_group(summary: GroupSummary, folder: str) -> List[str]:
@@ -80,8 +81,12 @@ def draw_overview(overview: OverviewSummary, folder: str) -> List[str]:
                 axes.axvline(summary.claim.paper, color=BLUE, linewidth=1.0, linestyle="--", zorder=1)
             axes.set_title(summary.claim.label.replace(" − ", " −\n"), fontsize=9)
             _label_rows(axes, [each.label for each in overview.settings])
+            axes.set_xlim(*_OVERVIEW_LIMITS)
+            _write_means_outside(axes, summary.contrasts)
         figure.supxlabel(
-            "difference in AP (thick: 95 %, thin: 95 % for all settings together, dashed: the paper)", fontsize=9
+            "difference in AP (thick: 95 %, thin: 95 % for all settings together, dashed: the paper; a number is a mean "
+            "outside the axes)",
+            fontsize=9,
         )
         return [_save(figure, os.path.join(folder, "overview.png"))]
 
@@ -134,6 +139,15 @@ def _draw_contrasts(axes: Axes, contrasts: Sequence[Optional[Contrast]], measure
             axes.plot(_shown(contrast.simultaneous, measure), [row, row], color=BLACK, linewidth=1.0, zorder=3)
         if contrast.sample.mean is not None:
             _draw_mean(axes, row, contrast.sample.mean, contrast.sample.interval, measure)
+
+
+def _write_means_outside(axes: Axes, contrasts: Sequence[Optional[Contrast]]) -> None:
+    low, high = axes.get_xlim()
+    for row, contrast in enumerate(contrasts):
+        mean = contrast.sample.mean if contrast else None
+        if mean is not None and not low <= mean <= high:
+            side = "left" if mean < low else "right"
+            axes.text(low if mean < low else high, row - _BELOW, f"{mean:+.1f}", ha=side, va="center", fontsize=8)
 
 
 def _draw_dots(axes: Axes, row: int, values: Sequence[float], measure: str, color: str) -> None:
