@@ -84,8 +84,8 @@ def draw_overview(overview: OverviewSummary, folder: str) -> List[str]:
             axes.set_xlim(*_OVERVIEW_LIMITS)
             _write_means_outside(axes, summary.contrasts)
         figure.supxlabel(
-            "difference in AP (thick: 95 %, thin: 95 % for all settings together, dashed: the paper; a number is a mean "
-            "outside the axes)",
+            "difference in AP (thick: 95 %, thin: 95 % for all settings together, dashed: the paper; a number is a "
+            "mean outside the axes)",
             fontsize=9,
         )
         return [_save(figure, os.path.join(folder, "overview.png"))]
