@@ -33,10 +33,10 @@ demo:
 	$(call setup,export report)
 	$(PY) demo/run.py
 
-test: export OMP_NUM_THREADS = 2
+test: export OMP_NUM_THREADS = 1
 test:
 	$(call setup,dev export report)
-	$(PY) -m pytest tests --cov=qmimic_d2 --cov-report=term-missing:skip-covered --cov-fail-under=90 $(PYTEST_ARGS)
+	$(PY) -m pytest tests -n auto --dist loadfile --cov=qmimic_d2 --cov-report=term-missing:skip-covered --cov-fail-under=90 $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .coverage .coverage.* htmlcov

@@ -27,7 +27,7 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS_REQUIRE = {
-    "dev": ["pytest", "pytest-cov", "ruff"],
+    "dev": ["pytest", "pytest-cov", "pytest-xdist", "ruff"],
     "export": ["onnx", "onnxruntime"],
     "report": ["matplotlib", "jinja2"],
 }

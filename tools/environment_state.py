@@ -46,6 +46,7 @@ REQUIREMENTS = (
     ("jinja2", "jinja2", "report"),
     ("pytest", "pytest", "dev"),
     ("pytest_cov", "pytest-cov", "dev"),
+    ("xdist", "pytest-xdist", "dev"),
 )
 EXTRAS = ("dev", "export", "report")
 
