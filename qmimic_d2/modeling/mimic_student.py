@@ -9,25 +9,22 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from detectron2.structures import Boxes
-from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from qmimic_d2.modeling.feature_comparison import FeatureComparison
-from qmimic_d2.modeling.gradient_share import averaged, gradient_share, summed
+from qmimic_d2.modeling.gradient_meter import GradientMeter
 from qmimic_d2.modeling.head_features import head_features
 from qmimic_d2.modeling.mimic import RoIMimicLoss
 from qmimic_d2.modeling.quantizer_hook import check_features
 from qmimic_d2.modeling.rois import ROI_SOURCES, WHOLE_MAP, check_roi_source, select_rois, sources_of
+from qmimic_d2.modeling.scale_warning import ScaleWarning
 from qmimic_d2.modeling.step_record import StepRecord
 from qmimic_d2.modeling.teacher import FrozenTeacher, load_teacher_modules, teacher_shapes
 from qmimic_d2.modeling.trunk_adapter import is_in_trunk
-from qmimic_d2.modeling.weighting import MimicWeight, build_mimic_weight
+from qmimic_d2.modeling.weighting import BalancedWeight, MimicWeight, build_mimic_weight
 
 __all__ = ["MimicStudent"]
-
-# Above so many times the detection losses the mimic loss is of another order, and a warning tells of it.
-_MOST_TIMES = 100.0
 
 
 class MimicStudent(nn.Module):
@@ -96,16 +93,18 @@ class MimicStudent(nn.Module):
         self.jitter = jitter
         self.num_neighbours = num_neighbours
         self.diagnostics_period = diagnostics_period
-        self.gradient_period = gradient_period
+        self._gradient_meter = GradientMeter(gradient_period)
         self._build_teacher = build_teacher
         self._load_heads = load_heads
         self._teacher: Optional[FrozenTeacher] = None
         self._has_warned = False
         self._has_loaded_heads = False
-        self._has_compared_losses = False
+        self._scale_warning = ScaleWarning()
         self._record = StepRecord()
         if mimic_loss is not None:
-            self._record.watch_backbone(self.backbone)
+            takes_gradients = gradient_period > 0 or isinstance(mimic_loss.weight, BalancedWeight)
+            separates = takes_gradients and len(mimic_loss.student_features) > 1
+            self._record.watch_backbone(self.backbone, separates=separates)
         for name in self.head_names:
             getattr(self, name)._register_load_state_dict_pre_hook(self._note_loaded_heads)
 
@@ -221,25 +220,9 @@ class MimicStudent(nn.Module):
             weight = self._measure_gradients(detection, losses, weight)
         storage.put_scalar("qmimic/weight", weight, smoothing_hint=False)
         if weight > 0.0:
-            losses = {name: loss * weight for name, loss in losses.items()}
-            self._warn_of_scale(detection, losses)
-            return losses
+            self._scale_warning.look(detection, losses, self.mimic_loss, weight)
+            return {name: loss * weight for name, loss in losses.items()}
         return self.mimic_loss.zeros(self._record.maps)
-
-    def _warn_of_scale(self, detection: Dict[str, Tensor], losses: Dict[str, Tensor]) -> None:
-        """Once, in the first iteration: a mimic loss of another order than the detector's drowns it, or diverges."""
-        if self._has_compared_losses:
-            return
-        self._has_compared_losses = True
-        theirs, ours = (summed(each).item() for each in (detection, losses))
-        if not ours <= _MOST_TIMES * theirs:
-            logging.getLogger(__name__).warning(
-                "the mimic loss begins at %.3g, and the detection losses together at %.3g: MODEL.QMIMIC.MIMIC."
-                "LOSS_WEIGHT does not fit NORMALIZE_BY, and the training will neglect the detector or diverge. Set "
-                "MODEL.QMIMIC.MIMIC.NORMALIZE_BY 'target', a relative error, and SCHEDULE 'balanced', which needs no "
-                "weight",
-                *(ours, theirs),
-            )
 
     def _measure_gradients(
         self, detection: Dict[str, Tensor], losses: Dict[str, Tensor], weight: float
@@ -247,15 +230,13 @@ class MimicStudent(nn.Module):
         """Writes the mimic's share of the gradient where it is due; returns lambda, balanced where that is due."""
         storage = get_event_storage()
         schedule = self.mimic_loss.weight
-        writes = _is_due(self.gradient_period, storage.iter)
+        maps = {name: self._record.maps[name] for name in self.mimic_loss.student_features}
+        self._gradient_meter.warn_of_frozen(maps)
+        writes = self._gradient_meter.is_due(storage.iter)
         balances = schedule.wants_balance(storage.iter)
         if not (writes or balances):
             return weight
-        places = {"map": [self._record.maps[name] for name in self.mimic_loss.student_features]}
-        if writes:
-            places["backbone"] = [each for each in self.backbone.parameters() if each.requires_grad]
-        shares = gradient_share(summed(detection), summed(losses), list(places.values()))
-        shares = dict(zip(places, averaged(shares) if comm.get_world_size() > 1 else shares))
+        shares = self._gradient_meter.measure(self, maps, detection, losses, writes=writes, balances=balances)
         if balances:
             schedule.balance(shares["map"].detection, shares["map"].mimic)
             weight = schedule.at(storage.iter)
