@@ -21,6 +21,12 @@ _NOT_TWICE = (
     "be differentiated inside the forward pass"
 )
 
+_FROZEN = (
+    "%s require no gradient, because the layers up to them are frozen, or run in a reentrant activation checkpoint whose "
+    "inputs require none. Freeze fewer (MODEL.BACKBONE.FREEZE_AT, MODEL.VGG.FREEZE_AT) or compare other maps "
+    "(MODEL.QMIMIC.MIMIC.IN_FEATURES)"
+)
+
 
 class GradientMeter:
     """
@@ -83,9 +89,7 @@ class GradientMeter:
         }
         if balances and not tensors["map"]:
             raise ValueError(
-                f"{_needs_map()}: {list(maps)} require no gradient, because the layers up to them are frozen. Freeze "
-                "fewer (MODEL.BACKBONE.FREEZE_AT, MODEL.VGG.FREEZE_AT) or compare other maps "
-                "(MODEL.QMIMIC.MIMIC.IN_FEATURES)"
+                f"{_needs_map()}: {_FROZEN % list(maps)}"
             )
         wanted = [place for place in wanted if tensors[place]]
         while wanted:
@@ -107,10 +111,7 @@ class GradientMeter:
         if frozen and not self._has_warned_of_frozen:
             self._has_warned_of_frozen = True
             logging.getLogger(__name__).warning(
-                "MODEL.QMIMIC.MIMIC compares %s, which require no gradient, because the layers up to them are frozen: "
-                "the mimic teaches the student nothing there. Freeze fewer layers (MODEL.BACKBONE.FREEZE_AT, "
-                "MODEL.VGG.FREEZE_AT) or compare other maps (MODEL.QMIMIC.MIMIC.IN_FEATURES)",
-                frozen,
+                "The mimic teaches the student nothing at some of its compared maps: %s", _FROZEN % frozen
             )
 
     def _give_up(

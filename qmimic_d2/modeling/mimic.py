@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from qmimic_d2.modeling.adapter import build_adapter
 from qmimic_d2.modeling.comparison_events import write_comparison
 from qmimic_d2.modeling.feature_comparison import FeatureComparison, compare_features
+from qmimic_d2.modeling.image_counts import check_boxes, check_maps, named
 from qmimic_d2.modeling.quantizer import Quantizer, build_code_quantizer, build_quantizer
 from qmimic_d2.modeling.roi_pooling import LevelPooler
 
@@ -148,7 +149,11 @@ class RoIMimicLoss(nn.Module):
             L_m, unweighted, as ``loss_mimic``, or as ``loss_mimic_<map>`` for each of several levels,
             each divided by the M regions of all levels ("target": by the level's own energy). Without
             a region it is a zero that still reaches every parameter.
+
+        Raises:
+            ValueError: maps and boxes are not of the same images, or boxes are rotated.
         """
+        boxes = self._checked(student_maps, teacher_maps, boxes)
         rois_of_level = self.pooler.assign(boxes)
         num_rois = sum(len(rois) for rois in rois_of_level)
         losses = {}
@@ -179,7 +184,11 @@ class RoIMimicLoss(nn.Module):
         Args:
             image_sizes: N heights and widths in pixels of the student's input image; cells of the padding behind
                 them are left out.
+
+        Raises:
+            ValueError: maps and sizes are not of the same images.
         """
+        self._check_maps(student_maps, teacher_maps, len(image_sizes))
         grids = [
             (self._cells(student_maps[name], teacher_maps[other], image_sizes, level))
             for level, (name, other) in enumerate(zip(self.student_features, self.teacher_features))
@@ -201,10 +210,11 @@ class RoIMimicLoss(nn.Module):
             By name of the student's map, those without a region included.
 
         Raises:
-            ValueError: there is no ``code_quantizer``.
+            ValueError: there is no ``code_quantizer``, or as in :meth:`forward`.
         """
         if self.code_quantizer is None:
             raise ValueError("this RoIMimicLoss has no code_quantizer to compare features with; give it one")
+        boxes = self._checked(student_maps, teacher_maps, boxes)
         comparisons = {}
         for level, rois in enumerate(self.pooler.assign(boxes)):
             name = self.student_features[level]
@@ -219,6 +229,25 @@ class RoIMimicLoss(nn.Module):
             f"loss_mimic{self._suffix(name)}": self._zero(name, student_maps[name])
             for name in self.student_features
         }
+
+    def _check_maps(
+        self, student_maps: Dict[str, Tensor], teacher_maps: Dict[str, Tensor], num_images: int
+    ) -> None:
+        # a region of an image that a map does not cover would be read from beyond its memory
+        maps_of = {
+            "student": named(student_maps, self.student_features),
+            "teacher": named(teacher_maps, self.teacher_features),
+        }
+        check_maps(maps_of, num_images)
+
+    def _checked(
+        self, student_maps: Dict[str, Tensor], teacher_maps: Dict[str, Tensor], boxes: List[Boxes]
+    ) -> List[Boxes]:
+        """The boxes on the maps' device, which belong to the same images."""
+        self._check_maps(student_maps, teacher_maps, len(boxes))
+        check_boxes(boxes)
+        device = student_maps[self.student_features[0]].device
+        return [each.to(device) for each in boxes]
 
     def _loss(self, name: str, pooled: Tensor, target: Tensor, num_rois: int, measure: bool) -> Tensor:
         adapted = self.adapters[name](pooled)

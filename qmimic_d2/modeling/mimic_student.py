@@ -1,5 +1,6 @@
 """A detector in training with a teacher beside it: what every meta-architecture of this project shares."""
 
+import copy
 import functools
 import logging
 from typing import Callable, Dict, List, Optional, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from qmimic_d2.modeling.feature_comparison import FeatureComparison
 from qmimic_d2.modeling.gradient_meter import GradientMeter
 from qmimic_d2.modeling.head_features import head_features
+from qmimic_d2.modeling.image_counts import named
 from qmimic_d2.modeling.mimic import RoIMimicLoss
 from qmimic_d2.modeling.quantizer_hook import check_features
 from qmimic_d2.modeling.rois import ROI_SOURCES, WHOLE_MAP, check_roi_source, select_rois, sources_of
@@ -177,6 +179,17 @@ class MimicStudent(nn.Module):
             self.backbone(self.preprocess_image(batched_inputs).tensor)
             return self.mimic_loss.compare(self._record.maps, self._teacher.features(batched_inputs), boxes)
 
+    def __deepcopy__(self, memo: Dict) -> "MimicStudent":
+        # __getstate__ would leave the teacher out of the copy, which shares it
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __getstate__(self) -> Dict:
+        # A pickled student, torch.save(model) say, holds no tensor of the teacher. The next training builds it again.
+        return {**self.__dict__, "_teacher": None}
+
     def _apply(self, *args, **kwargs):
         module = super()._apply(*args, **kwargs)
         if self._teacher is not None:
@@ -199,6 +212,7 @@ class MimicStudent(nn.Module):
                 )
             if self._load_heads is not None and not self._has_loaded_heads:
                 self._load_heads({name: getattr(self, name) for name in self.head_names})
+                self._has_loaded_heads = True
             self._teacher = teacher
 
     def _note_loaded_heads(self, state: Dict[str, Tensor], prefix: str, *rest) -> None:
@@ -230,7 +244,7 @@ class MimicStudent(nn.Module):
         """Writes the mimic's share of the gradient where it is due; returns lambda, balanced where that is due."""
         storage = get_event_storage()
         schedule = self.mimic_loss.weight
-        maps = {name: self._record.maps[name] for name in self.mimic_loss.student_features}
+        maps = named(self._record.maps, self.mimic_loss.student_features)
         self._gradient_meter.warn_of_frozen(maps)
         writes = self._gradient_meter.is_due(storage.iter)
         balances = schedule.wants_balance(storage.iter)

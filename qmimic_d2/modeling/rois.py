@@ -12,6 +12,8 @@ from typing import Callable, Dict, List, Sequence, Tuple
 import torch
 from detectron2.structures import Boxes, Instances
 
+from qmimic_d2.modeling.image_counts import check_boxes, check_counts
+
 __all__ = ["ROI_SOURCES", "WHOLE_MAP", "TrainingRegions", "check_roi_source", "select_rois", "sources_of"]
 
 # The value of MODEL.QMIMIC.MIMIC.ROI_SOURCE that compares whole maps, cell by cell, and no region.
@@ -125,9 +127,16 @@ def select_rois(source: str, regions: TrainingRegions, max_per_image: int = 0) -
 
     Returns:
         N Boxes of shape (R, 4), R from 0 to ``max_per_image``, detached.
+
+    Raises:
+        ValueError: a part covers another number of images than the step has, or its boxes are rotated.
     """
-    parts = [ROI_SOURCES[part](regions) for part in sources_of(source)]
-    union = [torch.cat([boxes.tensor.detach() for boxes in of_image]) for of_image in zip(*parts)]
+    parts = {part: ROI_SOURCES[part](regions) for part in sources_of(source)}
+    counts = {f"the regions of {_KEY} {part!r}": len(boxes) for part, boxes in parts.items()}
+    check_counts(counts, len(regions.image_sizes) or len(next(iter(parts.values()))))
+    for boxes in parts.values():
+        check_boxes(boxes)
+    union = [torch.cat([boxes.tensor.detach() for boxes in of_image]) for of_image in zip(*parts.values())]
     return [Boxes(each[:max_per_image] if max_per_image else each) for each in union]
 
 

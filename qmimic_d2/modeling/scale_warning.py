@@ -43,13 +43,13 @@ class ScaleWarning:
         if loss.normalize_by != "target":
             advice.append("NORMALIZE_BY 'target', a relative error")
         if not is_balanced:
-            advice.append("SCHEDULE 'balanced', which needs no weight")
+            advice += ["SCHEDULE 'balanced', which needs no weight", "a smaller LOSS_WEIGHT"]
         elif not advice:
-            advice.append("a smaller BALANCE_SHARE, or BALANCE_BOUNDS with a smaller upper bound")
+            advice.append("a smaller BALANCE_SHARE or upper bound in BALANCE_BOUNDS")
         logging.getLogger(__name__).warning(
-            "with its weight of %.3g the mimic loss begins at %.3g, and the detection losses together at %.3g: the "
-            "weight does not fit NORMALIZE_BY %r, and the training will neglect the detector or diverge. Set, below "
-            "MODEL.QMIMIC.MIMIC, %s%s",
-            *(full, ours, theirs, loss.normalize_by, " and ".join(advice)),
-            "" if is_balanced else ", or a smaller LOSS_WEIGHT",
+            "with its full weight of %.3g the mimic loss is %.3g, and the detection losses together are %.3g: "
+            "MODEL.QMIMIC.MIMIC.%s does not fit NORMALIZE_BY %r, and the training will neglect the detector or diverge. "
+            "Below MODEL.QMIMIC.MIMIC set %s",
+            *(full, ours, theirs, "BALANCE_SHARE" if is_balanced else "LOSS_WEIGHT"),
+            *(loss.normalize_by, " or ".join(advice)),
         )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qmimic_d2.checkpoint import load_audited, read_checkpoint
 from qmimic_d2.modeling.head_features import head_features
+from qmimic_d2.modeling.image_counts import check_maps
 from qmimic_d2.modeling.quantizer import Quantizer, build_quantizer
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer, check_features
 from qmimic_d2.modeling.rois import sources_of
@@ -172,6 +173,9 @@ class FrozenTeacher:
         Returns:
             Maps of shape (N, T, H', W') by name, inference tensors. Smaller maps are continued to the
             right and below by their last column and row, as ROIAlign itself continues them.
+
+        Raises:
+            ValueError: the backbone gives another number of maps than of images.
         """
         return self._maps_of_groups(batched_inputs, lambda images, maps: None)[0]
 
@@ -216,6 +220,7 @@ class FrozenTeacher:
         for members in groups.values():
             group = [images[index] for index in members]
             maps = self._backbone(torch.stack(group))
+            check_maps({"teacher": {name: maps[name] for name in self._features}}, len(members))
             for index, other in zip(members, also(group, maps) or [None] * len(group)):
                 others[index] = other
             if len(groups) == 1:

@@ -6,6 +6,7 @@ one harmful early in training, which it names gradient focusing (Wei et al., ECC
 https://arxiv.org/abs/1805.02152v3). The schedules and the balanced weight are this project's answer to it.
 """
 
+import logging
 import math
 from typing import Sequence, Tuple
 
@@ -19,6 +20,12 @@ __all__ = ["SCHEDULES", "BalancedWeight", "MimicWeight", "build_mimic_weight"]
 SCHEDULES = ("constant", "warmup", "cosine", "step", "balanced")
 
 _PREFIX = "MODEL.QMIMIC.MIMIC."
+
+# Measurements without a gradient after which a weight that was never balanced is warned of.
+_MOST_PASSED_OVER = 10
+
+# exp of more is not representable.
+_MOST_LOG = 700.0
 
 
 class MimicWeight(nn.Module):
@@ -170,6 +177,8 @@ class BalancedWeight(MimicWeight):
         self.bounds = (float(bounds[0]), float(bounds[1]))
         self._log_ratio = 0.0
         self._num_measured = 0
+        self._num_passed_over = 0
+        self._has_warned = False
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
@@ -186,9 +195,8 @@ class BalancedWeight(MimicWeight):
         weight = super().at(iteration)
         if weight == 0.0 or not self._num_measured:
             return weight
-        mean = self._log_ratio / (1.0 - self.momentum**self._num_measured)
         low, high = (math.log(bound) for bound in self.bounds)
-        return math.exp(min(max(math.log(self.share / (1.0 - self.share)) + mean, low), high))
+        return math.exp(min(max(self._log_wanted(), low), high))
 
     def wants_balance(self, iteration: int) -> bool:
         return iteration % self.period == 0 and super().at(iteration) > 0.0
@@ -203,10 +211,44 @@ class BalancedWeight(MimicWeight):
                 or not finite (no region, an overflow) says nothing and is passed over.
         """
         if not (0.0 < detection_norm < math.inf and 0.0 < mimic_norm < math.inf):
+            self._num_passed_over += 1
+            self._warn_of_nothing_measured(detection_norm, mimic_norm)
             return
         logarithm = math.log(detection_norm) - math.log(mimic_norm)
         self._log_ratio = self.momentum * self._log_ratio + (1.0 - self.momentum) * logarithm
         self._num_measured += 1
+        self._warn_of_bounds()
+
+    def _log_wanted(self) -> float:
+        """log(lambda) that gives the wanted share, within the bounds or not."""
+        mean = self._log_ratio / (1.0 - self.momentum**self._num_measured)
+        return math.log(self.share / (1.0 - self.share)) + mean
+
+    def _warn_of_bounds(self) -> None:
+        wanted, (low, high) = self._log_wanted(), self.bounds
+        bound = min(max(wanted, math.log(low)), math.log(high))
+        if bound == wanted or self._has_warned:
+            return
+        self._has_warned = True
+        # lambda * g_mim / g_det, which is p / (1 - p) at the wanted lambda
+        ratio = self.share / (1.0 - self.share) * math.exp(min(bound - wanted, _MOST_LOG))
+        logging.getLogger(__name__).warning(
+            "the balanced weight rests at %.3g, a bound of %sBALANCE_BOUNDS %s, where the mimic has %.3g of the gradient: "
+            "BALANCE_SHARE %g takes a weight of %.3g. Set wider bounds, or NORMALIZE_BY 'target', whose loss needs no "
+            "extreme weight",
+            *(math.exp(bound), _PREFIX, list(self.bounds), ratio / (1.0 + ratio)),
+            *(self.share, math.exp(min(wanted, _MOST_LOG))),
+        )
+
+    def _warn_of_nothing_measured(self, detection_norm: float, mimic_norm: float) -> None:
+        if self._num_measured or self._num_passed_over != _MOST_PASSED_OVER:
+            return
+        logging.getLogger(__name__).warning(
+            "%sSCHEDULE is 'balanced', and %d measurements in a row gave nothing to balance by: at the student's compared "
+            "maps the gradient of the detection losses has norm %.3g, that of the mimic %.3g. LOSS_WEIGHT %g is in force. "
+            "Look at the regions (ROI_SOURCE), and at QUANTIZER.STRIDE, which may erase the student's features",
+            *(_PREFIX, self._num_passed_over, detection_norm, mimic_norm, self.weight),
+        )
 
     def get_extra_state(self) -> Tensor:
         # float64 gives the Python numbers back as they were, so that resuming is exact
