@@ -314,8 +314,10 @@ def test_unknown_name_is_refused():
     [
         ("build_vgg_backbone", ["conv5"], ["conv5"]),
         ("build_vgg_fpn_backbone", ["conv3", "conv4", "conv5"], ["p2", "p3", "p4"]),
+        ("build_retinanet_vgg_fpn_backbone", ["conv4", "conv5"], ["p3", "p4", "p5", "p6"]),
         ("build_divided_resnet_backbone", ["res4"], ["res4"]),
         ("build_divided_resnet_fpn_backbone", ["res3", "res4", "res5"], ["p3", "p4", "p5"]),
+        ("build_divided_retinanet_resnet_fpn_backbone", ["res4", "res5"], ["p4", "p5", "p6", "p7"]),
     ],
 )
 def test_generalized_rcnn_trains_and_infers(name, bottom_up, levels):

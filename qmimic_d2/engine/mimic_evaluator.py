@@ -17,7 +17,7 @@ from qmimic_d2.analysis.calibration import evenly_spaced
 from qmimic_d2.engine.randomness import own_randomness
 from qmimic_d2.json_file import write_json
 from qmimic_d2.modeling.feature_comparison import FeatureComparison, histogram_codes
-from qmimic_d2.modeling.mimic_student import MimicStudent
+from qmimic_d2.modeling.mimic_student import MimicStudent, warn_of_unused_teacher
 from qmimic_d2.modeling.quantizer import Quantizer
 
 __all__ = ["MimicEvaluator", "add_mimic_hook"]
@@ -177,6 +177,7 @@ def add_mimic_hook(built: Sequence[Optional[HookBase]], cfg: CfgNode, model: nn.
         ValueError: a wrong MODEL.QMIMIC.DIAGNOSTICS.EVAL_IMAGES, or no ``EvalHook``.
     """
     built = list(built)
+    warn_of_unused_teacher(cfg, _unwrapped(model))
     evaluator = MimicEvaluator(cfg)
     if not evaluator.measures(model):
         return built

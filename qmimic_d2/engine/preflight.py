@@ -30,7 +30,7 @@ from qmimic_d2.engine.trainer import (
     build_evaluator,
     load_evaluated_weights,
 )
-from qmimic_d2.modeling.mimic_student import MimicStudent
+from qmimic_d2.modeling.mimic_student import MimicStudent, warn_of_unused_teacher
 
 __all__ = ["check_run"]
 
@@ -82,7 +82,9 @@ def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False, resu
             _check_optimizer(on_cpu, model)
             MimicEvaluator(on_cpu)  # raises at a wrong MODEL.QMIMIC.DIAGNOSTICS.EVAL_IMAGES
             model.train()  # a MimicStudent builds its teacher, and audits the weights
-            _warn_of_unused_teacher(cfg, model)
+            warn_of_unused_teacher(cfg, model)
+            if isinstance(model, MimicStudent):
+                model.check_gradients()
             build_checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     # Last, since looking for the embedded data makes them.
     if not eval_only:
@@ -154,15 +156,6 @@ def _check_optimizer(cfg: CfgNode, model: nn.Module) -> None:
             f"{node.BASE_LR}, BASE_LR_END {node.BASE_LR_END}, STEPS {node.STEPS}, MAX_ITER {node.MAX_ITER} "
             "or the WARMUP_ and CLIP_GRADIENTS keys"
         ) from error
-
-
-def _warn_of_unused_teacher(cfg: CfgNode, model: nn.Module) -> None:
-    if cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE and not isinstance(model, MimicStudent):
-        logging.getLogger(__name__).warning(
-            "MODEL.QMIMIC.TEACHER.CONFIG_FILE names a teacher, which nothing uses: MODEL.META_ARCHITECTURE is %r "
-            "and none of those that imitate one, such as 'QuantMimicRCNN'",
-            cfg.MODEL.META_ARCHITECTURE,
-        )
 
 
 def _check_registered(cfg: CfgNode, eval_only: bool) -> None:

@@ -37,6 +37,7 @@ _STOCK_PACKAGES = ("detectron2", "fvcore", "torch", "torchvision")
 _STOCK_BACKBONES = {
     "build_divided_resnet_backbone": "build_resnet_backbone",
     "build_divided_resnet_fpn_backbone": "build_resnet_fpn_backbone",
+    "build_divided_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_fpn_backbone",
 }
 _BASIC_DEPTHS = (18, 34)
 

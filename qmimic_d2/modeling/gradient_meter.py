@@ -11,9 +11,10 @@ from qmimic_d2.modeling.gradient_share import GradientShare, averaged, gradient_
 
 __all__ = ["GradientMeter"]
 
-# Of torch.distributed.fsdp, which is imported only where it is used: the wrapper, and what fully_shard makes of a module.
+# Of torch.distributed.fsdp, which only its users import: the wrapper, and what fully_shard makes of a module.
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
 
+_NEEDS_MAP = "MODEL.QMIMIC.MIMIC.SCHEDULE is 'balanced', which needs the gradient at the student's compared maps"
 _OTHERWISE = "set MODEL.QMIMIC.MIMIC.SCHEDULE 'warmup' or 'constant' with NORMALIZE_BY 'target'"
 
 _NOT_TWICE = (
@@ -22,8 +23,8 @@ _NOT_TWICE = (
 )
 
 _FROZEN = (
-    "%s require no gradient, because the layers up to them are frozen, or run in a reentrant activation checkpoint whose "
-    "inputs require none. Freeze fewer (MODEL.BACKBONE.FREEZE_AT, MODEL.VGG.FREEZE_AT) or compare other maps "
+    "%s require no gradient, because the layers up to them are frozen, or run in a reentrant activation checkpoint "
+    "whose inputs require none. Freeze fewer (MODEL.BACKBONE.FREEZE_AT, MODEL.VGG.FREEZE_AT) or compare other maps "
     "(MODEL.QMIMIC.MIMIC.IN_FEATURES)"
 )
 
@@ -74,7 +75,8 @@ class GradientMeter:
             ValueError: ``balances``, and the place "map" cannot be measured; says why, and what to set.
         """
         # "map" comes back as an error where a balanced weight needs it
-        wanted = [place for place in ("map", "backbone") if writes and place in self._places or balances and place == "map"]
+        measured = self._places if writes else []
+        wanted = [place for place in ("map", "backbone") if place in measured or balances and place == "map"]
         sharded = _sharded_parts(model)
         if sharded:
             return self._give_up(
@@ -87,10 +89,6 @@ class GradientMeter:
             "map": [each for each in maps.values() if each.requires_grad],
             "backbone": [each for each in model.backbone.parameters() if each.requires_grad],
         }
-        if balances and not tensors["map"]:
-            raise ValueError(
-                f"{_needs_map()}: {_FROZEN % list(maps)}"
-            )
         wanted = [place for place in wanted if tensors[place]]
         while wanted:
             try:
@@ -105,9 +103,20 @@ class GradientMeter:
                 return dict(zip(wanted, averaged(shares) if comm.get_world_size() > 1 else shares))
         return {}
 
-    def warn_of_frozen(self, maps: Dict[str, Tensor]) -> None:
-        """Says once which of the compared maps no gradient reaches: their mimic teaches the adapter alone."""
+    def check_frozen(self, maps: Dict[str, Tensor], *, balances: bool) -> None:
+        """
+        Warns once of compared maps that no gradient reaches: their mimic teaches the adapter alone.
+
+        Args:
+            maps: the compared maps of a step, by name.
+            balances: the weight is a balanced one.
+
+        Raises:
+            ValueError: ``balances``, and no gradient reaches any of the maps.
+        """
         frozen = [name for name, each in maps.items() if not each.requires_grad]
+        if balances and len(frozen) == len(maps):
+            raise ValueError(f"{_NEEDS_MAP}: {_FROZEN % frozen}")
         if frozen and not self._has_warned_of_frozen:
             self._has_warned_of_frozen = True
             logging.getLogger(__name__).warning(
@@ -118,7 +127,7 @@ class GradientMeter:
         self, places: Sequence[str], balances: bool, reason: str, cause: Optional[Exception] = None
     ) -> Dict[str, GradientShare]:
         if balances and "map" in places:
-            raise ValueError(f"{_needs_map()}, which cannot be taken here: {reason}; or {_OTHERWISE}") from cause
+            raise ValueError(f"{_NEEDS_MAP}, which cannot be taken here: {reason}; or {_OTHERWISE}") from cause
         self._places = [place for place in self._places if place not in places]
         logging.getLogger(__name__).warning(
             "The figures qmimic/grad_*_%s of MODEL.QMIMIC.DIAGNOSTICS.GRADIENT_PERIOD are left out from now on: %s",
@@ -126,10 +135,6 @@ class GradientMeter:
             reason,
         )
         return {}
-
-
-def _needs_map() -> str:
-    return "MODEL.QMIMIC.MIMIC.SCHEDULE is 'balanced', which needs the gradient at the student's compared maps"
 
 
 def _sharded_parts(model: nn.Module) -> List[str]:

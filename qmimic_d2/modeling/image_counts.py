@@ -8,8 +8,8 @@ from torch import Tensor
 __all__ = ["check_boxes", "check_counts", "check_maps", "named"]
 
 _ADVICE = (
-    "A backbone with branches, such as TridentNet's in training, gives several maps of an image: compare a map in front "
-    "of the branches (MODEL.QMIMIC.MIMIC.IN_FEATURES), or take one branch (MODEL.TRIDENT.NUM_BRANCH 1; for a teacher "
+    "A backbone with branches, such as TridentNet's in training, gives several maps of an image: compare a map in "
+    "front of the branches (MODEL.QMIMIC.MIMIC.IN_FEATURES), or take one branch (MODEL.TRIDENT.NUM_BRANCH 1; for a teacher "
     "MODEL.TRIDENT.TEST_BRANCH_IDX 1 in MODEL.QMIMIC.TEACHER.OPTS)"
 )
 
@@ -42,8 +42,8 @@ def named(maps: Dict[str, Tensor], names: Iterable[str]) -> Dict[str, Tensor]:
     missing = [name for name in names if name not in maps]
     if missing:
         raise ValueError(
-            f"the backbone gave no map {missing} in this step, but {sorted(maps)}: the mimic reads the student's maps in "
-            "a forward hook of model.backbone, which has to be called in every training step"
+            f"the backbone gave no map {missing} in this step, but {sorted(maps)}: the mimic reads the student's maps "
+            "in a forward hook of model.backbone, which has to be called in every training step"
         )
     return {name: maps[name] for name in names}
 

@@ -26,7 +26,17 @@ from qmimic_d2.modeling.teacher import FrozenTeacher, load_teacher_modules, teac
 from qmimic_d2.modeling.trunk_adapter import is_in_trunk
 from qmimic_d2.modeling.weighting import BalancedWeight, MimicWeight, build_mimic_weight
 
-__all__ = ["MimicStudent"]
+__all__ = ["MimicStudent", "warn_of_unused_teacher"]
+
+
+def warn_of_unused_teacher(cfg: CfgNode, model: nn.Module) -> None:
+    """Warns where a config names a teacher, and its model is of a class that imitates none."""
+    if cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE and not isinstance(model, MimicStudent):
+        logging.getLogger(__name__).warning(
+            "MODEL.QMIMIC.TEACHER.CONFIG_FILE names a teacher, which nothing uses: MODEL.META_ARCHITECTURE is %r "
+            "and none of those that imitate one, such as 'QuantMimicRCNN'",
+            cfg.MODEL.META_ARCHITECTURE,
+        )
 
 
 class MimicStudent(nn.Module):
@@ -179,6 +189,23 @@ class MimicStudent(nn.Module):
             self.backbone(self.preprocess_image(batched_inputs).tensor)
             return self.mimic_loss.compare(self._record.maps, self._teacher.features(batched_inputs), boxes)
 
+    def check_gradients(self) -> None:
+        """
+        Says before a training what its first step would say of frozen layers: runs the backbone on a blank image.
+
+        Changes nothing but the modes of the backbone's modules, which are in evaluation after it.
+
+        Raises:
+            ValueError: the weight is balanced, and no gradient reaches any of the compared maps.
+        """
+        if self.mimic_loss is None or all(each.requires_grad for each in self.backbone.parameters()):
+            return
+        self.backbone.eval()
+        blank = torch.zeros(len(self.pixel_mean), 64, 64)
+        maps = self.backbone(self.preprocess_image([{"image": blank}]).tensor)
+        balances = isinstance(self.mimic_loss.weight, BalancedWeight)
+        self._gradient_meter.check_frozen(named(maps, self.mimic_loss.student_features), balances=balances)
+
     def __deepcopy__(self, memo: Dict) -> "MimicStudent":
         # __getstate__ would leave the teacher out of the copy, which shares it
         copied = type(self).__new__(type(self))
@@ -234,7 +261,7 @@ class MimicStudent(nn.Module):
             weight = self._measure_gradients(detection, losses, weight)
         storage.put_scalar("qmimic/weight", weight, smoothing_hint=False)
         if weight > 0.0:
-            self._scale_warning.look(detection, losses, self.mimic_loss, weight)
+            self._scale_warning.look(detection, losses, self.mimic_loss)
             return {name: loss * weight for name, loss in losses.items()}
         return self.mimic_loss.zeros(self._record.maps)
 
@@ -245,7 +272,7 @@ class MimicStudent(nn.Module):
         storage = get_event_storage()
         schedule = self.mimic_loss.weight
         maps = named(self._record.maps, self.mimic_loss.student_features)
-        self._gradient_meter.warn_of_frozen(maps)
+        self._gradient_meter.check_frozen(maps, balances=isinstance(schedule, BalancedWeight))
         writes = self._gradient_meter.is_due(storage.iter)
         balances = schedule.wants_balance(storage.iter)
         if not (writes or balances):

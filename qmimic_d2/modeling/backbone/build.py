@@ -10,7 +10,7 @@ from typing import Callable, List, Sequence, Tuple, Union
 
 from detectron2.config import CfgNode
 from detectron2.modeling.backbone import FPN, Backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
 NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN")
@@ -130,9 +130,9 @@ def resolve_norm(key: str, norm: str) -> Norm:
     return _group_norm if norm == "GN" else norm
 
 
-def build_fpn(cfg: CfgNode, bottom_up: Backbone, *, strides_key: str) -> FPN:
+def build_fpn(cfg: CfgNode, bottom_up: Backbone, *, strides_key: str, for_retinanet: bool = False) -> FPN:
     """
-    Detectron2's FPN over ``bottom_up``, with one more level by subsampling the last.
+    Detectron2's FPN over ``bottom_up``, with one more level by subsampling the last, or with RetinaNet's two.
 
     It reads ``MODEL.FPN.*`` as ``build_resnet_fpn_backbone`` does. Levels are named after their
     stride, "p3" for stride 8, so which names there are depends on the stage strides. The added
@@ -143,6 +143,8 @@ def build_fpn(cfg: CfgNode, bottom_up: Backbone, *, strides_key: str) -> FPN:
         cfg: the configuration.
         bottom_up: backbone that returns every feature of ``MODEL.FPN.IN_FEATURES``.
         strides_key: the key that sets the bottom-up's strides, for the error message.
+        for_retinanet: two more levels by convolutions on the last input feature (Lin et al., "Focal Loss for Dense
+            Object Detection", ICCV 2017), as ``build_retinanet_resnet_fpn_backbone`` adds "p6" and "p7" to "p5".
 
     Raises:
         ValueError: if an input feature is missing from the bottom-up, if the strides do not double
@@ -159,8 +161,12 @@ def build_fpn(cfg: CfgNode, bottom_up: Backbone, *, strides_key: str) -> FPN:
             f"powers of two, each twice the one before. Change {strides_key} or "
             f"MODEL.FPN.IN_FEATURES."
         )
-    top_block = LastLevelMaxPool()
-    top_block.in_feature = f"p{int(math.log2(strides[-1]))}"
+    if for_retinanet:
+        last = in_features[-1]
+        top_block = LastLevelP6P7(shapes[last].channels, cfg.MODEL.FPN.OUT_CHANNELS, last)
+    else:
+        top_block = LastLevelMaxPool()
+        top_block.in_feature = f"p{int(math.log2(strides[-1]))}"
     return FPN(
         bottom_up=bottom_up,
         in_features=list(in_features),

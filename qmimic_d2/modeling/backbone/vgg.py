@@ -274,3 +274,22 @@ def build_vgg_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """
     bottom_up = build_vgg_backbone(cfg, input_shape)
     return build_fpn(cfg, bottom_up, strides_key="MODEL.VGG.STAGE_STRIDES")
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_vgg_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """
+    As :func:`build_vgg_fpn_backbone`, with RetinaNet's two levels instead of the subsampled one.
+
+    With the default strides and ``IN_FEATURES`` ["conv4", "conv5"] it gives "p3" and "p4", and "p5" and "p6" by
+    convolutions on "conv5".
+
+    Args:
+        cfg: configuration with the keys of ``add_qmimic_config``.
+        input_shape: its ``channels`` are the input's.
+
+    Raises:
+        ValueError: see ``build.build_fpn``.
+    """
+    bottom_up = build_vgg_backbone(cfg, input_shape)
+    return build_fpn(cfg, bottom_up, strides_key="MODEL.VGG.STAGE_STRIDES", for_retinanet=True)
