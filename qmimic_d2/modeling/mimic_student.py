@@ -1,6 +1,5 @@
 """A detector in training with a teacher beside it: what every meta-architecture of this project shares."""
 
-import copy
 import functools
 import logging
 from typing import Callable, Dict, List, Optional, Sequence
@@ -205,17 +204,6 @@ class MimicStudent(nn.Module):
         maps = self.backbone(self.preprocess_image([{"image": blank}]).tensor)
         balances = isinstance(self.mimic_loss.weight, BalancedWeight)
         self._gradient_meter.check_frozen(named(maps, self.mimic_loss.student_features), balances=balances)
-
-    def __deepcopy__(self, memo: Dict) -> "MimicStudent":
-        # __getstate__ would leave the teacher out of the copy, which shares it
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
-
-    def __getstate__(self) -> Dict:
-        # A pickled student, torch.save(model) say, holds no tensor of the teacher. The next training builds it again.
-        return {**self.__dict__, "_teacher": None}
 
     def _apply(self, *args, **kwargs):
         module = super()._apply(*args, **kwargs)

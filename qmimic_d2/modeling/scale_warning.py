@@ -42,7 +42,7 @@ class ScaleWarning:
         relative = "" if loss.normalize_by == "target" else "NORMALIZE_BY 'target', a relative error, and "
         logging.getLogger(__name__).warning(
             "with the full weight of %.3g the mimic loss is %.3g, and the detection losses together are %.3g: "
-            "MODEL.QMIMIC.MIMIC.LOSS_WEIGHT does not fit NORMALIZE_BY %r, and the training will neglect the detector or "
-            "diverge. Below MODEL.QMIMIC.MIMIC set %sSCHEDULE 'balanced', which needs no weight",
+            "MODEL.QMIMIC.MIMIC.LOSS_WEIGHT does not fit NORMALIZE_BY %r, and the training will neglect the detector "
+            "or diverge. Below MODEL.QMIMIC.MIMIC set %sSCHEDULE 'balanced', which needs no weight",
             *(full, ours, theirs, loss.normalize_by, relative),
         )

@@ -37,7 +37,8 @@ class FrozenTeacher:
 
     Not an ``nn.Module``, so that whoever holds it as an attribute does not take it into its
     parameters, ``state_dict``, optimizer, DDP buckets, or ``train()``. ``copy.deepcopy`` of a holder
-    (a moving average of the student, say) shares the teacher.
+    (a moving average of the student, say) shares the teacher. A pickled holder, as ``torch.save(model)``
+    writes it, has None in its place and no tensor of it: the next training builds the teacher again.
 
     Construct it from a student's config, ``FrozenTeacher(cfg)``, which loads the weights and audits
     them; the explicit arguments are for a backbone that is loaded already.
@@ -134,6 +135,9 @@ class FrozenTeacher:
 
     def __deepcopy__(self, memo) -> "FrozenTeacher":
         return self
+
+    def __reduce__(self) -> Tuple:
+        return type(None), ()
 
     @property
     def device(self) -> torch.device:

@@ -234,8 +234,8 @@ class BalancedWeight(MimicWeight):
         ratio = self.share / (1.0 - self.share) * math.exp(min(bound - wanted, _MOST_LOG))
         logging.getLogger(__name__).warning(
             "the balanced weight rests at %.3g, a bound of %sBALANCE_BOUNDS %s, where the mimic has %.3g of the "
-            "gradient: BALANCE_SHARE %g takes a weight of %.3g. Set wider bounds, or NORMALIZE_BY 'target', whose loss needs no "
-            "extreme weight",
+            "gradient: BALANCE_SHARE %g takes a weight of %.3g. Set wider bounds, or NORMALIZE_BY 'target', "
+            "whose loss needs no extreme weight",
             *(math.exp(bound), _PREFIX, list(self.bounds), ratio / (1.0 + ratio)),
             *(self.share, math.exp(min(wanted, _MOST_LOG))),
         )
@@ -245,8 +245,8 @@ class BalancedWeight(MimicWeight):
             return
         logging.getLogger(__name__).warning(
             "%sSCHEDULE is 'balanced', and %d measurements in a row gave nothing to balance by: at the student's "
-            "compared maps the gradient of the detection losses has norm %.3g, that of the mimic %.3g. LOSS_WEIGHT %g is "
-            "in force. Look at the regions (ROI_SOURCE), and at QUANTIZER.STRIDE, which may erase the student's features",
+            "compared maps the gradient of the detection losses has norm %.3g, that of the mimic %.3g. LOSS_WEIGHT "
+            "%g is in force. Look at the regions (ROI_SOURCE), and at QUANTIZER.STRIDE, which may erase the features",
             *(_PREFIX, self._num_passed_over, detection_norm, mimic_norm, self.weight),
         )
 
