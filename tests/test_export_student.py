@@ -27,6 +27,7 @@ RETINANET = (
     *("MODEL.RETINANET.NUM_CLASSES", 3),
     *("MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64]]),
 )
+RETINANET_FPN = ("MODEL.BACKBONE.NAME", "build_divided_retinanet_resnet_fpn_backbone")
 
 
 def dropped(*options, **arguments):
@@ -100,6 +101,7 @@ def test_the_files_hold_nothing_but_the_detector(tmp_path):
         ((*RESNET50_FPN, "MODEL.RESNETS.NORM", "GN"), "QuantRCNN", "Detectron2 does not build it"),
         ((*RESNET50_FPN, "MODEL.RESNETS.STRIDE_IN_1X1", False), "GeneralizedRCNN", None),
         ((*RESNET50_FPN, *MASK_HEAD), "GeneralizedRCNN", None),
+        ((*RESNET50_FPN, *RETINANET_FPN), "GeneralizedRCNN", None),
     ],
 )
 def test_which_students_are_stock(options, architecture, reason):

@@ -306,13 +306,15 @@ def test_a_default_trainer_measures_by_the_line_of_the_docs(tmp_path, teacher):
 # -------------------------------------------------------------------------------------- when it does not measure
 
 
-@pytest.mark.parametrize("architecture", ["GeneralizedRCNN", "QuantRCNN"])
-def test_a_model_without_mimic_is_not_measured(tmp_path, teacher, architecture):
+@pytest.mark.parametrize("architecture", ["GeneralizedRCNN", "QuantRCNN", "ProposalNetwork"])
+def test_a_model_without_mimic_is_not_measured(tmp_path, teacher, architecture, caplog):
     cfg = heldout_cfg(tmp_path, teacher, "MODEL.META_ARCHITECTURE", architecture)
     evaluator, model = MimicEvaluator(cfg), seeded_model(cfg)
     assert not evaluator.measures(model) and evaluator(model) == {}
     built = [None, hooks.EvalHook(0, dict)]
     assert add_mimic_hook(built, cfg, model) == built
+    # a script of one's own, which calls no check_run, hears of it as well
+    assert f"which nothing uses: MODEL.META_ARCHITECTURE is {architecture!r}" in caplog.text
     assert not (tmp_path / "mimic.json").exists()
 
 

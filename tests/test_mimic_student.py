@@ -109,6 +109,14 @@ def test_a_mimic_loss_of_another_order_is_warned_of_once(teacher, caplog):
     assert "MODEL.QMIMIC.MIMIC.LOSS_WEIGHT" in message and "SCHEDULE 'balanced'" in message
     assert warnings_of(*relative, 0.0) == []
     assert warnings_of(*relative, 20000.0, *BALANCED) == []
+    assert "NORMALIZE_BY 'target'" not in message.split("set ")[1]  # it is set already
+    (message,) = warnings_of(f"{MIMIC}.LOSS_WEIGHT", 20000.0)
+    assert "NORMALIZE_BY 'target'" in message and "SCHEDULE 'balanced'" in message
+    # a warm-up hides the size of the first losses, and not what they are multiplied by in the end
+    warmup = (f"{MIMIC}.SCHEDULE", "warmup", f"{MIMIC}.WARMUP_ITERS", 100000)
+    (message,) = warnings_of(*relative, 20000.0, *warmup)
+    assert "full weight of 2e+04" in message
+    assert warnings_of(*relative, 20.0, *warmup) == []
 
 
 def test_without_a_region_the_mimic_has_no_share(teacher):

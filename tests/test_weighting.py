@@ -110,6 +110,44 @@ def test_balanced_is_bounded():
     assert weight.at(1) == pytest.approx(0.1, rel=1e-12)
 
 
+@pytest.mark.parametrize("norms, rests, wanted", [((1e3, 1e-3), "10", "1e+06"), ((1e-3, 1e3), "0.1", "1e-06")])
+def test_a_weight_at_its_bound_is_reported_once(caplog, norms, rests, wanted):
+    weight = balanced(bounds=(0.1, 10.0))
+    weight.balance(1.0, 1.0)
+    assert caplog.messages == []
+    weight = balanced(bounds=(0.1, 10.0))
+    for _ in range(3):
+        weight.balance(*norms)
+    (message,) = caplog.messages
+    assert f"rests at {rests}, a bound of MODEL.QMIMIC.MIMIC.BALANCE_BOUNDS [0.1, 10.0]" in message
+    assert f"BALANCE_SHARE 0.5 takes a weight of {wanted}" in message
+
+
+def test_the_share_at_a_bound_is_reported(caplog):
+    weight = balanced(bounds=(0.1, 10.0), share=0.8)
+    weight.balance(10.0, 1.0)
+    # lambda of 10 makes both norms equal, one of 40 would give 0.8
+    assert "has 0.5 of the gradient" in caplog.text and "a weight of 40" in caplog.text
+
+
+def test_a_weight_that_nothing_balances_is_reported_once(caplog):
+    weight = balanced(weight=3.0)
+    for _ in range(9):
+        weight.balance(2.0, 0.0)
+    assert caplog.messages == []
+    for _ in range(5):
+        weight.balance(2.0, 0.0)
+    (message,) = caplog.messages
+    assert "10 measurements in a row" in message and "LOSS_WEIGHT 3" in message
+    assert "norm 2, that of the mimic 0" in message
+    caplog.clear()
+    weight = balanced()
+    weight.balance(1.0, 1.0)
+    for _ in range(20):
+        weight.balance(2.0, 0.0)
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize("norms", [(0.0, 1.0), (1.0, 0.0), (math.nan, 1.0), (1.0, math.inf)])
 def test_balanced_passes_over_what_says_nothing(norms):
     weight = balanced()
