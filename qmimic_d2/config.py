@@ -278,8 +278,8 @@ def _fcos_node() -> CN:
 
 
 def _add_resnet_keys(cfg: CN) -> None:
-    # The keys below are read by build_divided_resnet_backbone and
-    # build_divided_resnet_fpn_backbone only, never by Detectron2's own build_resnet_backbone.
+    # The keys below are read by build_divided_resnet_backbone, build_divided_resnet_fpn_backbone and
+    # build_divided_retinanet_resnet_fpn_backbone only, never by Detectron2's own build_resnet_backbone.
 
     # Every channel count is divided by this, the stem's and the bottlenecks' included: DEPTH 18
     # with 16 makes ResNet18-1-16, 4 channels in the stem and 4, 8, 16, 32 in res2 to res5.

@@ -23,6 +23,8 @@ KEYPOINTS = (
     *("MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS", False),
 )
 LOSSES = ["loss_box_reg", "loss_mask", "loss_keypoint", "loss_cls_stage2", "loss_box_reg", "loss_fcos_ctr"]
+LOSSES += ["loss_box_reg"]
+RETINANET_LEVELS = len(LOSSES) - 1
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +32,15 @@ def teacher(tmp_path_factory):
     return write_teacher(tmp_path_factory.mktemp("teacher"), *RESNET_FPN, "MODEL.FPN.OUT_CHANNELS", 12)
 
 
+@pytest.fixture(scope="module")
+def teacher_of_retinanet_levels(tmp_path_factory):
+    backbone = ("MODEL.BACKBONE.NAME", "build_divided_retinanet_resnet_fpn_backbone")
+    return write_teacher(tmp_path_factory.mktemp("retinanet"), *RESNET_FPN, *backbone)
+
+
 @pytest.mark.parametrize("number", range(len(LOSSES)))
-def test_example(number, teacher):
+def test_example(number, teacher, teacher_of_retinanet_levels):
+    teacher = teacher_of_retinanet_levels if number == RETINANET_LEVELS else teacher
     assert len(YAMLS) == len(LOSSES)
     cfg = tiny_cfg(*RESNET_FPN, "MODEL.QMIMIC.QUANTIZER.SIGNED", False)
     cfg.merge_from_other_cfg(CfgNode(YAMLS[number]))

@@ -249,7 +249,7 @@ class MimicStudent(nn.Module):
             weight = self._measure_gradients(detection, losses, weight)
         storage.put_scalar("qmimic/weight", weight, smoothing_hint=False)
         if weight > 0.0:
-            self._scale_warning.look(detection, losses, self.mimic_loss)
+            self._scale_warning.look(detection, losses, self.mimic_loss.weight, self.mimic_loss.normalize_by)
             return {name: loss * weight for name, loss in losses.items()}
         return self.mimic_loss.zeros(self._record.maps)
 

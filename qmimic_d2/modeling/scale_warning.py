@@ -6,8 +6,7 @@ from typing import Dict
 from torch import Tensor
 
 from qmimic_d2.modeling.gradient_share import summed
-from qmimic_d2.modeling.mimic import RoIMimicLoss
-from qmimic_d2.modeling.weighting import BalancedWeight
+from qmimic_d2.modeling.weighting import BalancedWeight, MimicWeight
 
 __all__ = ["ScaleWarning"]
 
@@ -21,7 +20,9 @@ class ScaleWarning:
     def __init__(self):
         self._has_looked = False
 
-    def look(self, detection: Dict[str, Tensor], mimic: Dict[str, Tensor], loss: RoIMimicLoss) -> None:
+    def look(
+        self, detection: Dict[str, Tensor], mimic: Dict[str, Tensor], weight: MimicWeight, normalize_by: str
+    ) -> None:
         """
         Warns where the mimic loss times its full weight is too large, and names the settings that are not in force.
 
@@ -29,20 +30,21 @@ class ScaleWarning:
 
         Args:
             detection: the detector's losses of a step.
-            mimic: those of the mimic, without lambda. A warm-up does not hide what its end brings.
-            loss: what computed them.
+            mimic: those of the mimic, without lambda.
+            weight: lambda; what counts is its size after a warm-up.
+            normalize_by: of the mimic loss.
         """
         if self._has_looked:
             return
         self._has_looked = True
-        full = loss.weight.weight
+        full = weight.weight
         theirs, ours = summed(detection).item(), summed(mimic).item() * full
-        if isinstance(loss.weight, BalancedWeight) or ours <= _MOST_TIMES * theirs:
+        if isinstance(weight, BalancedWeight) or ours <= _MOST_TIMES * theirs:
             return
-        relative = "" if loss.normalize_by == "target" else "NORMALIZE_BY 'target', a relative error, and "
+        relative = "" if normalize_by == "target" else "NORMALIZE_BY 'target', a relative error, and "
         logging.getLogger(__name__).warning(
             "with the full weight of %.3g the mimic loss is %.3g, and the detection losses together are %.3g: "
             "MODEL.QMIMIC.MIMIC.LOSS_WEIGHT does not fit NORMALIZE_BY %r, and the training will neglect the detector "
             "or diverge. Below MODEL.QMIMIC.MIMIC set %sSCHEDULE 'balanced', which needs no weight",
-            *(full, ours, theirs, loss.normalize_by, relative),
+            *(full, ours, theirs, normalize_by, relative),
         )
