@@ -5,6 +5,8 @@ import torch
 from detectron2.modeling import build_backbone
 from helpers import batch, seeded_model, tiny_cfg, training_step, write_teacher
 
+from qmimic_d2.modeling.head_features import named_head_features
+
 RESNET = (
     *("MODEL.BACKBONE.NAME", "build_divided_retinanet_resnet_fpn_backbone", "MODEL.BACKBONE.FREEZE_AT", 0),
     *("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.WIDTH_DIVISOR", 16, "MODEL.RESNETS.NORM", "BN"),
@@ -74,3 +76,19 @@ def test_a_student_with_detectron2s_default_levels_learns_at_all_of_them(tmp_pat
 def test_strides_that_do_not_double_are_refused():
     with pytest.raises(ValueError, match="MODEL.VGG.STAGE_STRIDES"):
         build_backbone(tiny_cfg(*VGG, "MODEL.VGG.STAGE_STRIDES", [2, 2, 2, 1, 1]))
+
+
+@pytest.mark.parametrize("family", ["RetinaNet", "FCOS", "RCNN"])
+def test_a_map_that_the_backbone_does_not_give_is_named_with_its_key(family):
+    key = {"RetinaNet": "MODEL.RETINANET", "FCOS": "MODEL.FCOS", "RCNN": "MODEL.RPN"}[family] + ".IN_FEATURES"
+    options = (*RESNET, "MODEL.BACKBONE.NAME", "build_divided_resnet_fpn_backbone", key, LEVELS)
+    with pytest.raises(ValueError) as error:
+        seeded_model(tiny_cfg(*options, meta_architecture=f"Quant{family}"))
+    assert key in str(error.value) and "'p7'" in str(error.value)
+    if family != "FCOS":
+        assert "build_divided_retinanet_resnet_fpn_backbone" in str(error.value)
+
+
+def test_another_missing_key_stays_what_it_is():
+    with pytest.raises(KeyError, match="another"), named_head_features(tiny_cfg(), "RPN"):
+        raise KeyError("another")

@@ -1,14 +1,15 @@
 """Which part of a config describes the detector's heads, whatever its family, and the maps that they read."""
 
+import contextlib
 import inspect
-from typing import List
+from typing import Iterator, List
 
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 
-__all__ = ["head_features", "head_node", "is_meta_architecture"]
+__all__ = ["head_features", "head_node", "is_meta_architecture", "named_head_features"]
 
 
 def is_meta_architecture(cfg: CfgNode, *classes: type) -> bool:
@@ -33,3 +34,30 @@ def head_node(cfg: CfgNode) -> CfgNode:
 def head_features(cfg: CfgNode) -> List[str]:
     """Names of the backbone's maps that these heads read, in their order."""
     return list(head_node(cfg).IN_FEATURES)
+
+
+@contextlib.contextmanager
+def named_head_features(cfg: CfgNode, *nodes: str) -> Iterator[None]:
+    """
+    Says which key names a map that the backbone does not give, where Detectron2's own ``from_config`` in the block
+    raises a bare ``KeyError``.
+
+    Args:
+        nodes: those below MODEL whose IN_FEATURES are read, such as "RPN".
+
+    Raises:
+        ValueError: names the key, its value and the backbone.
+    """
+    try:
+        yield
+    except KeyError as error:
+        for node in nodes:
+            names = list(cfg.MODEL[node].IN_FEATURES)
+            if error.args and error.args[0] in names:
+                raise ValueError(
+                    f"MODEL.{node}.IN_FEATURES is {names}, and the backbone {cfg.MODEL.BACKBONE.NAME!r} gives no map "
+                    f"{error.args[0]!r}. Name maps that it gives, or choose another MODEL.BACKBONE.NAME: an FPN with "
+                    "RetinaNet's last two levels is build_divided_retinanet_resnet_fpn_backbone or "
+                    "build_retinanet_vgg_fpn_backbone"
+                ) from error
+        raise

@@ -8,6 +8,7 @@ from detectron2.modeling import (
     build_roi_heads,
 )
 
+from qmimic_d2.modeling.head_features import named_head_features
 from qmimic_d2.modeling.quantized_detector import QuantizedDetector
 from qmimic_d2.modeling.trunk_adapter import build_trunk_adapter, is_in_trunk
 
@@ -33,7 +34,8 @@ class QuantRCNN(QuantizedDetector, GeneralizedRCNN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
-        args = super().from_config(cfg)
+        with named_head_features(cfg, "RPN", "ROI_HEADS"):
+            args = super().from_config(cfg)
         if is_in_trunk(cfg):
             backbone = build_trunk_adapter(cfg, args["backbone"])
             args["backbone"] = backbone

@@ -4,6 +4,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
 
+from qmimic_d2.modeling.head_features import named_head_features
 from qmimic_d2.modeling.quantized_detector import QuantizedDetector
 from qmimic_d2.modeling.trunk_adapter import build_trunk_adapter, is_in_trunk
 
@@ -27,7 +28,8 @@ class QuantRetinaNet(QuantizedDetector, RetinaNet):
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
-        args = super().from_config(cfg)
+        with named_head_features(cfg, "RETINANET"):
+            args = super().from_config(cfg)
         if is_in_trunk(cfg):
             args["backbone"] = build_trunk_adapter(cfg, args["backbone"])
             shapes = args["backbone"].output_shape()

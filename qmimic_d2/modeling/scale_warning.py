@@ -34,12 +34,12 @@ class ScaleWarning:
             weight: lambda; what counts is its size after a warm-up.
             normalize_by: of the mimic loss.
         """
-        if self._has_looked:
+        if self._has_looked or isinstance(weight, BalancedWeight):
             return
         self._has_looked = True
         full = weight.weight
         theirs, ours = summed(detection).item(), summed(mimic).item() * full
-        if isinstance(weight, BalancedWeight) or ours <= _MOST_TIMES * theirs:
+        if ours <= _MOST_TIMES * theirs:
             return
         relative = "" if normalize_by == "target" else "NORMALIZE_BY 'target', a relative error, and "
         logging.getLogger(__name__).warning(
