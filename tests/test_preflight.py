@@ -244,12 +244,6 @@ class TestTeacher:
         check(student, "MODEL.META_ARCHITECTURE", "ProposalNetwork")
         assert "which nothing uses: MODEL.META_ARCHITECTURE is 'ProposalNetwork'" in caplog.text
 
-    def test_its_map_is_compared_with_a_frozen_one(self, student, caplog):
-        message = refusal(student, "MODEL.VGG.FREEZE_AT", 5, f"{MIMIC}.SCHEDULE", "balanced")
-        assert "SCHEDULE is 'balanced'" in message and "['conv5']" in message and "MODEL.VGG.FREEZE_AT" in message
-        check(student, "MODEL.VGG.FREEZE_AT", 5)
-        assert "teaches the student nothing" in caplog.text
-
 
 ANNOTATIONS = {
     "no JSON": "images: 3",

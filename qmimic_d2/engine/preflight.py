@@ -30,7 +30,7 @@ from qmimic_d2.engine.trainer import (
     build_evaluator,
     load_evaluated_weights,
 )
-from qmimic_d2.modeling.mimic_student import MimicStudent, warn_of_unused_teacher
+from qmimic_d2.modeling.mimic_student import warn_of_unused_teacher
 
 __all__ = ["check_run"]
 
@@ -83,8 +83,6 @@ def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False, resu
             MimicEvaluator(on_cpu)  # raises at a wrong MODEL.QMIMIC.DIAGNOSTICS.EVAL_IMAGES
             model.train()  # a MimicStudent builds its teacher, and audits the weights
             warn_of_unused_teacher(cfg, model)
-            if isinstance(model, MimicStudent):
-                model.check_gradients()
             build_checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     # Last, since looking for the embedded data makes them.
     if not eval_only:

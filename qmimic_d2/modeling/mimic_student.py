@@ -188,23 +188,6 @@ class MimicStudent(nn.Module):
             self.backbone(self.preprocess_image(batched_inputs).tensor)
             return self.mimic_loss.compare(self._record.maps, self._teacher.features(batched_inputs), boxes)
 
-    def check_gradients(self) -> None:
-        """
-        Says before a training what its first step would say of frozen layers: runs the backbone on a blank image.
-
-        Changes nothing but the modes of the backbone's modules, which are in evaluation after it.
-
-        Raises:
-            ValueError: the weight is balanced, and no gradient reaches any of the compared maps.
-        """
-        if self.mimic_loss is None or all(each.requires_grad for each in self.backbone.parameters()):
-            return
-        self.backbone.eval()
-        blank = torch.zeros(len(self.pixel_mean), 64, 64)
-        maps = self.backbone(self.preprocess_image([{"image": blank}]).tensor)
-        balances = isinstance(self.mimic_loss.weight, BalancedWeight)
-        self._gradient_meter.check_frozen(named(maps, self.mimic_loss.student_features), balances=balances)
-
     def _apply(self, *args, **kwargs):
         module = super()._apply(*args, **kwargs)
         if self._teacher is not None:
