@@ -9,8 +9,9 @@ __all__ = ["check_boxes", "check_counts", "check_maps", "named"]
 
 _ADVICE = (
     "A backbone with branches, such as TridentNet's in training, gives several maps of an image: compare a map in "
-    "front of the branches (MODEL.QMIMIC.MIMIC.IN_FEATURES), or take one branch (MODEL.TRIDENT.NUM_BRANCH 1; for a "
-    "teacher MODEL.TRIDENT.TEST_BRANCH_IDX 1 in MODEL.QMIMIC.TEACHER.OPTS)"
+    "front of the branches (MODEL.QMIMIC.MIMIC.IN_FEATURES) at annotated boxes (MIMIC.ROI_SOURCE 'ground_truth'), or "
+    "take one branch (MODEL.TRIDENT.NUM_BRANCH 1 with one of BRANCH_DILATIONS and TEST_BRANCH_IDX 0; for a teacher "
+    "MODEL.TRIDENT.TEST_BRANCH_IDX 1 in MODEL.QMIMIC.TEACHER.OPTS)"
 )
 
 
