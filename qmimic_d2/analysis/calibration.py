@@ -11,7 +11,7 @@ from typing import Callable, Dict, Iterable, Iterator, List, Mapping, Optional, 
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import build_detection_test_loader
 from detectron2.evaluation import inference_context
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from qmimic_d2.analysis.feature_statistics import (
     FeatureDistribution,
     FeatureStatistics,
 )
-from qmimic_d2.data.mapper import FileNamingMapper
+from qmimic_d2.data.loading import load_dataset_dicts
+from qmimic_d2.data.mapper import FileNamingMapper, ImageMapper
 from qmimic_d2.modeling.quantizer import Quantizer
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer, attached_quantizer, check_features
 
@@ -77,12 +78,12 @@ def build_calibration_loader(
     """
     if num_images < 1:
         raise ValueError(f"num_images is {num_images}; calibrate on one image or more")
-    dicts = get_detection_dataset_dicts(list(dataset_names), filter_empty=False)
+    dicts = load_dataset_dicts(list(dataset_names), filter_empty=False)
     if not dicts:
         raise ValueError(f"the data sets {list(dataset_names)} hold no image to calibrate on")
     loader = build_detection_test_loader(
         dataset=evenly_spaced(dicts, num_images),
-        mapper=FileNamingMapper(DatasetMapper(cfg, is_train=False)),
+        mapper=FileNamingMapper(ImageMapper(cfg, is_train=False)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     return loader, len(dicts)

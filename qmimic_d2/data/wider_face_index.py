@@ -19,9 +19,8 @@ import tempfile
 from dataclasses import dataclass
 from typing import Dict, List, Optional, Tuple
 
-from PIL import Image
-
 from qmimic_d2.data.wider_face_annotations import WiderFaceRecord, parse_annotations
+from qmimic_d2.image_file import UnusableImageError, image_size
 
 __all__ = ["IndexedImage", "load_index"]
 
@@ -29,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 # To be raised with every change of what the cache holds.
 _FORMAT = 1
-_EXIF_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
@@ -128,16 +126,11 @@ def _with_sizes(
 def _read_size(path: str) -> Tuple[int, int]:
     """Width and height of an image in pixels, from its header."""
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            is_turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-    # Pillow's decoders raise what they come upon, SyntaxError among it
-    except Exception as error:
+        return image_size(path)
+    except UnusableImageError as error:
         raise ValueError(
-            f"{path} is no image that can be read ({type(error).__name__}: {error}). Unpack the data set's archive "
-            "again"
+            f"{path} is no image that can be read: {error}. Unpack the data set's archive again"
         ) from error
-    return (height, width) if is_turned else (width, height)
 
 
 def _sha256(content: bytes) -> str:

@@ -6,12 +6,13 @@ import tempfile
 from typing import Any, Callable, Dict, List, Optional
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import build_detection_test_loader
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, inference_on_dataset
 from torch import nn
 
 from qmimic_d2.analysis import evenly_spaced
-from qmimic_d2.data.mapper import FileNamingMapper
+from qmimic_d2.data.loading import load_dataset_dicts
+from qmimic_d2.data.mapper import FileNamingMapper, ImageMapper
 from qmimic_d2.engine.trainer import build_evaluator
 
 __all__ = ["APEvaluation"]
@@ -42,13 +43,13 @@ class APEvaluation:
             cfg: of the models, for their preprocessing.
             dataset_name: registered, with an evaluator that reports "bbox" "AP".
             max_images: evaluate on so many images only, evenly spaced over the set; 0 = all.
-            mapper: from a data set's dict to a model's input; Detectron2's for tests when left out.
+            mapper: from a data set's dict to a model's input; that of an evaluation when left out.
 
         Raises:
             KeyError: the data set is not registered.
             ValueError: there is no evaluator for it, or none that can evaluate a part of it.
         """
-        dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False)
+        dicts = load_dataset_dicts(dataset_name, filter_empty=False)
         chosen = evenly_spaced(dicts, max_images or len(dicts))
         self.dataset_name = dataset_name
         self.num_images = len(chosen)
@@ -63,7 +64,7 @@ class APEvaluation:
             self._evaluator = _part_of(self._evaluator, dataset_name, [each["image_id"] for each in chosen])
         self._loader = build_detection_test_loader(
             dataset=chosen,
-            mapper=FileNamingMapper(mapper or DatasetMapper(cfg, is_train=False)),
+            mapper=FileNamingMapper(mapper or ImageMapper(cfg, is_train=False)),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
 

@@ -8,14 +8,15 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper, MapDataset, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, MapDataset
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from qmimic_d2.data.mapper import FileNamingMapper
+from qmimic_d2.data.loading import load_dataset_dicts
+from qmimic_d2.data.mapper import FileNamingMapper, ImageMapper
 from qmimic_d2.engine.randomness import mixed_seed, own_randomness
 
 __all__ = ["SAMPLERS", "ResumableSampler", "build_resumable_train_loader", "resumable_sampler"]
@@ -99,7 +100,7 @@ def build_resumable_train_loader(
     Args:
         cfg: names data sets, sampler and batch size as for any Detectron2 training.
         seed: of the order of images and of their augmentation, >= 0, the same in every process.
-        mapper: from a dict of the data set to one of the batch; None for Detectron2's own of the config.
+        mapper: from a dict of the data set to one of the batch; None for :class:`ImageMapper` of the config.
 
     Returns:
         the loader, and its sampler, to be told the number of used batches before iteration begins.
@@ -108,7 +109,7 @@ def build_resumable_train_loader(
         ValueError: a sampler that this function does not know, or images of unknown size that are to
             be grouped by orientation.
     """
-    dataset = get_detection_dataset_dicts(
+    dataset = load_dataset_dicts(
         cfg.DATASETS.TRAIN,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
@@ -118,7 +119,7 @@ def build_resumable_train_loader(
     groups = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     is_landscape = _orientations(cfg, dataset) if groups else [False] * len(dataset)
     sampler = ResumableSampler(_build_sampler(cfg, dataset, seed), is_landscape, batch_size)
-    mapper = FileNamingMapper(mapper or DatasetMapper(cfg, True))
+    mapper = FileNamingMapper(mapper or ImageMapper(cfg, is_train=True))
     mapped = MapDataset(DatasetFromList(dataset, copy=False), mapper)
     options = {
         "dataset": _SeededDataset(mapped, seed),

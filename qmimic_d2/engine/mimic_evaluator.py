@@ -6,7 +6,6 @@ import os
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 from detectron2.config import CfgNode, configurable
-from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
@@ -14,6 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qmimic_d2.analysis.calibration import evenly_spaced
+from qmimic_d2.data.loading import load_dataset
+from qmimic_d2.data.mapper import ImageMapper
 from qmimic_d2.engine.randomness import own_randomness
 from qmimic_d2.json_file import write_json
 from qmimic_d2.modeling.feature_comparison import FeatureComparison, histogram_codes
@@ -49,7 +50,7 @@ class MimicEvaluator:
             dataset_name: a registered data set with boxes; "" for none: nothing is measured.
             num_images: most images, at equal distances in the data set, of those with a box; 0 = off.
             mapper: turns a dict of the data set into one with "image" and, in pixels of that image,
-                "instances" with ``gt_boxes``. Of a config it is Detectron2's own, which enlarges an image
+                "instances" with ``gt_boxes``. Of a config it is :class:`ImageMapper`, which enlarges an image
                 as an evaluation does.
             output_dir: where ``mimic.json`` is written; "" = nowhere.
 
@@ -70,7 +71,7 @@ class MimicEvaluator:
     def from_config(cls, cfg: CfgNode):
         mapper = None
         if cfg.DATASETS.TEST and cfg.MODEL.QMIMIC.DIAGNOSTICS.EVAL_IMAGES:
-            mapper = DatasetMapper(cfg, is_train=False, use_instance_mask=False, use_keypoint=False)
+            mapper = ImageMapper(cfg, is_train=False, use_instance_mask=False, use_keypoint=False)
             # All that it still decides is whether annotations stay, as boxes of the resized image.
             mapper.is_train = True
         return {
@@ -139,7 +140,7 @@ class MimicEvaluator:
 
     def _annotated_images(self) -> List[Dict[str, Any]]:
         if self._images is None:
-            annotated = [each for each in DatasetCatalog.get(self._dataset_name) if _has_box(each)]
+            annotated = [each for each in load_dataset(self._dataset_name) if _has_box(each)]
             self._images = evenly_spaced(annotated, self._num_images)
         return self._images
 

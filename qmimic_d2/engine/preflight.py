@@ -6,21 +6,17 @@ weights and the teacher's files. What only construction can tell is told by cons
 """
 
 import difflib
-import json
 import logging
-import os
 import warnings
-from typing import Any, Dict, Iterable, NamedTuple, Optional, Sequence
+from typing import Iterable, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet, build_model
-from detectron2.modeling.meta_arch.fcos import FCOS
-from detectron2.utils.file_io import PathManager
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
-from qmimic_d2.data.pascal_voc import check_pascal_voc
+from qmimic_d2.engine.data_checks import check_datasets, model_classes
 from qmimic_d2.engine.data_order import SAMPLERS
 from qmimic_d2.engine.mimic_evaluator import MimicEvaluator
 from qmimic_d2.engine.trainer import (
@@ -33,20 +29,6 @@ from qmimic_d2.engine.trainer import (
 from qmimic_d2.modeling.mimic_student import warn_of_unused_teacher
 
 __all__ = ["check_run"]
-
-# What detectron2.data.datasets.load_coco_json reads of every image and every annotation.
-_COCO_ENTRIES = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("id", "image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
-}
-
-
-class _Classes(NamedTuple):
-    """How many classes a model has, and the key that says so."""
-
-    key: str
-    number: int
 
 
 def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False, resume: bool = False) -> None:
@@ -85,23 +67,7 @@ def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False, resu
             warn_of_unused_teacher(cfg, model)
             build_checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     # Last, since looking for the embedded data makes them.
-    if not eval_only:
-        classes = _classes(cfg, model)
-        for name in cfg.DATASETS.TRAIN:
-            _check_annotations("DATASETS.TRAIN", name, classes)
-    for name in cfg.DATASETS.TEST:
-        _check_annotations("DATASETS.TEST", name)
-
-
-def _classes(cfg: CfgNode, model: nn.Module) -> Optional[_Classes]:
-    """None for a model of another project that keeps its number of classes elsewhere."""
-    if hasattr(model, "roi_heads"):
-        return _Classes("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES)
-    if isinstance(model, RetinaNet):
-        return _Classes("MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES)
-    if isinstance(model, FCOS):
-        return _Classes("MODEL.FCOS.NUM_CLASSES", cfg.MODEL.FCOS.NUM_CLASSES)
-    return None
+    check_datasets(cfg, model_classes(cfg, model), eval_only=eval_only)
 
 
 def _scaled(cfg: CfgNode, num_processes: int) -> CfgNode:
@@ -179,89 +145,3 @@ def _check_evaluator(cfg: CfgNode, name: str) -> None:
     kind = MetadataCatalog.get(name).get("evaluator_type", "")
     if kind not in ("coco", "pascal_voc"):
         build_evaluator(cfg, name)  # raises, and says what to do
-
-
-def _check_annotations(key: str, name: str, classes: Optional[_Classes] = None) -> None:
-    metadata = MetadataCatalog.get(name)
-    path = metadata.get("json_file", "")
-    is_coco = bool(path)
-    kind = metadata.get("evaluator_type", "")
-    if kind == "pascal_voc":
-        _check_pascal_voc(key, name, metadata)
-        if classes:
-            _check_classes(key, name, metadata.thing_classes, len(metadata.thing_classes), classes)
-    elif kind == "wider_face":
-        path = metadata.get("annotation_file", "")
-    if not path:
-        return
-    path = PathManager.get_local_path(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"{key} names {name!r}, whose annotations are looked for in {os.path.abspath(path)}, and there is "
-            "no such file. Put the data there; for Detectron2's own data sets, set the environment variable "
-            "DETECTRON2_DATASETS to the folder that holds them"
-        )
-    if is_coco:
-        content = _read_coco_json(key, name, path)
-        if classes:
-            by_id = {each["id"]: each["name"] for each in content["categories"]}
-            order = sorted(by_id)  # as load_coco_json numbers them
-            found = {each.get("category_id") for each in content["annotations"] if not each.get("iscrowd", 0)}
-            used = [index for index, category in enumerate(order, 1) if category in found]
-            _check_classes(key, name, [by_id[each] for each in order], max(used, default=0), classes)
-
-
-def _check_classes(key: str, name: str, names: Sequence[str], used: int, classes: _Classes) -> None:
-    """
-    Args:
-        names: of the data set's classes, in the order of their labels.
-        used: number of them up to the last that an annotation has.
-    """
-    if used > classes.number:
-        raise ValueError(
-            f"{classes.key} is {classes.number}, and {key} names {name!r}, which has {len(names)} classes, "
-            f"{names[used - 1]!r} the last that is annotated; set it to {len(names)}. With too few, a label is out of "
-            "bounds, or is that of the background"
-        )
-    if len(names) < classes.number:
-        logging.getLogger(__name__).warning(
-            "%s is %d, and %s names %r, which has %d classes: the others are never learned",
-            *(classes.key, classes.number, key, name, len(names)),
-        )
-
-
-def _check_pascal_voc(key: str, name: str, metadata: Metadata) -> None:
-    folder = PathManager.get_local_path(metadata.dirname)
-    try:
-        check_pascal_voc(folder, metadata.split, metadata.year)
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{key} names {name!r}, and {error}") from error
-
-
-def _read_coco_json(key: str, name: str, path: str) -> Dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-        # Test sets without annotations exist: their detections are only written.
-        is_optional = key == "DATASETS.TEST" and "annotations" not in content
-        for part, entries in _COCO_ENTRIES.items():
-            if not (part == "annotations" and is_optional):
-                _check_coco_part(content, part, entries)
-        if not content["images"]:
-            raise ValueError("its list of images is empty")
-        return content
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{key} names {name!r}, whose annotation file {os.path.abspath(path)} is not in COCO's "
-            f"format: {type(error).__name__}: {error}. It must be JSON with the lists images (id, "
-            "file_name, height, width), annotations (id, image_id, category_id, bbox) and categories (id, name)"
-        ) from error
-
-
-def _check_coco_part(content: Dict[str, Any], part: str, entries: Iterable[str]) -> None:
-    if not isinstance(content.get(part) if isinstance(content, dict) else None, list):
-        raise ValueError(f"it has no list {part!r}")
-    for item in content[part][:1]:
-        missing = [entry for entry in entries if entry not in item]
-        if missing:
-            raise ValueError(f"the first of its {part} has no {missing}")

@@ -8,7 +8,7 @@ from typing import Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -17,7 +17,7 @@ from detectron2.engine import (
     create_ddp_model,
     hooks,
 )
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -25,7 +25,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qmimic_d2.checkpoint import SafeCheckpointer
-from qmimic_d2.data.mapper import FileNamingMapper
+from qmimic_d2.data.loading import build_coco_evaluator, repaired
+from qmimic_d2.data.mapper import FileNamingMapper, ImageMapper
 from qmimic_d2.engine.data_order import build_resumable_train_loader, resumable_sampler
 from qmimic_d2.engine.hooks import (
     ResumableBestCheckpointer,
@@ -160,9 +161,10 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        """As :meth:`DefaultTrainer.build_test_loader`; an image that cannot be read is named."""
-        mapper = FileNamingMapper(DatasetMapper(cfg, is_train=False))
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        """As :meth:`DefaultTrainer.build_test_loader`, with repaired data; an image that cannot be read is named."""
+        mapper = FileNamingMapper(ImageMapper(cfg, is_train=False))
+        with repaired([dataset_name]):
+            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -203,7 +205,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "")
     output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
     if kind == "coco":
-        return COCOEvaluator(dataset_name, output_dir=output_dir)
+        return build_coco_evaluator(dataset_name, output_dir)
     if kind == "pascal_voc":
         return PascalVOCEvaluator(dataset_name)
     if kind == "wider_face":

@@ -1,13 +1,19 @@
 """Detectron2's Pascal VOC evaluator, with both of Pascal's definitions of average precision at IoU 0.5."""
 
+import contextlib
 import os
 import tempfile
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import numpy as np
-from detectron2.evaluation import PascalVOCDetectionEvaluator
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import PascalVOCDetectionEvaluator, pascal_voc_evaluation
 from detectron2.evaluation.pascal_voc_evaluation import voc_ap, voc_eval
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+
+from qmimic_d2.data.checks import DataSetError, Findings
+from qmimic_d2.data.pascal_voc import read_objects, voc_image_ids
 
 __all__ = ["PascalVOCEvaluator"]
 
@@ -21,20 +27,71 @@ class PascalVOCEvaluator(PascalVOCDetectionEvaluator):
 
     M. Everingham et al., "The Pascal Visual Object Classes (VOC) Challenge", IJCV 2010, section 4.2, and the VOC
     2010 development kit. Papers on VOC 2007 report either; the second is usually the higher one.
+
+    It takes the files of users that :mod:`qmimic_d2.data.pascal_voc` takes, reads them at every evaluation, and takes
+    any class name and image id. Detectron2's own keeps annotations by name for the life of the process.
     """
+
+    def __init__(self, dataset_name: str):
+        """
+        Args:
+            dataset_name: registered with ``dirname``, ``split``, ``year`` and ``thing_classes``.
+        """
+        super().__init__(dataset_name)
+        metadata = MetadataCatalog.get(dataset_name)
+        self._folder = PathManager.get_local_path(metadata.dirname)
+        self._image_ids = voc_image_ids(self._folder, metadata.split)
+        # Detectron2 makes files of class names and lines of image ids: numbers are safe in both.
+        self._true_names = list(metadata.thing_classes)
+        self._class_names = [str(index) for index in range(len(self._true_names))]
+        self._anno_file_template = "{}"
+        self._numbers = {image_id: str(index) for index, image_id in enumerate(self._image_ids)}
+
+    def process(self, inputs: List[Dict[str, Any]], outputs: List[Dict[str, Any]]) -> None:
+        """As Detectron2's."""
+        super().process([{"image_id": self._numbers[each["image_id"]]} for each in inputs], outputs)
 
     def evaluate(self) -> Optional[Dict[str, Dict[str, float]]]:
         """
         Returns:
             In the main process: "bbox" with five figures in points, 0 to 100, means over the classes. A class
             without an object to be found counts 0 in the two figures that are added here. None in other processes.
+
+        Raises:
+            DataSetError: the annotations have become unusable since the run was checked.
         """
-        results = super().evaluate()
-        gathered = comm.gather(self._predictions, dst=0)
-        if results is None:
-            return None
-        results["bbox"].update(self._both_rules(gathered))
+        with self._annotations() if comm.is_main_process() else contextlib.nullcontext():
+            results = super().evaluate()
+            gathered = comm.gather(self._predictions, dst=0)
+            if results is None:
+                return None
+            results["bbox"].update(self._both_rules(gathered))
         return results
+
+    @contextlib.contextmanager
+    def _annotations(self) -> Iterator[None]:
+        """In the block, Detectron2's functions get the objects that this package has read, under numbers for names."""
+        findings = Findings()
+        label_of = dict(zip(self._true_names, self._class_names))
+        objects = {}
+        for image_id, number in self._numbers.items():
+            path = os.path.join(self._folder, "Annotations", f"{image_id}.xml")
+            objects[number] = [
+                {"name": label_of.get(each.name), "difficult": int(each.is_difficult), "bbox": list(each.box)}
+                for each in read_objects(path, findings)
+            ]
+        if findings.has_problems:
+            raise DataSetError(f"the annotations of {self._dataset_name!r} cannot be used:\n{findings.problems()}")
+        original = pascal_voc_evaluation.parse_rec
+        with tempfile.TemporaryDirectory(prefix="qmimic_d2_") as folder:
+            self._image_set_path = os.path.join(folder, "images.txt")
+            with open(self._image_set_path, "w", encoding="utf-8") as file:
+                file.write("\n".join(objects))
+            pascal_voc_evaluation.parse_rec = objects.__getitem__
+            try:
+                yield
+            finally:
+                pascal_voc_evaluation.parse_rec = original
 
     def _both_rules(self, gathered: List[Dict[int, List[str]]]) -> Dict[str, Any]:
         by_points, by_area = [], []

@@ -1,0 +1,280 @@
+"""
+Checks of all data of a run before its first iteration: one summary of what cannot be used, one warning of what was
+repaired.
+"""
+
+import logging
+import os
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.modeling import RetinaNet
+from detectron2.modeling.meta_arch.fcos import FCOS
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from qmimic_d2.data.checks import DataSetError, Findings
+from qmimic_d2.data.checks.coco import CocoContent, Needs, inspect_coco
+from qmimic_d2.data.checks.dicts import inspect_dicts
+from qmimic_d2.data.checks.image_files import ImageFile, check_image_files
+from qmimic_d2.data.loading import class_names, is_coco, is_pascal_voc, keep_repaired
+from qmimic_d2.data.pascal_voc import check_pascal_voc, load_pascal_voc
+
+__all__ = ["ModelClasses", "check_datasets", "class_difference", "model_classes"]
+
+_TRAIN, _TEST = "DATASETS.TRAIN", "DATASETS.TEST"
+
+
+class ModelClasses(NamedTuple):
+    """How many classes a model has, and the key that says so."""
+
+    key: str
+    number: int
+
+
+class _DataSet(NamedTuple):
+    """
+    What a check has seen of a data set.
+
+    Attributes:
+        error: why it cannot be looked at any further; "" if it could.
+        names: of the classes, in the order of the labels; None if unknown.
+        num_used: number of classes up to the last that an object has.
+        num_objects: annotations that are no crowd; None for a set without annotations.
+    """
+
+    error: str
+    findings: Findings
+    names: Optional[List[str]] = None
+    num_used: int = 0
+    num_objects: Optional[int] = None
+
+
+def model_classes(cfg: CfgNode, model: nn.Module) -> Optional[ModelClasses]:
+    """None for a model of another project that keeps its number of classes elsewhere."""
+    if hasattr(model, "roi_heads"):
+        return ModelClasses("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    if isinstance(model, RetinaNet):
+        return ModelClasses("MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES)
+    if isinstance(model, FCOS):
+        return ModelClasses("MODEL.FCOS.NUM_CLASSES", cfg.MODEL.FCOS.NUM_CLASSES)
+    return None
+
+
+def check_datasets(cfg: CfgNode, classes: Optional[ModelClasses] = None, *, eval_only: bool = False) -> None:
+    """
+    Looks at every image, annotation and class of DATASETS.TRAIN and DATASETS.TEST; docs/training.md lists the checks.
+
+    Files of users are never changed. What was repaired is logged as one warning for each data set.
+
+    Args:
+        cfg: of the run; the data sets are registered.
+        classes: of the model; None where there is none, or it is unknown.
+        eval_only: DATASETS.TRAIN is not loaded; where its classes are known, they are those of the model.
+
+    Raises:
+        DataSetError: the run cannot go well; has every problem, by data set and kind.
+    """
+    train = [] if eval_only else list(dict.fromkeys(cfg.DATASETS.TRAIN))
+    test = list(dict.fromkeys(cfg.DATASETS.TEST))
+    seen: Dict[str, _DataSet] = {}
+    files: Dict[str, object] = {}
+    problems: List[str] = []
+    for key, name in [(_TRAIN, each) for each in train] + [(_TEST, each) for each in test]:
+        if name not in seen:
+            needs = _needs(cfg) if key == _TRAIN else Needs()
+            seen[name] = _look_at(name, needs, key == _TRAIN, files)
+            problems += _report(key, name, seen[name])
+        problems += _objects_problems(cfg, key, name, seen[name])
+        if classes is not None:
+            problems += _number_problems(key, name, seen[name], classes)
+    problems += _name_problems(cfg, train, test, seen)
+    if problems:
+        raise DataSetError("\n".join(problems))
+
+
+def class_difference(first: str, first_classes: List[str], other: str, other_classes: List[str]) -> str:
+    """
+    What is wrong where a label means one class in one place and another in another; "" if nothing is.
+
+    Args:
+        first, other: what has the classes, for the message.
+        first_classes, other_classes: in the order of their labels.
+    """
+    if list(first_classes) == list(other_classes):
+        return ""
+    is_order = sorted(first_classes) == sorted(other_classes)
+    return (
+        f"{first} has the classes {list(first_classes)}, and {other} has {list(other_classes)}: "
+        f"{'the order differs, so that' if is_order else 'they differ, and'} a label of the model means another class "
+        "there. Give both the same categories under ids of the same order (for Pascal VOC: the same class_names)"
+    )
+
+
+def _needs(cfg: CfgNode) -> Needs:
+    return Needs(
+        cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else "",
+        cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0,
+    )
+
+
+def _look_at(name: str, needs: Needs, is_training: bool, files: Dict[str, object]) -> _DataSet:
+    findings = Findings()
+    try:
+        if is_pascal_voc(name):
+            return _look_at_pascal_voc(name, findings, files)
+        if is_coco(name):
+            return _look_at_coco(name, findings, needs, is_training, files)
+        return _look_at_dicts(name, findings, needs, files)
+    except (ValueError, KeyError, OSError) as error:  # each says what is wrong
+        return _DataSet(str(error.args[0] if isinstance(error, KeyError) and error.args else error), findings)
+
+
+def _look_at_pascal_voc(name: str, findings: Findings, files: Dict[str, object]) -> _DataSet:
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") == "pascal_voc" and metadata.year not in (2007, 2012):
+        raise ValueError(
+            f"it is registered with the year {metadata.year!r}; register it with 2007 or 2012, whose rules of average "
+            "precision the evaluation has"
+        )
+    folder = PathManager.get_local_path(metadata.dirname)
+    check_pascal_voc(folder, metadata.split, metadata.year)
+    dicts = load_pascal_voc(folder, metadata.split, metadata.thing_classes, findings)
+    sizes = [(each["width"], each["height"]) if "width" in each else None for each in dicts]
+    images = [ImageFile(each["file_name"], size) for each, size in zip(dicts, sizes)]
+    check_image_files(images, findings, files, name)
+    names = list(metadata.thing_classes)
+    return _DataSet("", findings, names, len(names), sum(len(each["annotations"]) for each in dicts))
+
+
+def _look_at_coco(
+    name: str, findings: Findings, needs: Needs, is_training: bool, files: Dict[str, object]
+) -> _DataSet:
+    metadata = MetadataCatalog.get(name)
+    content = _look_at_json(metadata, findings, needs, is_training)
+    check_image_files(content.files, findings, files, name)
+    registered = metadata.get("thing_classes")
+    if registered and list(registered) != content.class_names:
+        raise ValueError(
+            class_difference("its registration", registered, f"its file {metadata.json_file}", content.class_names)
+        )
+    num_objects = content.num_objects if "annotations" in content.content else None
+    return _DataSet("", findings, content.class_names, content.num_used, num_objects)
+
+
+def _look_at_json(metadata: Metadata, findings: Findings, needs: Needs, is_training: bool) -> CocoContent:
+    path, image_root = PathManager.get_local_path(metadata.json_file), metadata.get("image_root", "")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"its annotations are looked for in {os.path.abspath(path)}, and there is no such file. Put the data "
+            "there; for Detectron2's own data sets, set the environment variable DETECTRON2_DATASETS to the folder "
+            "that holds them"
+        )
+    content = inspect_coco(path, image_root, findings, needs, needs_annotations=is_training)
+    if not findings.has_problems:
+        keep_repaired(path, image_root, content if findings.is_repaired else None)
+    return content
+
+
+def _look_at_dicts(name: str, findings: Findings, needs: Needs, files: Dict[str, object]) -> _DataSet:
+    metadata = MetadataCatalog.get(name)
+    kind, has_json = metadata.get("evaluator_type", ""), bool(metadata.get("json_file"))
+    if has_json and kind == "coco":  # for the evaluator; the function may do what it likes
+        _look_at_json(metadata, findings, Needs(), False)
+    if kind == "wider_face" and not os.path.isfile(metadata.get("annotation_file", "")):
+        raise FileNotFoundError(
+            f"its annotations are looked for in {os.path.abspath(metadata.get('annotation_file', ''))}, and there is "
+            "no such file. docs/wider_face.md says where the data go"
+        )
+    dicts = _call(name)
+    names = metadata.get("thing_classes")
+    if not isinstance(dicts, (list, tuple)):  # a PyTorch dataset of the user's own
+        return _DataSet("", findings, names)
+    if not dicts:
+        raise ValueError("its function gives no image")
+    is_converted = kind == "coco" and not has_json
+    if is_converted and not names:
+        raise ValueError(
+            "its metadata have no thing_classes, which the evaluation needs; set "
+            "MetadataCatalog.get(name).thing_classes"
+        )
+    content = inspect_dicts(dicts, findings, needs, len(names) if names else None, is_converted)
+    if kind != "wider_face":  # whose loader has looked at them
+        check_image_files(content.files, findings, files, name)
+    has_annotations = any("annotations" in each for each in dicts if isinstance(each, dict))
+    return _DataSet("", findings, names, content.num_used, content.num_objects if has_annotations else None)
+
+
+def _call(name: str) -> Any:
+    try:
+        return DatasetCatalog.get(name)
+    except (FileNotFoundError, ValueError):  # which say what is wrong
+        raise
+    except Exception as error:  # whatever a function of the user's own does
+        raise ValueError(f"its function fails: {type(error).__name__}: {error}") from error
+
+
+def _report(key: str, name: str, seen: _DataSet) -> List[str]:
+    notes = seen.findings.notes()
+    if notes:
+        logging.getLogger(__name__).warning("%s names %r, of which was noted:\n%s", key, name, notes)
+    if seen.error:
+        return [f"{key} names {name!r}, and {seen.error}"]
+    problems = seen.findings.problems()
+    if not problems:
+        return []
+    is_one = "\n" not in problems
+    return [f"{key} names {name!r}, which cannot be used: " + (problems[2:] if is_one else f"\n{problems}")]
+
+
+def _objects_problems(cfg: CfgNode, key: str, name: str, seen: _DataSet) -> List[str]:
+    if seen.error or seen.num_objects != 0:
+        return []
+    if key == _TEST:
+        logging.getLogger(__name__).warning(
+            "%s names %r, which has no object but crowds or none at all: there is no AP to be measured", key, name
+        )
+        return []
+    if not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        return []
+    return [
+        f"{key} names {name!r}, which has no object to be trained on: no annotation, or all with iscrowd 1. Correct "
+        "iscrowd, or train on another set"
+    ]
+
+
+def _number_problems(key: str, name: str, seen: _DataSet, classes: ModelClasses) -> List[str]:
+    if seen.names is None:
+        return []
+    names = seen.names
+    if seen.num_used > classes.number:
+        return [
+            f"{classes.key} is {classes.number}, and {key} names {name!r}, which has {len(names)} classes, "
+            f"{names[seen.num_used - 1]!r} the last that is annotated; set it to {len(names)}. With too few, a label "
+            "is out of bounds, or is that of the background"
+        ]
+    if len(names) < classes.number and key == _TEST:
+        return [
+            f"{classes.key} is {classes.number}, and {key} names {name!r}, which has {len(names)} classes: a detection "
+            f"of another one would stop the evaluation. Set it to {len(names)}, or list all classes in the test set"
+        ]
+    if len(names) < classes.number:
+        logging.getLogger(__name__).warning(
+            "%s is %d, and %s names %r, which has %d classes: the others are never learned",
+            *(classes.key, classes.number, key, name, len(names)),
+        )
+    return []
+
+
+def _name_problems(cfg: CfgNode, train: List[str], test: List[str], seen: Dict[str, _DataSet]) -> List[str]:
+    named: List[Tuple[str, List[str]]] = []
+    if not train:  # an evaluation: what the model was trained on, where that is known
+        for name in cfg.DATASETS.TRAIN:
+            names = class_names(name) if name in DatasetCatalog else None
+            if names:
+                named.append((f"{name!r} of {_TRAIN}", names))
+    for key, names in ((_TRAIN, train), (_TEST, test)):
+        named += [(f"{name!r} of {key}", list(seen[name].names)) for name in names if seen[name].names]
+    differences = [class_difference(*named[0], *other) for other in named[1:]] if named else []
+    return list(dict.fromkeys(each for each in differences if each))
