@@ -155,13 +155,13 @@ def test_opencv_reads_sixteen_bits_and_turns_photographs(tmp_path, monkeypatch):
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
     (tmp_path / "none.png").write_text("no image")
-    Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "real.tif")
+    Image.fromarray(np.full((2, 2), np.nan, np.float32)).save(tmp_path / "real.tif")
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert read_bgr_image(str(tmp_path / "deep.png"))[0].tolist() == [[0x12] * 3, [0xFF] * 3]
     assert read_bgr_image(str(tmp_path / "turned.jpg")).shape == (30, 20, 3)
     with pytest.raises(UnusableImageError, match="OpenCV finds no image"):
         read_bgr_image(str(tmp_path / "none.png"))
-    with pytest.raises(UnusableImageError, match="uint8 or uint16"):
+    with pytest.raises(UnusableImageError, match="NaN or infinite"):
         read_bgr_image(str(tmp_path / "real.tif"))
 
 

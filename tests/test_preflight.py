@@ -9,6 +9,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances, register_pascal_voc
 from helpers import RESNET_C4, randomize, seeded_model, write_teacher
+from tiny_coco import write_images
 from tiny_training import Run, registered_data, training_cfg, write_builtin_data, write_coco
 
 from qmimic_d2.engine import check_run, describe_error, load_config
@@ -253,17 +254,23 @@ ANNOTATIONS = {
     "without categories": json.dumps({"images": [{}], "annotations": []}),
     "no images": json.dumps({"images": [], "annotations": [], "categories": []}),
     "images by name": json.dumps({"images": {"a": 1}, "annotations": [], "categories": []}),
-    "images without size": json.dumps(
+    "no categories": json.dumps(
         {"images": [{"id": 1, "file_name": "1.png"}], "annotations": [], "categories": []}
     ),
 }
+
+
+VOC_ANNOTATION = (
+    "<annotation><size><width>64</width><height>64</height></size><object><name>dog</name><bndbox><xmin>1</xmin>"
+    "<ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object></annotation>"
+)
 
 
 class TestAnnotations:
     @pytest.fixture
     def registered(self, folder):
         path = folder / "annotations.json"
-        register_coco_instances("tiny_wrong", {}, str(path), str(folder))
+        register_coco_instances("tiny_wrong", {}, str(path), str(folder / "data" / "images"))
         yield path
         path.unlink(missing_ok=True)
         DatasetCatalog.remove("tiny_wrong")
@@ -347,9 +354,10 @@ class TestAnnotations:
         try:
             message = refusal(student, "DATASETS.TRAIN", "('tiny_voc',)")
             assert "'tiny_voc'" in message and str(root / "ImageSets" / "Main" / "train.txt") in message
-            for path in ("ImageSets/Main/train.txt", "Annotations/0.xml", "JPEGImages/0.jpg"):
+            for path, text in (("ImageSets/Main/train.txt", "0\n"), ("Annotations/0.xml", VOC_ANNOTATION)):
                 (root / path).parent.mkdir(parents=True)
-                (root / path).write_text("0\n")
+                (root / path).write_text(text)
+            write_images(root / "JPEGImages", 1)
             check(student, "DATASETS.TRAIN", "('tiny_voc',)", "MODEL.ROI_HEADS.NUM_CLASSES", 20)
             message = refusal(student, "DATASETS.TRAIN", "('tiny_voc',)", "MODEL.ROI_HEADS.NUM_CLASSES", 19)
             assert "MODEL.ROI_HEADS.NUM_CLASSES is 19" in message and "set it to 20" in message
@@ -362,7 +370,8 @@ class TestAnnotations:
         metadata = MetadataCatalog.get("tiny_wider_face").set(
             evaluator_type="wider_face", annotation_file=str(root / "bbx_gt.txt"), ground_truth_dir=str(root)
         )
-        DatasetCatalog.register("tiny_wider_face", lambda: [])
+        image = {"file_name": "face.jpg", "image_id": "face", "annotations": []}
+        DatasetCatalog.register("tiny_wider_face", lambda: [image])
         try:
             message = refusal(student, "DATASETS.TRAIN", "('tiny_wider_face',)")
             assert "'tiny_wider_face'" in message and metadata.annotation_file in message
@@ -370,7 +379,9 @@ class TestAnnotations:
             assert "wider_easy_val.mat" in message and str(root) in message
             root.mkdir()
             (root / "bbx_gt.txt").write_text("0\n")
-            check(student, "DATASETS.TRAIN", "('tiny_wider_face',)")
+            message = refusal(student, "DATASETS.TRAIN", "('tiny_wider_face',)")
+            assert "no object to be trained on" in message
+            check(student, "DATASETS.TRAIN", "('tiny_wider_face',)", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False)
         finally:
             DatasetCatalog.remove("tiny_wider_face")
             MetadataCatalog.remove("tiny_wider_face")

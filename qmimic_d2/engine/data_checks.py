@@ -221,15 +221,20 @@ def _report(key: str, name: str, seen: _DataSet) -> List[str]:
         logging.getLogger(__name__).warning("%s names %r, of which was noted:\n%s", key, name, notes)
     if seen.error:
         return [f"{key} names {name!r}, and {seen.error}"]
+    metadata = MetadataCatalog.get(name)
+    source = metadata.get("json_file") or metadata.get("annotation_file") or metadata.get("dirname")
     problems = seen.findings.problems()
     if not problems:
         return []
     is_one = "\n" not in problems
-    return [f"{key} names {name!r}, which cannot be used: " + (problems[2:] if is_one else f"\n{problems}")]
+    return [
+        f"{key} names {name!r}{f' ({source})' if source else ''}, which cannot be used:"
+        + (problems[1:] if is_one else f"\n{problems}")
+    ]
 
 
 def _objects_problems(cfg: CfgNode, key: str, name: str, seen: _DataSet) -> List[str]:
-    if seen.error or seen.num_objects != 0:
+    if seen.error or seen.findings.has_problems or seen.num_objects != 0:
         return []
     if key == _TEST:
         logging.getLogger(__name__).warning(
@@ -274,7 +279,7 @@ def _name_problems(cfg: CfgNode, train: List[str], test: List[str], seen: Dict[s
             names = class_names(name) if name in DatasetCatalog else None
             if names:
                 named.append((f"{name!r} of {_TRAIN}", names))
-    for key, names in ((_TRAIN, train), (_TEST, test)):
+    for key, names in ((_TRAIN, train), (_TEST, [each for each in test if each not in train])):
         named += [(f"{name!r} of {key}", list(seen[name].names)) for name in names if seen[name].names]
     differences = [class_difference(*named[0], *other) for other in named[1:]] if named else []
     return list(dict.fromkeys(each for each in differences if each))

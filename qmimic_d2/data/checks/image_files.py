@@ -22,7 +22,7 @@ ANOTHER_SIZE = Kind(
 )
 
 # Threads wait for slow disks; the work itself is short.
-_NUM_THREADS = 8
+_NUM_THREADS = 4
 # A check that takes longer shows how far it is.
 _SECONDS_UNTIL_PROGRESS = 3.0
 
