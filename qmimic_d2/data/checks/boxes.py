@@ -36,7 +36,7 @@ _ONE = 1.001
 def number(value: Any) -> Optional[float]:
     """A finite number, also one written as text; else None."""
     if type(value) is float or type(value) is int:  # nearly always
-        return float(value) if -math.inf < value < math.inf else None
+        return float(value) if abs(value) < 1e300 else None
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         try:  # NumPy's scalars
             value = value.item()

@@ -122,9 +122,9 @@ def _repair_crowd(annotation: Dict[str, Any], findings: Findings, where: str) ->
 
 def _repair_area(annotation: Dict[str, Any], box: List[float], findings: Findings, where: str) -> None:
     area = annotation.get("area")
-    if type(area) in (int, float) and math.isfinite(area):
-        return
     value = number(area)
+    if value is not None and not isinstance(area, (str, bool)):
+        return
     annotation["area"] = box[2] * box[3] if value is None else value
     findings.repair(NO_AREA, f"{where}: {area!r}")
 
@@ -146,7 +146,7 @@ def _has_polygon(mask: Any) -> bool:
             and all(math.isfinite(sum(each)) for each in mask)
             and any(len(each) % 2 == 0 and len(each) >= 6 for each in mask)
         )
-    except TypeError:
+    except (TypeError, OverflowError):
         return False
 
 
@@ -173,7 +173,7 @@ def _repair_keypoints(annotation: Dict[str, Any], findings: Findings, where: str
         return
     try:
         is_usable = isinstance(points, list) and len(points) % 3 == 0 and math.isfinite(sum(points))
-    except TypeError:
+    except (TypeError, OverflowError):
         is_usable = False
     if not is_usable:
         findings.repair(BAD_KEYPOINTS, where)
