@@ -56,7 +56,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 def measure(num_annotations: int, per_image: int) -> Dict[str, Any]:
     """CPU and wall seconds of the check, and of Detectron2's loading for comparison."""
-    logging.getLogger("qmimic_d2").setLevel(logging.ERROR)  # the repairs are no news here
     num_images = max(num_annotations // per_image, 1)
     seconds: Dict[str, Tuple[float, float]] = {}
     with tempfile.TemporaryDirectory(prefix="qmimic_d2_") as folder:
@@ -66,10 +65,12 @@ def measure(num_annotations: int, per_image: int) -> Dict[str, Any]:
             register_coco_instances(
                 name, {}, os.path.join(folder, kind, "annotations.json"), os.path.join(folder, kind, "images")
             )
+            logging.disable(logging.WARNING)  # the repairs are no news here
             cfg = get_cfg()
             cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
             seconds[f"check, {kind}"] = timed(check_datasets, cfg)
             seconds[f"Detectron2's loading, {kind}"] = timed(load_dataset, name)
+            logging.disable(logging.NOTSET)
     return {"annotations": num_annotations, "images": num_images, "seconds": seconds}
 
 

@@ -132,20 +132,18 @@ def image_size(source: Union[str, BinaryIO]) -> Tuple[int, int]:
     Width and height in pixels as :func:`read_bgr_image` gives them, from the file's header alone.
 
     Raises:
-        UnusableImageError: the header is no image's, the image is too large, or its colours cannot be converted.
+        UnusableImageError: the header is no image's, or the image is too large.
     """
     from PIL import Image
 
     try:
         with Image.open(source) as image:
-            size, mode = image.size, image.mode
+            size = image.size
             if image.format == "TIFF":  # some versions of Pillow give the size after turning
                 size = tuple(int(image.tag_v2[tag]) for tag in _TIFF_SIZE)
             is_turned = _orientation(image) in _QUARTER_TURNS
     except Exception as error:
         raise _unusable(error) from error
-    if mode == "LAB":
-        raise UnusableImageError("it is in LAB colours, which are not read; save it as RGB")
     return size[::-1] if is_turned else size
 
 
