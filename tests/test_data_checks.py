@@ -16,6 +16,7 @@ from tiny_training import registered_data, write_coco
 
 from qmimic_d2.data.checks import DataSetError
 from qmimic_d2.data.loading import build_coco_evaluator, class_names, load_dataset_dicts
+from qmimic_d2.engine.average_precision import APEvaluation
 from qmimic_d2.engine.data_checks import ModelClasses, check_datasets, class_difference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,6 +89,17 @@ def test_an_evaluation_knows_the_training_sets_classes(sets, kind):
     sets(names, ids)
     assert f"{NAMES}" in refusal(config((TRAIN,), (OTHER,)), eval_only=True)
     check_datasets(config(("nothing",), (OTHER,)), eval_only=True)
+
+
+def test_a_single_evaluation_compares_classes_too(sets, tmp_path):
+    """As of ``calibrate --eval`` and ``export --verify``."""
+    sets(NAMES, [3, 2, 1])
+    cfg = config((TRAIN,), (), "DATALOADER.NUM_WORKERS", 0)
+    with pytest.raises(DataSetError, match="the order differs"):
+        APEvaluation(cfg, OTHER)
+    assert APEvaluation(cfg, TRAIN).num_images == 9
+    cfg.DATASETS.TRAIN = ("nothing",)
+    assert APEvaluation(cfg, OTHER).num_images == 3
 
 
 def test_other_ids_of_the_same_order_do_no_harm(sets):
@@ -194,8 +206,22 @@ WRONG_DICTS = {
 def test_wrong_dicts(own, kind):
     change, words = WRONG_DICTS[kind]
     change(own)
-    message = refusal(config((OWN,)))
+    message = refusal(config((OWN,), (OWN,)))
     assert f"DATASETS.TRAIN names '{OWN}'" in message and words in message
+
+
+def test_dicts_that_are_only_trained_on(own):
+    for image in own:
+        del image["image_id"], image["width"], image["height"]
+    check_datasets(config((OWN,)))
+
+
+def test_a_crowd_may_have_any_box(own):
+    """As WIDER FACE's invalid faces, one of which has a negative width."""
+    own[0]["annotations"].append(
+        {"bbox": [9.0, 9.0, -5.0, 4.0], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "iscrowd": 1}
+    )
+    check_datasets(config((OWN,), (OWN,)))
 
 
 def test_a_function_that_fails(own):
@@ -207,7 +233,8 @@ def test_a_function_that_fails(own):
 def test_dicts_of_an_evaluation_need_names(own):
     MetadataCatalog.remove(OWN)
     MetadataCatalog.get(OWN).evaluator_type = "coco"
-    assert "no thing_classes" in refusal(config((OWN,)))
+    check_datasets(config((OWN,)))
+    assert "no thing_classes" in refusal(config((), (OWN,)))
 
 
 # -------------------------------------------------------------------------------------------- what evaluation sees

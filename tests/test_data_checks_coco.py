@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 from detectron2.config import get_cfg
@@ -27,6 +28,7 @@ def data(tmp_path):
         (tmp_path / "annotations.json").write_text(json.dumps(content) if text is None else text(content))
         return content
 
+    os.mkfifo(tmp_path / "pipe")
     write()
     with registered(tmp_path, NAME):
         yield write
@@ -99,6 +101,7 @@ REFUSED = {
         ["backslashes", "(4)", "Write / instead of \\", "images/../images/0.png"],
     ),
     "missing image": (first("images", file_name="gone.png"), ["not there", "gone.png'"]),
+    "a pipe": (first("images", file_name="../pipe"), ["no images that can be read", "it is no file"]),
     "no image": (first("images", file_name="../annotations.json"), ["no images that can be read", "annotations.json"]),
     "another size": (first("images", width=65), ["another size", "is 48 x 64 pixels, annotated as 65 x 64"]),
     "turned size": (lambda c: c["images"][1].update(width=48, height=64), ["is 64 x 48", "as 48 x 64", "EXIF"]),
@@ -158,7 +161,7 @@ def test_masks_that_training_needs(data):
     message = refusal("MODEL.MASK_ON", True)
     assert "run-length masks" in message and "INPUT.MASK_FORMAT bitmask" in message
     assert "no usable segmentation" in message and "(7)" in message
-    data(first("annotations", segmentation=RLE))
+    assert "(7)" in refusal("DATASETS.TRAIN", (), "MODEL.MASK_ON", True, test=(NAME,))  # run lengths are taken
     check_datasets(config())
 
 

@@ -2,7 +2,6 @@
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.data import (
-    DatasetMapper,
     build_detection_test_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
@@ -21,6 +20,7 @@ from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import CosineParamScheduler
 
+from qmimic_d2.data.mapper import ImageMapper
 from qmimic_d2.modeling.backbone.vgg import VGG
 
 model = L(GeneralizedRCNN)(
@@ -66,13 +66,13 @@ resize = L(transforms.ResizeShortestEdge)(short_edge_length=128, max_size=128)
 dataloader = dict(
     train=L(build_detection_train_loader)(
         dataset=L(get_detection_dataset_dicts)(names="digits_det_train"),
-        mapper=L(DatasetMapper)(is_train=True, augmentations=[resize], image_format="BGR"),
+        mapper=L(ImageMapper)(is_train=True, augmentations=[resize], image_format="BGR"),
         total_batch_size=8,
         num_workers=0,
     ),
     test=L(build_detection_test_loader)(
         dataset=L(get_detection_dataset_dicts)(names="digits_det_val", filter_empty=False),
-        mapper=L(DatasetMapper)(is_train=False, augmentations=[resize], image_format="BGR"),
+        mapper=L(ImageMapper)(is_train=False, augmentations=[resize], image_format="BGR"),
         num_workers=0,
     ),
     evaluator=L(COCOEvaluator)(dataset_name="${..test.dataset.names}"),

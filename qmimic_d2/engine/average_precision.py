@@ -13,6 +13,7 @@ from torch import nn
 from qmimic_d2.analysis import evenly_spaced
 from qmimic_d2.data.loading import load_dataset_dicts
 from qmimic_d2.data.mapper import FileNamingMapper, ImageMapper
+from qmimic_d2.engine.data_checks import check_evaluated_classes
 from qmimic_d2.engine.trainer import build_evaluator
 
 __all__ = ["APEvaluation"]
@@ -47,9 +48,11 @@ class APEvaluation:
 
         Raises:
             KeyError: the data set is not registered.
-            ValueError: there is no evaluator for it, or none that can evaluate a part of it.
+            ValueError: there is no evaluator for it, or none that can evaluate a part of it; the data cannot be
+                used, or have other classes than ``cfg.DATASETS.TRAIN``.
         """
         dicts = load_dataset_dicts(dataset_name, filter_empty=False)
+        check_evaluated_classes(cfg, dataset_name)
         chosen = evenly_spaced(dicts, max_images or len(dicts))
         self.dataset_name = dataset_name
         self.num_images = len(chosen)

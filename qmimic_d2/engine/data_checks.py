@@ -21,7 +21,7 @@ from qmimic_d2.data.checks.image_files import ImageFile, check_image_files
 from qmimic_d2.data.loading import class_names, is_coco, is_pascal_voc, keep_repaired
 from qmimic_d2.data.pascal_voc import check_pascal_voc, load_pascal_voc
 
-__all__ = ["ModelClasses", "check_datasets", "class_difference", "model_classes"]
+__all__ = ["ModelClasses", "check_datasets", "check_evaluated_classes", "class_difference", "model_classes"]
 
 _TRAIN, _TEST = "DATASETS.TRAIN", "DATASETS.TEST"
 
@@ -83,8 +83,7 @@ def check_datasets(cfg: CfgNode, classes: Optional[ModelClasses] = None, *, eval
     problems: List[str] = []
     for key, name in [(_TRAIN, each) for each in train] + [(_TEST, each) for each in test]:
         if name not in seen:
-            needs = _needs(cfg) if key == _TRAIN else Needs()
-            seen[name] = _look_at(name, needs, key == _TRAIN, files)
+            seen[name] = _look_at(name, _needs(cfg, key == _TRAIN), key == _TRAIN, name in test, files)
             problems += _report(key, name, seen[name])
         problems += _objects_problems(cfg, key, name, seen[name])
         if classes is not None:
@@ -92,6 +91,27 @@ def check_datasets(cfg: CfgNode, classes: Optional[ModelClasses] = None, *, eval
     problems += _name_problems(cfg, train, test, seen)
     if problems:
         raise DataSetError("\n".join(problems))
+
+
+def check_evaluated_classes(cfg: CfgNode, name: str) -> None:
+    """
+    For an evaluation outside of a run: the classes of a test set must be those that the model was trained on.
+
+    Args:
+        cfg: of the model; DATASETS.TRAIN tells its classes, where these sets are registered and can be read.
+        name: of the test set.
+
+    Raises:
+        KeyError: it is not registered.
+        DataSetError: the classes or their order differ; names both lists.
+    """
+    names = class_names(name)
+    if not names:
+        return
+    for trained_on, first in _trained_classes(cfg):
+        difference = class_difference(trained_on, first, repr(name), names)
+        if difference:
+            raise DataSetError(difference)
 
 
 def class_difference(first: str, first_classes: List[str], other: str, other_classes: List[str]) -> str:
@@ -112,21 +132,24 @@ def class_difference(first: str, first_classes: List[str], other: str, other_cla
     )
 
 
-def _needs(cfg: CfgNode) -> Needs:
+def _needs(cfg: CfgNode, is_training: bool) -> Needs:
+    """An evaluation of masks takes any format."""
     return Needs(
-        cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else "",
+        (cfg.INPUT.MASK_FORMAT if is_training else "bitmask") if cfg.MODEL.MASK_ON else "",
         cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0,
     )
 
 
-def _look_at(name: str, needs: Needs, is_training: bool, files: Dict[str, object]) -> _DataSet:
+def _look_at(
+    name: str, needs: Needs, is_training: bool, is_evaluated: bool, files: Dict[str, object]
+) -> _DataSet:
     findings = Findings()
     try:
         if is_pascal_voc(name):
             return _look_at_pascal_voc(name, findings, files)
         if is_coco(name):
             return _look_at_coco(name, findings, needs, is_training, files)
-        return _look_at_dicts(name, findings, needs, files)
+        return _look_at_dicts(name, findings, needs, is_evaluated, files)
     except (ValueError, KeyError, OSError) as error:  # each says what is wrong
         return _DataSet(str(error.args[0] if isinstance(error, KeyError) and error.args else error), findings)
 
@@ -177,7 +200,9 @@ def _look_at_json(metadata: Metadata, findings: Findings, needs: Needs, is_train
     return content
 
 
-def _look_at_dicts(name: str, findings: Findings, needs: Needs, files: Dict[str, object]) -> _DataSet:
+def _look_at_dicts(
+    name: str, findings: Findings, needs: Needs, is_evaluated: bool, files: Dict[str, object]
+) -> _DataSet:
     metadata = MetadataCatalog.get(name)
     kind, has_json = metadata.get("evaluator_type", ""), bool(metadata.get("json_file"))
     if has_json and kind == "coco":  # for the evaluator; the function may do what it likes
@@ -193,13 +218,13 @@ def _look_at_dicts(name: str, findings: Findings, needs: Needs, files: Dict[str,
         return _DataSet("", findings, names)
     if not dicts:
         raise ValueError("its function gives no image")
-    is_converted = kind == "coco" and not has_json
+    is_converted = is_evaluated and kind == "coco" and not has_json
     if is_converted and not names:
         raise ValueError(
             "its metadata have no thing_classes, which the evaluation needs; set "
             "MetadataCatalog.get(name).thing_classes"
         )
-    content = inspect_dicts(dicts, findings, needs, len(names) if names else None, is_converted)
+    content = inspect_dicts(dicts, findings, needs, len(names) if names else None, is_evaluated, is_converted)
     if kind != "wider_face":  # whose loader has looked at them
         check_image_files(content.files, findings, files, name)
     has_annotations = any("annotations" in each for each in dicts if isinstance(each, dict))
@@ -273,13 +298,14 @@ def _number_problems(key: str, name: str, seen: _DataSet, classes: ModelClasses)
 
 
 def _name_problems(cfg: CfgNode, train: List[str], test: List[str], seen: Dict[str, _DataSet]) -> List[str]:
-    named: List[Tuple[str, List[str]]] = []
-    if not train:  # an evaluation: what the model was trained on, where that is known
-        for name in cfg.DATASETS.TRAIN:
-            names = class_names(name) if name in DatasetCatalog else None
-            if names:
-                named.append((f"{name!r} of {_TRAIN}", names))
+    named = [] if train else _trained_classes(cfg)
     for key, names in ((_TRAIN, train), (_TEST, [each for each in test if each not in train])):
         named += [(f"{name!r} of {key}", list(seen[name].names)) for name in names if seen[name].names]
     differences = [class_difference(*named[0], *other) for other in named[1:]] if named else []
     return list(dict.fromkeys(each for each in differences if each))
+
+
+def _trained_classes(cfg: CfgNode) -> List[Tuple[str, List[str]]]:
+    """The sets of DATASETS.TRAIN whose classes are known without loading them."""
+    known = [(name, class_names(name)) for name in cfg.DATASETS.TRAIN if name in DatasetCatalog]
+    return [(f"{name!r} of {_TRAIN}", names) for name, names in known if names]

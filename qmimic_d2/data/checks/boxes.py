@@ -59,7 +59,12 @@ class BoxCheck:
         self._first = ""
 
     def __call__(
-        self, box: Any, size: Optional[Tuple[float, float]], where: str, may_be_text: bool = True
+        self,
+        box: Any,
+        size: Optional[Tuple[float, float]],
+        where: str,
+        may_be_text: bool = True,
+        is_crowd: bool = False,
     ) -> Optional[List[float]]:
         """
         Args:
@@ -67,6 +72,7 @@ class BoxCheck:
             size: width and height of the image; None if unknown.
             where: names the annotation.
             may_be_text: numbers may be written as text, which the caller repairs.
+            is_crowd: nothing is trained on it, so that only the form counts.
 
         Returns:
             The box as numbers, or None where it has none.
@@ -78,7 +84,8 @@ class BoxCheck:
             return None
         if is_text:
             self._findings.repair(TEXT, where)
-        self._look_at(numbers, size, where)
+        if not is_crowd:
+            self._look_at(numbers, size, where)
         return numbers
 
     def rotated(self, box: Any, where: str) -> None:

@@ -81,7 +81,7 @@ def check_annotations(
         if annotation.get("bbox") is None and isinstance(annotation.get("segmentation"), list):
             annotation["bbox"] = _box_around(annotation["segmentation"])
             findings.repair(BOX_OF_MASK, where)
-        box = check_box(annotation.get("bbox"), size, where)
+        box = check_box(annotation.get("bbox"), size, where, is_crowd=not is_object)
         if box is not None:
             if any(isinstance(each, str) for each in annotation["bbox"]):
                 annotation["bbox"] = box

@@ -47,6 +47,7 @@ def inspect_dicts(
     findings: Findings,
     needs: Needs = Needs(),
     num_classes: Optional[int] = None,
+    is_evaluated: bool = False,
     is_converted: bool = False,
 ) -> DictContent:
     """
@@ -57,7 +58,8 @@ def inspect_dicts(
         findings: takes the problems.
         needs: what else than boxes the model is trained on.
         num_classes: of the data set; None if unknown.
-        is_converted: the evaluator makes a COCO file of them, which needs sizes.
+        is_evaluated: detections are told apart by the images' ids.
+        is_converted: the evaluator makes a COCO file of them, which needs sizes too.
     """
     check_box = BoxCheck(findings)
     labels: Set[int] = set()
@@ -71,12 +73,14 @@ def inspect_dicts(
             continue
         size = _size(image, findings, where, is_converted)
         if not image.get("file_name"):
-            findings.refuse(NO_FILE_NAME, where)
+            if "image" not in image:  # for a mapper of the user's own
+                findings.refuse(NO_FILE_NAME, where)
         else:
             where = repr(str(image["file_name"]))
             files.append(ImageFile(str(image["file_name"]), size))
         if image.get("image_id") is None:
-            findings.refuse(NO_ID, where)
+            if is_evaluated:
+                findings.refuse(NO_ID, where)
         elif isinstance(image["image_id"], Hashable):
             ids[image["image_id"]] += 1
         annotations = image.get("annotations")
@@ -123,7 +127,8 @@ def _check(
     elif mode == BoxMode.XYWHA_ABS:
         check_box.rotated(box, where)
     else:
-        check_box(_as_xywh(box) if mode == BoxMode.XYXY_ABS else box, size, where, may_be_text=False)
+        box = _as_xywh(box) if mode == BoxMode.XYXY_ABS else box
+        check_box(box, size, where, may_be_text=False, is_crowd=bool(annotation.get("iscrowd", 0)))
     label = number(annotation.get("category_id"))
     if label is None or not label.is_integer() or label < 0 or (num_classes is not None and label >= num_classes):
         findings.refuse(NO_CATEGORY, f"{where}: {annotation.get('category_id')!r}")

@@ -84,6 +84,8 @@ def header_size(path: str) -> Optional[Tuple[int, int]]:
 def _look_at(path: str) -> object:
     if not os.path.exists(path):
         return FileNotFoundError(path)
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return UnusableImageError("it is no file")
     try:
         return image_size(path)
     except UnusableImageError as error:
