@@ -40,12 +40,18 @@ class PascalVOCEvaluator(PascalVOCDetectionEvaluator):
         super().__init__(dataset_name)
         metadata = MetadataCatalog.get(dataset_name)
         self._folder = PathManager.get_local_path(metadata.dirname)
-        self._image_ids = voc_image_ids(self._folder, metadata.split)
+        self._split = metadata.split
         # Detectron2 makes files of class names and lines of image ids: numbers are safe in both.
         self._true_names = list(metadata.thing_classes)
         self._class_names = [str(index) for index in range(len(self._true_names))]
         self._anno_file_template = "{}"
-        self._numbers = {image_id: str(index) for index, image_id in enumerate(self._image_ids)}
+        self._numbers: Dict[str, str] = {}
+
+    def reset(self) -> None:
+        """As Detectron2's; reads the list of images."""
+        super().reset()
+        ids = voc_image_ids(self._folder, self._split)
+        self._numbers = {image_id: str(index) for index, image_id in enumerate(ids)}
 
     def process(self, inputs: List[Dict[str, Any]], outputs: List[Dict[str, Any]]) -> None:
         """As Detectron2's."""
