@@ -6,7 +6,6 @@ weights and the teacher's files. What only construction can tell is told by cons
 """
 
 import difflib
-import logging
 import warnings
 from typing import Iterable, Sequence
 
