@@ -10,18 +10,20 @@ import math
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from torch import nn
 
 from qmimic_d2.engine.average_precision import APEvaluation
 from qmimic_d2.engine.prediction import as_instances
-from qmimic_d2.export.preprocessing import Detections
+from qmimic_d2.export.finite import watch_outputs
+from qmimic_d2.export.preprocessing import NOT_FINITE, Detections
 from qmimic_d2.image_file import read_bgr_image
 
-__all__ = ["Difference", "EvaluatorAdapter", "Verification", "VerifiedModel", "difference"]
+__all__ = ["Difference", "EvaluatorAdapter", "ModelRecorder", "Verification", "VerifiedModel", "difference"]
 
 Detect = Callable[[np.ndarray], Detections]
 
@@ -100,6 +102,7 @@ class VerifiedModel:
         AP: of boxes, in points; NaN where nothing was detected.
         difference: from the reference; None for the reference itself.
         file_bytes: what is shipped.
+        detections: in all images together.
         milliseconds: median time of one image, from pixels to detections, resizing included; NaN before
             :meth:`Verification.timed`.
     """
@@ -108,6 +111,7 @@ class VerifiedModel:
     AP: float
     difference: Any
     file_bytes: int
+    detections: int = 0
     milliseconds: float = math.nan
 
     def to_dict(self) -> Dict[str, Any]:
@@ -134,25 +138,42 @@ class Verification:
         Raises:
             KeyError, ValueError: as :class:`APEvaluation`.
         """
-        self._evaluation = APEvaluation(cfg, dataset_name, max_images, mapper=dict)
+        self._files_evaluation = APEvaluation(cfg, dataset_name, max_images, mapper=dict)
+        self._model_evaluation = APEvaluation(cfg, dataset_name, max_images)
         self.dataset_name = dataset_name
-        self.num_images = self._evaluation.num_images
+        self.num_images = self._files_evaluation.num_images
         self.threads = threads
         self._runs = runs
         self._reference: List[Detections] = []
         self._files: List[str] = []
         self._detects: List[Detect] = []
 
-    def __call__(self, name: str, detect: Detect, file_bytes: int = 0, is_compared: bool = True) -> VerifiedModel:
+    def __call__(
+        self,
+        name: str,
+        detect: Detect,
+        file_bytes: int = 0,
+        is_compared: bool = True,
+        model: Optional[nn.Module] = None,
+    ) -> VerifiedModel:
         """
         Args:
             name: for the table.
             detect: from an image (H, W, 3), BGR, uint8, to its detections.
             file_bytes: what is shipped.
             is_compared: box by box with the reference; AP and time are, whatever it is.
+            model: a training's, whose AP is measured as its evaluation does: images come from the evaluation's own
+                loader, and ``detect`` is for the times alone. None = ``detect`` reads the images by itself.
+
+        Raises:
+            ValueError: an image cannot be detected on.
         """
-        adapter = EvaluatorAdapter(detect)
-        ap = self._evaluation(adapter)
+        if model is None:
+            adapter = EvaluatorAdapter(detect)
+            ap = self._files_evaluation(adapter)
+        else:
+            adapter = ModelRecorder(model)
+            ap = self._model_evaluation(adapter)
         apart = None
         if self._detects and is_compared:
             apart = Difference()
@@ -162,7 +183,7 @@ class Verification:
             self._reference = adapter.found
             self._files = adapter.files
         self._detects.append(detect)
-        return VerifiedModel(name, ap, apart, file_bytes)
+        return VerifiedModel(name, ap, apart, file_bytes, sum(map(len, adapter.found)))
 
     def timed(self, rows: Sequence[VerifiedModel]) -> List[VerifiedModel]:
         """
@@ -205,4 +226,29 @@ class EvaluatorAdapter:
             self.found.append(found)
             self.files.append(each["file_name"])
             outputs.append({"instances": as_instances(found, image.shape[:2])})
+        return outputs
+
+
+class ModelRecorder:
+    """Runs a Detectron2 model, and keeps what it found."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self.found: List[Detections] = []
+        self.files: List[str] = []
+
+    def __call__(self, inputs: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+        """
+        Raises:
+            ValueError: the model gives numbers that are not finite.
+        """
+        with watch_outputs(self._model) as watch:
+            outputs = self._model(inputs)
+        if not watch.is_finite:
+            raise ValueError(NOT_FINITE)
+        for each, output in zip(inputs, outputs):
+            found = output["instances"].to("cpu")
+            boxes, scores, classes = found.pred_boxes.tensor, found.scores, found.pred_classes
+            self.found.append(Detections(boxes.numpy(), scores.numpy(), classes.numpy()))
+            self.files.append(each["file_name"])
         return outputs
