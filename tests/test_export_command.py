@@ -35,12 +35,12 @@ def dataset(tmp_path_factory):
         yield name
 
 
-def make_true(detector, dataset):
+def make_true(detector, dataset, *options):
     """Makes the ground truth of a data set what a detector finds there, so that there is an AP to lose."""
     path = MetadataCatalog.get(dataset).json_file
     with open(path) as file:
         content = json.load(file)
-    detect = Predictor(with_weights(detector)).detect
+    detect = Predictor(with_weights(detector, *options)).detect
     found = {each["id"]: detect(read_bgr_image(image_file(dataset, each))) for each in content["images"]}
     for annotation in content["annotations"]:
         x0, y0, x1, y1 = found[annotation["image_id"]].boxes[0].tolist()
@@ -54,9 +54,9 @@ def image_file(dataset, image):
     return os.path.join(MetadataCatalog.get(dataset).image_root, image["file_name"])
 
 
-def with_weights(detector):
+def with_weights(detector, *options):
     cfg = detector.cfg.clone()
-    cfg.MODEL.WEIGHTS = detector.weights
+    cfg.merge_from_list(["MODEL.WEIGHTS", detector.weights, *options])
     return cfg
 
 
@@ -130,11 +130,7 @@ def test_a_difference_above_the_tolerance(student, dataset, tmp_path, capsys, mo
 
         def detect(self, image):
             found = self._detect(image)
-            # the reference finds nothing here, so an exact hit is a difference
-            box = np.array([[8, 8, 32, 40]], np.float32)
-            return Detections(
-                np.concatenate([box, found.boxes]), np.append(np.float32(1), found.scores), np.append(0, found.classes)
-            )
+            return Detections(found.boxes + np.float32(100), found.scores, found.classes)
 
     monkeypatch.setattr("qmimic_d2.cli.export.open_detector", lambda *a, **k: Broken(real(*a, **k)))
     arguments = ["--format", "detectron2", "--output", tmp_path, "--verify", dataset, "--verify-images", 2]
@@ -143,9 +139,11 @@ def test_a_difference_above_the_tolerance(student, dataset, tmp_path, capsys, mo
     assert export(student, *arguments, "--tolerance", 100, "MODEL.QMIMIC.TEACHER.CONFIG_FILE", "") == 0
 
 
-def test_sizes(student, dataset, tmp_path, capsys):
-    arguments = ["--format", "onnx", "--output", tmp_path, "--verify", dataset, "--verify-images", 2]
-    assert export(student, *arguments, "--min-size", 32, "--max-size", 48) == 0
+def test_sizes(student, tmp_path, capsys):
+    with registered_coco(tmp_path, count=2, name="tiny_sizes") as dataset:
+        make_true(student, dataset, "INPUT.MIN_SIZE_TEST", 32, "INPUT.MAX_SIZE_TEST", 48)
+        arguments = ["--format", "onnx", "--output", tmp_path, "--verify", dataset]
+        assert export(student, *arguments, "--min-size", 32, "--max-size", 48) == 0
     assert "eager student, sizes of its config" in capsys.readouterr().out
     assert "shorter side to 32 pixels" in (tmp_path / "labels.json").read_text()
     assert export(student, "--format", "torchscript", "--output", tmp_path, "--fixed-size", "48x64") == 0

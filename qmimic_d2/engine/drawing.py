@@ -20,7 +20,7 @@ __all__ = ["draw_detections", "label_names", "missing_characters_note"]
 # An image whose longer side is shorter, in pixels, is enlarged for drawing, so that its labels can be read.
 _DRAWN_SIZE = 640
 # Names are cut behind so many characters.
-_LONGEST_NAME = 60
+_LONGEST_NAME = 40
 
 
 def label_names(categories: Sequence[Category]) -> List[str]:

@@ -102,17 +102,17 @@ class VerifiedModel:
         AP: of boxes, in points; NaN where nothing was detected.
         difference: from the reference; None for the reference itself.
         file_bytes: what is shipped.
-        detections: in all images together.
         milliseconds: median time of one image, from pixels to detections, resizing included; NaN before
             :meth:`Verification.timed`.
+        detections: in all images together.
     """
 
     name: str
     AP: float
     difference: Any
     file_bytes: int
-    detections: int = 0
     milliseconds: float = math.nan
+    detections: int = 0
 
     def to_dict(self) -> Dict[str, Any]:
         """As plain numbers and strings, for JSON."""
@@ -183,7 +183,7 @@ class Verification:
             self._reference = adapter.found
             self._files = adapter.files
         self._detects.append(detect)
-        return VerifiedModel(name, ap, apart, file_bytes, sum(map(len, adapter.found)))
+        return VerifiedModel(name, ap, apart, file_bytes, detections=sum(map(len, adapter.found)))
 
     def timed(self, rows: Sequence[VerifiedModel]) -> List[VerifiedModel]:
         """
