@@ -114,17 +114,18 @@ def open_config(
     """
     if score_threshold is not None:
         cfg = with_score_threshold(cfg, score_threshold)
-    if labels is None:
+    num_classes = head_node(cfg).NUM_CLASSES
+    if labels is not None and len(labels.classes) != num_classes:
+        raise ValueError(
+            f"{LABELS_NAME} beside {config_file!r} has {len(labels.classes)} classes, and "
+            f"{head_node_key(cfg)}.NUM_CLASSES is {num_classes}; it is another export's. Export the detector again, or "
+            f"take {LABELS_NAME} away"
+        )
+    if labels is not None and labels.has_names:
+        categories = _categories_of(labels)
+    else:
         load_class_names(cfg)
         categories = dataset_categories(cfg)
-    else:
-        categories = _categories_of(labels)
-    num_classes = head_node(cfg).NUM_CLASSES
-    if len(categories) != num_classes:
-        raise ValueError(
-            f"{LABELS_NAME} beside {config_file!r} has {len(categories)} classes, and {head_node_key(cfg)}.NUM_CLASSES "
-            f"is {num_classes}; it is another export's. Export the detector again, or take {LABELS_NAME} away"
-        )
     note = unknown_names_note(categories, cfg)
     return OpenDetector(Predictor(cfg, weights_key).detect, categories, config_file, cfg.MODEL.WEIGHTS, note)
 
