@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from exported import assert_close, random_image, spread_model, write_forms
+from helpers import ONE_STAGE
 from test_command_line import status_of
 from tiny_coco import write_images
 
@@ -294,8 +295,8 @@ def test_outputs_that_are_not_finite(number):
 @pytest.mark.parametrize("part", ["backbone", "head"])
 def test_a_detector_that_diverged_is_no_detector_that_finds_nothing(tmp_path, meta_architecture, part):
     """Detectron2 drops what is not finite; every form says so instead."""
-    cfg, model = spread_model(meta_architecture=meta_architecture)
-    assert len(Predictor.of_model(cfg, model).detect(random_image(64, 64))) >= 0
+    cfg, model = spread_model(*ONE_STAGE["RetinaNet"], *ONE_STAGE["FCOS"], meta_architecture=meta_architecture)
+    Predictor.of_model(cfg, model).detect(random_image(64, 64))
     names = {"head": "roi_heads" if meta_architecture == "QuantRCNN" else "head", "backbone": "backbone"}
     weights = [each for name, each in model.named_parameters() if name.startswith(names[part])]
     weights[-1].data.fill_(float("nan"))
@@ -318,7 +319,8 @@ def test_the_score_threshold_is_the_familys(tmp_path):
     """As the network has it, whatever the other families' keys say."""
     for meta_architecture, node in (("QuantRCNN", "ROI_HEADS"), ("QuantRetinaNet", "RETINANET"), ("QuantFCOS", "FCOS")):
         key = f"MODEL.{node}.SCORE_THRESH_TEST"
-        cfg, model = spread_model(key, 0.37, meta_architecture=meta_architecture)
+        options = (*ONE_STAGE["RetinaNet"], *ONE_STAGE["FCOS"], key, 0.37)
+        cfg, model = spread_model(*options, meta_architecture=meta_architecture)
         described = describe_model(cfg, model, [(0, "a")])
         owner = model.roi_heads.box_predictor if node == "ROI_HEADS" else model
         assert described.score_threshold == owner.test_score_thresh == 0.37

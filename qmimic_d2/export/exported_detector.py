@@ -1,7 +1,8 @@
 """What every exported detector that is one file does, whatever its network runs in; torch is not needed."""
 
 import abc
-from typing import List, Sequence
+import os
+from typing import Any, List, Sequence
 
 import numpy as np
 
@@ -22,24 +23,31 @@ class ExportedDetector(abc.ABC):
     """
     From an image to detections: preparation, network, and back to pixels of the image.
 
+    It may be pickled, for example for ``multiprocessing``: the other process opens the file again.
+
     Attributes:
         description: what the file tells about itself.
     """
 
-    def __init__(self, path: str, description: str):
+    def __init__(self, path: str, description: str, arguments: Sequence[Any]):
         """
         Args:
             path: of the file, for the error message.
             description: JSON, as the file holds it; "" where it holds none.
+            arguments: of the class, behind the path, with which it is opened again.
 
         Raises:
             ValueError: the description is not one of this package's.
         """
         self._path = path
+        self._arguments = (os.path.abspath(path), *arguments)
         try:
             self.description = ModelDescription.from_json(description)
         except ValueError as error:
             raise ValueError(f"{path!r} was not written by `python -m qmimic_d2 export`: it holds {error}") from error
+
+    def __reduce__(self):
+        return type(self), self._arguments
 
     @property
     def names(self) -> List[str]:

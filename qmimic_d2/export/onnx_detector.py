@@ -23,8 +23,6 @@ class OnnxDetector(ExportedDetector):
         found = detector(cv2.imread("photo.jpg"))
         for box, score, index in zip(found.boxes, found.scores, found.classes):
             print(detector.names[index], score, box)
-
-    It may be pickled, for example for ``multiprocessing``: what is kept is the file's path.
     """
 
     def __init__(self, path: str, threads: int = 0, providers: Optional[Sequence[str]] = None):
@@ -51,7 +49,6 @@ class OnnxDetector(ExportedDetector):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # it writes errors to stderr besides raising them
-        self._arguments = (os.path.abspath(path), threads, None if providers is None else list(providers))
         try:
             self._session = onnxruntime.InferenceSession(
                 path, options, providers=list(providers or ["CPUExecutionProvider"])
@@ -61,16 +58,12 @@ class OnnxDetector(ExportedDetector):
             outputs = {each.name for each in self._session.get_outputs()}
         except Exception as error:  # onnxruntime has an exception of its own for every kind of damage
             raise ValueError(f"{path!r} is no ONNX file that onnxruntime can run: {one_line(error)}") from error
-        super().__init__(path, text)
+        super().__init__(path, text, [threads, providers])
         if inputs != _INPUTS or not outputs.issuperset(_OUTPUTS):
             raise ValueError(
                 f"{path!r} has the inputs {inputs} and the outputs {sorted(outputs)}; an exported detector has "
                 f"{_INPUTS} and {sorted(_OUTPUTS)}"
             )
-
-    def __reduce__(self):
-        """Another process opens the file again, which a session cannot be sent to."""
-        return type(self), self._arguments
 
     def run_network(self, pixels: np.ndarray) -> Sequence[np.ndarray]:
         return self._session.run(list(_OUTPUTS), {"image": pixels})

@@ -43,12 +43,8 @@ class TorchScriptDetector(ExportedDetector):
             text = text.decode() if isinstance(text, bytes) else text
         except Exception as error:  # torch has many ways to say that a file is damaged
             raise ValueError(f"{path!r} is no TorchScript file that torch can run: {one_line(error)}") from error
-        super().__init__(path, text)
+        super().__init__(path, text, [device])
         self._device = device
-
-    def __reduce__(self):
-        """Another process opens the file again; a script module cannot be sent to it."""
-        return type(self), (os.path.abspath(self._path), self._device)
 
     def run_network(self, pixels: np.ndarray) -> Sequence[np.ndarray]:
         import torch
