@@ -19,9 +19,10 @@ from qmimic_d2.engine.average_precision import APEvaluation
 from qmimic_d2.engine.categories import Category, dataset_categories, unknown_names_note
 from qmimic_d2.engine.exporting import Shipment
 from qmimic_d2.engine.trainer import Trainer
-from qmimic_d2.engine.verification import Difference, Verification, VerifiedModel
+from qmimic_d2.engine.verification import Difference, Verification, VerifiedModel, read_named_image
 from qmimic_d2.export import InputSpec, ModelDescription
 from qmimic_d2.export.network import drop_quantizer
+from qmimic_d2.image_file import UnusableImageError
 
 
 def cfg_of(detector, *options):
@@ -134,6 +135,19 @@ def test_a_student_that_diverged_is_no_reference(student, dataset):
     next(shipment.model.roi_heads.parameters()).data.fill_(math.nan)
     with pytest.raises(ValueError, match="NaN or infinite"):
         Verification(cfg, dataset)("eager", shipment.predictor.detect, model=shipment.model)
+
+
+def test_an_image_that_cannot_be_read_is_named(student, tmp_path, capsys):
+    with registered_coco(tmp_path, count=2, name="tiny_damaged") as dataset:
+        (tmp_path / "images" / "1.jpg").write_bytes(b"no image")
+        arguments = ["--format", "torchscript", "--output", tmp_path / "out", "--verify", dataset]
+        assert export(student, *arguments) == 2
+        assert "1.jpg" in capsys.readouterr().err
+        arguments = ["--format", "onnx-int8", "--output", tmp_path / "out", "--search-images", 0]
+        assert export(student, *arguments, "DATASETS.TRAIN", (dataset,)) == 2
+        assert "1.jpg" in capsys.readouterr().err
+    with pytest.raises(UnusableImageError, match="1.jpg"):
+        read_named_image(str(tmp_path / "images" / "1.jpg"))
 
 
 # ------------------------------------------------------------------------------------ arguments

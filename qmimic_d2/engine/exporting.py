@@ -15,14 +15,13 @@ from qmimic_d2.analysis import evenly_spaced
 from qmimic_d2.engine.average_precision import APEvaluation
 from qmimic_d2.engine.categories import dataset_categories, load_class_names, unknown_names_note
 from qmimic_d2.engine.prediction import Predictor
-from qmimic_d2.engine.verification import EvaluatorAdapter
+from qmimic_d2.engine.verification import EvaluatorAdapter, read_named_image
 from qmimic_d2.export import ModelDescription, OnnxDetector, describe_model, ship_model
 from qmimic_d2.export.description import LABELS_NAME
 from qmimic_d2.export.onnx_file import export_onnx, import_onnx
 from qmimic_d2.export.onnx_int8 import Int8Trial, import_quantization, quantize_onnx
 from qmimic_d2.export.student import CONFIG_NAME, StudentExport, export_student
 from qmimic_d2.export.torchscript_file import export_torchscript
-from qmimic_d2.image_file import read_bgr_image
 from qmimic_d2.json_file import write_text
 from qmimic_d2.modeling.quantizer import ClampQuantizer, UniformQuantizer
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
@@ -168,7 +167,7 @@ class Shipment:
             raise ValueError("DATASETS.TRAIN is empty; int8 is calibrated on training images")
         dicts = evenly_spaced(get_detection_dataset_dicts(names), settings.calibration_images)
         images: List[np.ndarray] = [
-            self.description.input_spec.prepare(read_bgr_image(each["file_name"]))[0] for each in dicts
+            self.description.input_spec.prepare(read_named_image(each["file_name"]))[0] for each in dicts
         ]
         evaluate = None
         if settings.search_images:

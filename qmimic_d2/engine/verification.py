@@ -21,9 +21,17 @@ from qmimic_d2.engine.average_precision import APEvaluation
 from qmimic_d2.engine.prediction import as_instances
 from qmimic_d2.export.finite import watch_outputs
 from qmimic_d2.export.preprocessing import NOT_FINITE, Detections
-from qmimic_d2.image_file import read_bgr_image
+from qmimic_d2.image_file import UnusableImageError, read_bgr_image
 
-__all__ = ["Difference", "EvaluatorAdapter", "ModelRecorder", "Verification", "VerifiedModel", "difference"]
+__all__ = [
+    "Difference",
+    "EvaluatorAdapter",
+    "ModelRecorder",
+    "Verification",
+    "VerifiedModel",
+    "difference",
+    "read_named_image",
+]
 
 Detect = Callable[[np.ndarray], Detections]
 
@@ -192,7 +200,7 @@ class Verification:
         Args:
             rows: of every call so far, in order.
         """
-        images = [read_bgr_image(path) for path in self._files[: self._runs]]
+        images = [read_named_image(path) for path in self._files[: self._runs]]
         times: List[List[float]] = [[] for _ in rows]
         threads = torch.get_num_threads()
         torch.set_num_threads(self.threads)
@@ -210,6 +218,19 @@ class Verification:
         return [replace(row, milliseconds=median) for row, median in zip(rows, medians)]
 
 
+def read_named_image(path: str) -> np.ndarray:
+    """
+    As :func:`read_bgr_image`, for one image of many.
+
+    Raises:
+        UnusableImageError: it cannot be read; names it.
+    """
+    try:
+        return read_bgr_image(path)
+    except UnusableImageError as error:
+        raise UnusableImageError(f"{path!r}: {error}. Replace the file, or take it out of the data set") from error
+
+
 class EvaluatorAdapter:
     """Gives a detector the inputs and outputs of a Detectron2 model, and keeps what it found."""
 
@@ -221,7 +242,7 @@ class EvaluatorAdapter:
     def __call__(self, inputs: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
         outputs = []
         for each in inputs:
-            image = read_bgr_image(each["file_name"])
+            image = read_named_image(each["file_name"])
             found = self._detect(image)
             self.found.append(found)
             self.files.append(each["file_name"])
