@@ -98,17 +98,18 @@ class CocoPredictions:
 
     def write(self, path: str) -> None:
         """Writes the JSON record by record, so that it never stands in memory as a whole."""
+        encode = json.JSONEncoder(allow_nan=False).encode
         with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
             start = "{"
             for name, section in self._sections().items():
-                file.write(f"{start}\n{json.dumps(name)}: ")
+                file.write(f"{start}\n{encode(name)}: ")
                 start = ","
                 if isinstance(section, dict):
-                    file.write(json.dumps(section))
+                    file.write(encode(section))
                     continue
                 file.write("[")
                 for index, record in enumerate(section):
-                    file.write(("," if index else "") + "\n  " + json.dumps(record, allow_nan=False))
+                    file.write(("," if index else "") + "\n  " + encode(record))
                 file.write("\n]")
             file.write("\n}\n")
 
