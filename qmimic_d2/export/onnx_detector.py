@@ -51,7 +51,7 @@ class OnnxDetector(ExportedDetector):
         options.log_severity_level = 4  # it writes errors to stderr besides raising them
         try:  # a fallback would print, and try the same again
             self._session = onnxruntime.InferenceSession(
-                path, options, providers=list(providers or ["CPUExecutionProvider"]), disable_fallback=1
+                path, options, providers=list(providers or ["CPUExecutionProvider"]), enable_fallback=0
             )
             text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "")
             inputs = {each.name: (each.type, len(each.shape)) for each in self._session.get_inputs()}
