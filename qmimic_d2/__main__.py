@@ -3,18 +3,27 @@
 import argparse
 import importlib
 import sys
-from typing import Optional, Sequence
+from typing import Optional, Sequence, TextIO
 
 from qmimic_d2 import __version__
 from qmimic_d2.cli import COMMANDS
 from qmimic_d2.cli.model_arguments import split_overrides, usage_errors
+from qmimic_d2.cli.printable import say
 
 __all__ = ["build_parser", "main"]
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse repeats arguments as they came; a terminal must not act on them."""
+
+    def _print_message(self, message: str, file: Optional[TextIO] = None) -> None:
+        if message:
+            say(message.rstrip("\n"), sys.stderr if file is None else file)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all sub-commands; ``run`` of the parsed arguments is the chosen one's function."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m qmimic_d2",
         description="Quantization mimic for Detectron2. Training and evaluation are train_net.py's.",
         epilog="python -m qmimic_d2 COMMAND --help tells the arguments of a command.",
@@ -25,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="MODULE",
-        help="before COMMAND: import a module of yours first, which registers data sets or backbones",
+        help="before COMMAND: import a module of yours first, which registers data sets or backbones; its code runs",
     )
     parser.add_argument("--version", action="version", version=f"qmimic_d2 {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -49,7 +58,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         argv: arguments behind the program's name; None for those of the process.
 
     Returns:
-        The exit status.
+        The exit status; 130 after Ctrl-C.
 
     Raises:
         SystemExit: after ``--help``, and with status 2 after a mistake in the arguments or a module of ``--import``
@@ -65,7 +74,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     with usage_errors():
         for module in args.modules:
             importlib.import_module(module)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        say("stopped by Ctrl-C", sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

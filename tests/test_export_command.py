@@ -7,6 +7,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
+from detectron2.data import MetadataCatalog
 from exported import FORMS, assert_close, random_image, write_detector, write_forms
 from PIL import Image
 from test_command_line import status_of
@@ -14,10 +15,11 @@ from tiny_coco import registered_coco, write_images
 
 from qmimic_d2.cli.export_text import human_bytes, verdict_text
 from qmimic_d2.engine.detectors import open_detector
+from qmimic_d2.engine.prediction import Predictor
 from qmimic_d2.engine.verification import Difference, VerifiedModel, difference
 from qmimic_d2.engine.video import read_frames
 from qmimic_d2.export.preprocessing import Detections
-from qmimic_d2.image_file import UnusableImageError
+from qmimic_d2.image_file import UnusableImageError, read_bgr_image
 
 CLAMP = ("MODEL.QMIMIC.QUANTIZER.NAME", "Clamp")
 
@@ -33,13 +35,41 @@ def dataset(tmp_path_factory):
         yield name
 
 
+def make_true(detector, dataset, *options):
+    """Makes the ground truth of a data set what a detector finds there, so that there is an AP to lose."""
+    path = MetadataCatalog.get(dataset).json_file
+    with open(path) as file:
+        content = json.load(file)
+    detect = Predictor(with_weights(detector, *options)).detect
+    found = {each["id"]: detect(read_bgr_image(image_file(dataset, each))) for each in content["images"]}
+    for annotation in content["annotations"]:
+        x0, y0, x1, y1 = found[annotation["image_id"]].boxes[0].tolist()
+        annotation["bbox"], annotation["area"] = [x0, y0, x1 - x0, y1 - y0], (x1 - x0) * (y1 - y0)
+        annotation["category_id"] = (3, 5, 9)[found[annotation["image_id"]].classes[0]]
+    with open(path, "w") as file:
+        json.dump(content, file)
+
+
+def image_file(dataset, image):
+    return os.path.join(MetadataCatalog.get(dataset).image_root, image["file_name"])
+
+
+def with_weights(detector, *options):
+    cfg = detector.cfg.clone()
+    cfg.merge_from_list(["MODEL.WEIGHTS", detector.weights, *options])
+    return cfg
+
+
 @pytest.fixture(scope="module")
 def student(tmp_path_factory, dataset):
-    """A student that was taught, with its teacher, and data sets in its config."""
+    """A student that was taught, with its teacher, and data sets in its config, on which it finds what is there."""
     folder = tmp_path_factory.mktemp("student")
     data = ("DATASETS.TRAIN", (dataset,), "DATASETS.TEST", (dataset,))
     teacher = write_detector(folder, *data, "MODEL.WEIGHTS", str(folder / "teacher.pth"), name="teacher")
-    return write_detector(folder, *data, *teacher.options, "MODEL.META_ARCHITECTURE", "QuantMimicRCNN", name="student")
+    options = (*data, *teacher.options, "MODEL.META_ARCHITECTURE", "QuantMimicRCNN")
+    student = write_detector(folder, *options, name="student")
+    make_true(student, dataset)
+    return student
 
 
 def export(detector, *arguments):
@@ -100,11 +130,7 @@ def test_a_difference_above_the_tolerance(student, dataset, tmp_path, capsys, mo
 
         def detect(self, image):
             found = self._detect(image)
-            # the reference finds nothing here, so an exact hit is a difference
-            box = np.array([[8, 8, 32, 40]], np.float32)
-            return Detections(
-                np.concatenate([box, found.boxes]), np.append(np.float32(1), found.scores), np.append(0, found.classes)
-            )
+            return Detections(found.boxes + np.float32(100), found.scores, found.classes)
 
     monkeypatch.setattr("qmimic_d2.cli.export.open_detector", lambda *a, **k: Broken(real(*a, **k)))
     arguments = ["--format", "detectron2", "--output", tmp_path, "--verify", dataset, "--verify-images", 2]
@@ -113,9 +139,11 @@ def test_a_difference_above_the_tolerance(student, dataset, tmp_path, capsys, mo
     assert export(student, *arguments, "--tolerance", 100, "MODEL.QMIMIC.TEACHER.CONFIG_FILE", "") == 0
 
 
-def test_sizes(student, dataset, tmp_path, capsys):
-    arguments = ["--format", "onnx", "--output", tmp_path, "--verify", dataset, "--verify-images", 2]
-    assert export(student, *arguments, "--min-size", 32, "--max-size", 48) == 0
+def test_sizes(student, tmp_path, capsys):
+    with registered_coco(tmp_path, count=2, name="tiny_sizes") as dataset:
+        make_true(student, dataset, "INPUT.MIN_SIZE_TEST", 32, "INPUT.MAX_SIZE_TEST", 48)
+        arguments = ["--format", "onnx", "--output", tmp_path, "--verify", dataset]
+        assert export(student, *arguments, "--min-size", 32, "--max-size", 48) == 0
     assert "eager student, sizes of its config" in capsys.readouterr().out
     assert "shorter side to 32 pixels" in (tmp_path / "labels.json").read_text()
     assert export(student, "--format", "torchscript", "--output", tmp_path, "--fixed-size", "48x64") == 0
@@ -242,7 +270,7 @@ def test_the_verdict():
     assert verdict(50.0, 49.5)[1] and verdict(50.0, 50.5)[1]
     assert not verdict(50.0, 49.4)[1] and not verdict(50.0, 50.6)[1]
     assert verdict(50.0, 50.6, is_gain_allowed=True)[1] and not verdict(50.0, 49.4, is_gain_allowed=True)[1]
-    assert verdict(float("nan"), float("nan"))[1] and not verdict(50.0, float("nan"))[1]
+    assert not verdict(50.0, float("nan"))[1]
     expected = "AP 50.00 -> 49.50 (-0.50), within the tolerance of 0.5; 2.0 times as fast as eager"
     assert verdict(50.0, 49.5)[0] == expected
     assert "(+0.00), within" in verdict(50.0, 49.999)[0]

@@ -8,24 +8,19 @@ import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
-from detectron2.structures import Boxes, Instances
 from helpers import tiny_cfg, write_teacher
 from PIL import Image
 from pycocotools.coco import COCO
 from tiny_coco import write_images
 
 from qmimic_d2.__main__ import main
-from qmimic_d2.engine.prediction import (
-    Category,
-    CocoPredictions,
-    Predictor,
-    UnusableImageError,
-    dataset_categories,
-    draw_detections,
-    find_images,
-    read_bgr_image,
-    unique_names,
-)
+from qmimic_d2.engine.categories import Category, dataset_categories
+from qmimic_d2.engine.coco_predictions import CocoPredictions
+from qmimic_d2.engine.drawing import draw_detections
+from qmimic_d2.engine.input_files import find_images, unique_names
+from qmimic_d2.engine.prediction import Predictor
+from qmimic_d2.export import Detections
+from qmimic_d2.image_file import UnusableImageError, read_bgr_image
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +40,14 @@ def random_image(height=48, width=64):
     return np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def detections_of(boxes, scores, classes, size=(40, 60)):
-    return Instances(
-        size,
-        pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)),
-        scores=torch.tensor(scores, dtype=torch.float32),
-        pred_classes=torch.tensor(classes, dtype=torch.int64),
+def detections_of(boxes, scores, classes):
+    return Detections(
+        np.array(boxes, np.float32).reshape(-1, 4), np.array(scores, np.float32), np.array(classes, np.int64)
     )
+
+
+def drawing_of(image, found, names):
+    return draw_detections(image, found.boxes, found.scores.tolist(), found.classes.tolist(), names)
 
 
 def assert_same_detections(first, second):
@@ -227,23 +223,23 @@ def test_categories(metadata, test, train, expected):
 def test_drawing(tmp_path):
     image = np.zeros((40, 60, 3), np.uint8)
     image[:, :, 0] = 200  # blue
-    categories = [Category(1, "one"), Category(2, "two")]
+    categories = ["one", "two"]
     detections = detections_of([[10, 10, 30, 35], [40, 5, 50, 15]], [0.9, 0.6], [0, 1])
-    drawn = draw_detections(image, detections, categories)
+    drawn = drawing_of(image, detections, categories)
     # 11 is the least whole factor that makes 60 pixels 640 or more
     assert (drawn.shape, drawn.dtype) == ((440, 660, 3), np.uint8)
     assert drawn[20, 20].tolist() == [0, 0, 200]
     edges = drawn[110 + 60 : 385, 110 - 1 : 110 + 2].reshape(-1, 3)
     assert (edges[:, 0] > 100).any(), "the first class is drawn in red"
-    assert (draw_detections(image, detections, categories) == drawn).all()
-    nothing = draw_detections(image, detections_of([], [], []), categories)
+    assert (drawing_of(image, detections, categories) == drawn).all()
+    nothing = drawing_of(image, detections_of([], [], []), categories)
     assert (nothing == [0, 0, 200]).all()
-    assert detections.pred_boxes.tensor[0].tolist() == [10, 10, 30, 35]
+    assert detections.boxes[0].tolist() == [10, 10, 30, 35]
 
 
 def test_a_large_image_keeps_its_size():
     image = np.zeros((700, 650, 3), np.uint8)
-    assert draw_detections(image, detections_of([], [], []), []).shape == image.shape
+    assert drawing_of(image, detections_of([], [], []), []).shape == image.shape
 
 
 def test_coco_json_by_hand(tmp_path):
@@ -273,6 +269,9 @@ def test_coco_json_by_hand(tmp_path):
     ]
     assert content["categories"] == [{"id": 7, "name": "seven"}, {"id": 8, "name": "eight"}]
     assert content["skipped"] == [{"file_name": "third.jpg", "reason": "broken"}]
+    assert content["incomplete"] == []
+    predictions.write(str(tmp_path / "predictions.json"))
+    assert json.loads((tmp_path / "predictions.json").read_text()) == content
     assert predictions.num_detections == 1
 
 

@@ -24,6 +24,7 @@ from qmimic_d2 import analysis
 from qmimic_d2.analysis import FeatureStatistics
 from qmimic_d2.cli.calibration_text import measurement_text, recommendation_text
 from qmimic_d2.cli.model_arguments import add_model_arguments, load_model_config, usage_errors, weights_key
+from qmimic_d2.cli.printable import printable, say
 from qmimic_d2.engine import build_checkpointer
 from qmimic_d2.engine.average_precision import APEvaluation
 from qmimic_d2.json_file import check_writable, write_json
@@ -129,13 +130,13 @@ def run(args: argparse.Namespace) -> int:
             "evaluation": None,
             "recommended_stride": None,
         }
-        print(measurement_text(report), flush=True)
+        say(measurement_text(report))
         if evaluation is not None:
             _evaluate(args, evaluation, model, features, quantizers, report)
-        print(f"\n{recommendation_text(report)}")
+        say(f"\n{recommendation_text(report)}")
         if args.json:
             write_json(args.json, report)
-            print(f"Written to {args.json}")
+            say(f"Written to {printable(args.json)}")
     return 0
 
 
@@ -233,7 +234,7 @@ def _evaluate(
 
 
 def _progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(text, sys.stderr)
 
 
 def _positive(text: str) -> int:

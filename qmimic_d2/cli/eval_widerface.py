@@ -9,6 +9,7 @@ as numbers from 0 to 1. Exit status: 0, or 2 for a mistake in the arguments or t
 import argparse
 
 from qmimic_d2.cli.model_arguments import usage_errors
+from qmimic_d2.cli.printable import printable, say
 from qmimic_d2.evaluation import evaluate_predictions, load_ground_truth, read_predictions
 from qmimic_d2.json_file import check_writable, write_json
 
@@ -32,10 +33,10 @@ def run(args: argparse.Namespace) -> int:
         predictions = read_predictions(args.predictions, ground_truth)
         results = evaluate_predictions(ground_truth, predictions)
         num_detections = sum(map(len, predictions.values()))
-        print(f"{len(predictions)} of {len(ground_truth.boxes)} images predicted, {num_detections} detections")
+        say(f"{len(predictions)} of {len(ground_truth.boxes)} images predicted, {num_detections} detections")
         for subset, value in results.items():
-            print(f"{subset:<8}{value:.4f}")
+            say(f"{subset:<8}{value:.4f}")
         if args.json:
             write_json(args.json, results)
-            print(f"Written to {args.json}")
+            say(f"Written to {printable(args.json)}")
     return 0

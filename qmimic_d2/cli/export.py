@@ -2,17 +2,21 @@
 Writes the student alone as a file that ships: Detectron2, TorchScript, ONNX or int8 ONNX.
 
 With --verify, each file itself is evaluated on a data set and compared, image by image, with the training's
-model. Exit status: 0 when all were written (and, with --verify, AP is within the tolerance), 1 when it is
-not, 2 for a mistake in the arguments, the config or the checkpoint, and where nothing can be written.
+model as its evaluation runs it. Exit status: 0 when all were written (and, with --verify, AP is within the
+tolerance), 1 when it is not or when the training's model itself finds nothing, 2 for a mistake in the arguments,
+the config or the checkpoint, and where nothing can be written.
+
+A TorchScript file is a program, which runs when it is opened: pass on the ONNX form where files are not trusted.
 """
 
 import argparse
 import os
 import sys
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional
 
 from detectron2.config import CfgNode
 
+from qmimic_d2.cli.argument_types import count, image_size, non_negative, positive, side, threads
 from qmimic_d2.cli.export_text import export_text, verdict_text, verification_text
 from qmimic_d2.cli.model_arguments import (
     add_model_arguments,
@@ -21,6 +25,7 @@ from qmimic_d2.cli.model_arguments import (
     usage_errors,
     weights_key,
 )
+from qmimic_d2.cli.printable import say
 from qmimic_d2.engine.detectors import open_detector
 from qmimic_d2.engine.exporting import FORMATS, Exported, Int8Settings, Shipment, check_output_folder, check_packages
 from qmimic_d2.engine.setup import describe_error, load_config
@@ -46,42 +51,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what becomes of the student's own quantizer; --verify shows the AP of both (default: %(default)s)",
     )
     sizes = parser.add_argument_group("size of the input (default: any, resized as INPUT.MIN_SIZE_TEST says)")
-    sizes.add_argument("--min-size", type=_positive, metavar="N", help="in place of INPUT.MIN_SIZE_TEST")
-    sizes.add_argument("--max-size", type=_positive, metavar="N", help="in place of INPUT.MAX_SIZE_TEST")
-    sizes.add_argument("--fixed-size", type=parse_size, metavar="HxW", help="one size, into which images are fitted")
+    sizes.add_argument("--min-size", type=side, metavar="N", help="in place of INPUT.MIN_SIZE_TEST")
+    sizes.add_argument("--max-size", type=side, metavar="N", help="in place of INPUT.MAX_SIZE_TEST")
+    sizes.add_argument("--fixed-size", type=image_size, metavar="HxW", help="one size, into which images are fitted")
     verify = parser.add_argument_group("verification")
     verify.add_argument("--verify", default="", metavar="DATASET", help="a registered data set to evaluate the file on")
-    verify.add_argument("--verify-images", type=int, default=0, metavar="N", help="only so many of it (default: all)")
+    verify.add_argument("--verify-images", type=count, default=0, metavar="N", help="only so many of it (default: all)")
     verify.add_argument(
         "--tolerance",
-        type=float,
+        type=non_negative,
         default=None,
         metavar="AP",
         help="points that AP may differ by (default: 0.1; 1.0 for int8, and there only a loss counts)",
     )
     verify.add_argument(
-        "--threads", type=_positive, default=1, metavar="N", help="for the times (default: %(default)s)"
+        "--threads", type=threads, default=1, metavar="N", help="for the times (default: %(default)s)"
     )
     verify.add_argument(
-        "--runs", type=_positive, default=50, metavar="N", help="times taken of every model (default: %(default)s)"
+        "--runs", type=positive, default=50, metavar="N", help="times taken of every model (default: %(default)s)"
     )
     int8, defaults = parser.add_argument_group("int8"), Int8Settings()
-    int8.add_argument("--calibration-images", type=_positive, default=defaults.calibration_images, metavar="N")
+    int8.add_argument("--calibration-images", type=positive, default=defaults.calibration_images, metavar="N")
     int8.add_argument(
         "--search-images",
-        type=int,
+        type=count,
         default=defaults.search_images,
         metavar="N",
         help="training images on which AP is measured; 0 = no search for layers to keep in float",
     )
     int8.add_argument(
         "--max-ap-loss",
-        type=float,
+        type=non_negative,
         default=defaults.max_ap_loss,
         metavar="AP",
         help="loss on these from which layers are kept in float (default: %(default)s)",
     )
-    int8.add_argument("--search-seconds", type=float, default=defaults.search_seconds, metavar="S")
+    int8.add_argument("--search-seconds", type=non_negative, default=defaults.search_seconds, metavar="S")
     add_model_arguments(parser)
 
 
@@ -93,18 +98,20 @@ def run(args: argparse.Namespace) -> int:
         cfg = _config(args)
         verification = _verification(args, cfg) if args.verify else None
         shipment = _shipment(args, cfg, keep_quantizer=args.quantizer == "keep")
+        if shipment.note:
+            say(f"Note: {shipment.note}", sys.stderr)
         int8 = Int8Settings(
             args.calibration_images, args.search_images, args.max_ap_loss, args.search_seconds, args.threads
         )
         exported = {}
         for form in args.format:
-            exported[form] = shipment.write(form, args.output, int8, report=_say)
-            print(export_text(exported[form], shipment.description), flush=True)
+            exported[form] = shipment.write(form, args.output, int8, report=say)
+            say(export_text(exported[form], shipment.description))
         if verification is None:
             return 0
         rows = _verified(args, cfg, shipment, exported, verification)
         write_json(os.path.join(args.output, VERIFICATION_NAME), [each.to_dict() for each in rows])
-    print(verification_text(rows, verification))
+    say(verification_text(rows, verification))
     verdicts = [_verdict(args, form, rows[0], row) for form, row in zip(exported, rows[1:])]
     return 0 if all(verdicts) else 1
 
@@ -115,7 +122,7 @@ def _verdict(args: argparse.Namespace, form: str, reference: VerifiedModel, row:
     if tolerance is None:
         tolerance = _TOLERANCES.get(form, _FLOAT_TOLERANCE)
     text, is_within = verdict_text(reference, row, tolerance, is_gain_allowed=form == "onnx-int8")
-    print(f"{form}: {text}")
+    say(f"{form}: {text}")
     return is_within
 
 
@@ -155,14 +162,16 @@ def _verified(
     keeps = args.quantizer == "keep"
     had = _shipment(args, cfg, keep_quantizer=True).description.quantizer != ""
     treated = ("quantizer kept" if keeps else "quantizer dropped") if had else "no quantizer"
-    rows = [_eager(verification, f"eager student, {treated}", shipment)]
+    # A fixed size has no counterpart in Detectron2's loader, so the model sees what the file sees.
+    is_as_trained = not args.fixed_size
+    rows = [_eager(verification, f"eager student, {treated}", shipment, is_as_trained=is_as_trained)]
     for form, each in exported.items():
         opened = open_detector(each.path, threads=args.threads, device="cpu")
         rows.append(verification(f"{form}, {treated}", opened.detect, each.file_bytes))
     if had:
         other = _shipment(args, cfg, keep_quantizer=not keeps)
         treated = "quantizer dropped" if keeps else "quantizer kept"
-        rows.append(_eager(verification, f"eager student, {treated}", other))
+        rows.append(_eager(verification, f"eager student, {treated}", other, is_as_trained=is_as_trained))
     if args.min_size or args.max_size or args.fixed_size:
         own = Shipment(load_model_config(args), keep_quantizer=keeps, weights_key=weights_key(args))
         rows.append(_eager(verification, "eager student, sizes of its config", own))
@@ -172,9 +181,21 @@ def _verified(
     return verification.timed(rows)
 
 
-def _eager(verification: Verification, name: str, shipment: Shipment, is_compared: bool = True) -> VerifiedModel:
+def _eager(
+    verification: Verification,
+    name: str,
+    shipment: Shipment,
+    is_compared: bool = True,
+    is_as_trained: bool = False,
+) -> VerifiedModel:
+    """
+    Args:
+        is_as_trained: with the images of the evaluation's own loader, resized as the config of the verification says;
+            else with those that the exported files read, in the shipment's size.
+    """
     size = sum(each.numel() * each.element_size() for each in shipment.model.state_dict().values())
-    return verification(name, shipment.predictor.detect, size, is_compared)
+    model = shipment.model if is_as_trained else None
+    return verification(name, shipment.predictor.detect, size, is_compared, model)
 
 
 def _teacher(args: argparse.Namespace) -> Optional[Shipment]:
@@ -188,23 +209,5 @@ def _teacher(args: argparse.Namespace) -> Optional[Shipment]:
         cfg = load_config(node.CONFIG_FILE, [*node.OPTS, *weights], eval_only=True, device="cpu")
         return Shipment(cfg)
     except (KeyError, ValueError, OSError) as error:
-        print(f"The teacher is not compared: {describe_error(error)}", file=sys.stderr)
+        say(f"The teacher is not compared: {describe_error(error)}", sys.stderr)
         return None
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
-    return int(text)
-
-
-def parse_size(text: str) -> Tuple[int, int]:
-    """Height and width, from such as "480x640"."""
-    height, _, width = text.lower().partition("x")
-    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; give height and width such as 480x640")
-    return int(height), int(width)

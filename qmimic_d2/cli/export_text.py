@@ -5,6 +5,7 @@ from typing import Sequence, Tuple
 
 from tabulate import tabulate
 
+from qmimic_d2.cli.printable import printable
 from qmimic_d2.engine.exporting import Exported
 from qmimic_d2.engine.verification import Verification, VerifiedModel
 from qmimic_d2.export import ModelDescription
@@ -16,7 +17,7 @@ def export_text(exported: Exported, description: ModelDescription) -> str:
     """What was written, and what it takes to run it."""
     preprocessing = description.to_dict()["preprocessing"]
     lines = [
-        f"Wrote {exported.path} ({human_bytes(exported.file_bytes)}) and labels.json",
+        f"Wrote {printable(exported.path)} ({human_bytes(exported.file_bytes)}) and labels.json",
         f"Quantizer: {description.quantizer or 'none'}",
         f"Input: {preprocessing['image']}; size {preprocessing['size']}; resize: {preprocessing['resize']}",
     ]
@@ -54,23 +55,40 @@ def verdict_text(
         is_gain_allowed: whether only a loss counts.
 
     Returns:
-        A line, and whether the file is within the tolerance.
+        A line, and whether the file is within the tolerance. It is not where the reference has no AP to lose.
     """
+    speed = reference.milliseconds / exported.milliseconds
+    aps = f"AP {reference.AP:.2f} -> {exported.AP:.2f}"
+    if not _is_measured(reference):
+        return f"{aps}, NOT verified: {_why_not(reference)}", False
     change = _change(exported.AP, reference.AP)
     is_within = change >= -tolerance and (is_gain_allowed or change <= tolerance)
-    speed = reference.milliseconds / exported.milliseconds
     verdict = "within" if is_within else "NOT within"
     return (
-        f"AP {reference.AP:.2f} -> {exported.AP:.2f} ({_signed(change)}), {verdict} the "
-        f"tolerance of {tolerance:g}; {speed:.1f} times as fast as eager",
+        f"{aps} ({_signed(change)}), {verdict} the tolerance of {tolerance:g}; {speed:.1f} times as fast as eager",
         is_within,
     )
 
 
+def _is_measured(reference: VerifiedModel) -> bool:
+    """Whether its AP can fall at all: one of 0, to the digits that are shown, cannot."""
+    return not math.isnan(reference.AP) and round(reference.AP, 2) > 0.0
+
+
+def _why_not(reference: VerifiedModel) -> str:
+    if not reference.detections:
+        return (
+            "the training's model detects nothing on these images, so there is nothing to compare; verify with a "
+            "trained checkpoint, on images like those of its training"
+        )
+    return (
+        f"the training's model has {reference.detections} detections on these images and none of them is right, so "
+        "that no loss would show; verify with a trained checkpoint, on a data set of its classes"
+    )
+
+
 def _change(ap: float, reference: float) -> float:
-    """Two models that detect nothing have the same AP."""
-    if math.isnan(ap) and math.isnan(reference):
-        return 0.0
+    """A model that detects nothing counts as AP 0."""
     return (0.0 if math.isnan(ap) else ap) - (0.0 if math.isnan(reference) else reference) + 0.0
 
 

@@ -9,6 +9,7 @@ written.
 import argparse
 
 from qmimic_d2.cli.model_arguments import usage_errors
+from qmimic_d2.cli.printable import printable, say
 from qmimic_d2.data.miniature import LEAST_IMAGES
 from qmimic_d2.data.miniature_voc import make_miniature_voc
 from qmimic_d2.data.miniature_wider_face import make_miniature_wider_face
@@ -30,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             folders = [make_miniature_wider_face(args.out, args.images, args.seed)]
     for folder in folders:
-        print(folder)
-    print(f"Use them with DETECTRON2_DATASETS={args.out}")
+        say(printable(folder))
+    say(f"Use them with DETECTRON2_DATASETS={printable(args.out)}")
     return 0
 
 

@@ -10,6 +10,7 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
+from qmimic_d2.cli.printable import say
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.engine import describe_error, load_config
 
@@ -89,7 +90,7 @@ def usage_errors() -> Iterator[None]:
     try:
         yield
     except (KeyError, ValueError, OSError, ImportError, yaml.YAMLError) as error:
-        print(describe_error(error), file=sys.stderr)
+        say(describe_error(error), sys.stderr)
         raise SystemExit(2) from None
 
 

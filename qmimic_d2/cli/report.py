@@ -12,6 +12,7 @@ import os
 from qmimic_d2 import __version__
 from qmimic_d2.cli.argument_types import count, positive, score
 from qmimic_d2.cli.model_arguments import usage_errors
+from qmimic_d2.cli.printable import printable, say
 from qmimic_d2.json_file import check_writable
 from qmimic_d2.report import collect_runs
 
@@ -63,6 +64,6 @@ def run(args: argparse.Namespace) -> int:
         )
     for each in runs:
         for note in each.notes:
-            print(f"{each.name}: {note}")
-    print(f"{args.output}: runs: {len(runs)}, {os.path.getsize(args.output) / 1e6:.1f} MB")
+            say(f"{printable(each.name)}: {printable(note)}")
+    say(f"{printable(args.output)}: runs: {len(runs)}, {os.path.getsize(args.output) / 1e6:.1f} MB")
     return 0

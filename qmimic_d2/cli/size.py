@@ -13,9 +13,10 @@ from tabulate import tabulate
 from qmimic_d2.analysis import measure_activation_memory, measure_cost
 from qmimic_d2.analysis.activation_memory import TOTAL
 from qmimic_d2.analysis.model_cost import build_for_measurement
-from qmimic_d2.cli.export import parse_size
+from qmimic_d2.cli.argument_types import image_size
 from qmimic_d2.cli.export_text import human_bytes
 from qmimic_d2.cli.model_arguments import key_value_pairs, usage_errors
+from qmimic_d2.cli.printable import printable, say
 from qmimic_d2.engine.setup import load_config
 from qmimic_d2.export import ship_model
 from qmimic_d2.json_file import check_writable, write_json
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--input",
-        type=parse_size,
+        type=image_size,
         metavar="HxW",
         help="image as it enters the network (default: a square of INPUT.MIN_SIZE_TEST)",
     )
@@ -59,10 +60,10 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             write_json(args.json, {"models": models, "exported": files})
     for each in models:
-        print(_text(each))
+        say(_text(each))
     if files:
-        rows = [{"exported file": each["file"], "size": human_bytes(each["bytes"])} for each in files]
-        print(tabulate(rows, headers="keys", disable_numparse=True, stralign="right"))
+        rows = [{"exported file": printable(each["file"]), "size": human_bytes(each["bytes"])} for each in files]
+        say(tabulate(rows, headers="keys", disable_numparse=True, stralign="right"))
     return 0
 
 
@@ -98,7 +99,7 @@ def _text(measured: Dict[str, Any]) -> str:
     in_training = "" if checkpoint is None else f"; the training's checkpoint {human_bytes(checkpoint)}"
     return "\n".join(
         [
-            f"{measured['config_file']}: image {measured['height']} x {measured['width']}{fixed}",
+            f"{printable(measured['config_file'])}: image {measured['height']} x {measured['width']}{fixed}",
             tabulate(rows, headers="keys", disable_numparse=True, stralign="right"),
             f"Weights as shipped {weights}{in_training}",
             "",

@@ -7,10 +7,12 @@ from typing import Callable, List, Optional, Sequence
 import numpy as np
 from detectron2.config import CfgNode
 
-from qmimic_d2.engine.prediction import Category, Predictor, dataset_categories
+from qmimic_d2.engine.categories import Category, dataset_categories, load_class_names, unknown_names_note
+from qmimic_d2.engine.prediction import Predictor
 from qmimic_d2.engine.setup import load_config
-from qmimic_d2.export import Detections, OnnxDetector, TorchScriptDetector
-from qmimic_d2.modeling.head_features import head_node
+from qmimic_d2.export import Detections, ModelDescription, OnnxDetector, TorchScriptDetector
+from qmimic_d2.export.description import LABELS_NAME
+from qmimic_d2.modeling.head_features import head_node, head_node_key
 
 __all__ = ["FORMS", "OpenDetector", "open_config", "open_detector", "with_score_threshold"]
 
@@ -29,12 +31,14 @@ class OpenDetector:
         detect: from an image (H, W, 3), BGR, uint8, to its :class:`Detections`.
         categories: in the order of the class indices.
         config_file, weights: where it came from; one file has no weights apart.
+        note: what the user should know about it; "" for nothing.
     """
 
     detect: Callable[[np.ndarray], Detections]
     categories: List[Category]
     config_file: str
     weights: str
+    note: str = ""
 
 
 def open_detector(
@@ -68,7 +72,8 @@ def open_detector(
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--model is {path!r}, and there is no such file")
     if form == "detectron2":
-        return open_config(_config_beside_weights(path, opts, device), "MODEL.WEIGHTS", path, score_threshold)
+        cfg, labels = _config_beside_weights(path, opts, device), _labels_beside(path)
+        return open_config(cfg, "MODEL.WEIGHTS", path, score_threshold, labels)
     if opts:
         raise ValueError(f"{path!r} is complete in itself and takes no KEY VALUE pairs, got {' '.join(map(str, opts))}")
     detector = (
@@ -79,14 +84,19 @@ def open_detector(
     if score_threshold is not None and score_threshold < least:
         raise ValueError(
             f"--score-threshold is {score_threshold:g}, and {path!r} was exported with {least:g}: what scores lower "
-            "never leaves it. Export it with a lower MODEL.ROI_HEADS.SCORE_THRESH_TEST"
+            f"never leaves it. Export it with a lower {description.score_threshold_key}"
         )
-    categories = [Category(number, name) for number, name in description.classes]
-    return OpenDetector(detector, categories, path, "")
+    detector(_probe())  # a file that cannot run fails here, before the first image
+    categories = _categories_of(description)
+    return OpenDetector(detector, categories, path, "", unknown_names_note(categories, path=path))
 
 
 def open_config(
-    cfg: CfgNode, weights_key: str, config_file: str, score_threshold: Optional[float] = None
+    cfg: CfgNode,
+    weights_key: str,
+    config_file: str,
+    score_threshold: Optional[float] = None,
+    labels: Optional[ModelDescription] = None,
 ) -> OpenDetector:
     """
     The detector of a config.
@@ -97,12 +107,27 @@ def open_config(
         config_file: for the record.
         score_threshold: the model itself drops what scores lower, so that one below the config's takes effect;
             None = the config's.
+        labels: what an export wrote about it; None = class names come from the config's data sets.
+
+    Raises:
+        FileNotFoundError, ValueError: there are no weights, or they do not fit; the labels are of other classes.
     """
     if score_threshold is not None:
         cfg = with_score_threshold(cfg, score_threshold)
-    return OpenDetector(
-        Predictor(cfg, weights_key).detect, dataset_categories(cfg), config_file, cfg.MODEL.WEIGHTS
-    )
+    num_classes = head_node(cfg).NUM_CLASSES
+    if labels is not None and len(labels.classes) != num_classes:
+        raise ValueError(
+            f"{LABELS_NAME} beside {config_file!r} has {len(labels.classes)} classes, and "
+            f"{head_node_key(cfg)}.NUM_CLASSES is {num_classes}; it is another export's. Export the detector again, or "
+            f"take {LABELS_NAME} away"
+        )
+    if labels is not None and labels.has_names:
+        categories = _categories_of(labels)
+    else:
+        load_class_names(cfg)
+        categories = dataset_categories(cfg)
+    note = unknown_names_note(categories, cfg)
+    return OpenDetector(Predictor(cfg, weights_key).detect, categories, config_file, cfg.MODEL.WEIGHTS, note)
 
 
 def with_score_threshold(cfg: CfgNode, threshold: float) -> CfgNode:
@@ -112,6 +137,32 @@ def with_score_threshold(cfg: CfgNode, threshold: float) -> CfgNode:
     head_node(cfg).SCORE_THRESH_TEST = float(threshold)
     cfg.freeze()
     return cfg
+
+
+def _categories_of(description: ModelDescription) -> List[Category]:
+    return [Category(number, name, description.has_names) for number, name in description.classes]
+
+
+def _probe() -> np.ndarray:
+    """A small image of noise, always the same. Shape (H, W, 3)."""
+    return np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+def _labels_beside(path: str) -> Optional[ModelDescription]:
+    """
+    What the export that wrote a YAML wrote beside it; None where that is not there.
+
+    Raises:
+        ValueError: the file is damaged; names it.
+    """
+    labels = os.path.join(os.path.dirname(os.path.abspath(path)), LABELS_NAME)
+    if not os.path.isfile(labels):
+        return None
+    try:
+        with open(labels, encoding="utf-8") as file:
+            return ModelDescription.from_json(file.read())
+    except ValueError as error:
+        raise ValueError(f"{labels!r} holds {error}; export the detector again, or take the file away") from error
 
 
 def _config_beside_weights(path: str, opts: Sequence[str], device: str) -> CfgNode:

@@ -8,19 +8,20 @@ from typing import Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import get_detection_dataset_dicts
 from torch import nn
 
 from qmimic_d2.analysis import evenly_spaced
 from qmimic_d2.engine.average_precision import APEvaluation
-from qmimic_d2.engine.prediction import Predictor, dataset_categories
-from qmimic_d2.engine.verification import EvaluatorAdapter
+from qmimic_d2.engine.categories import dataset_categories, load_class_names, unknown_names_note
+from qmimic_d2.engine.prediction import Predictor
+from qmimic_d2.engine.verification import EvaluatorAdapter, read_named_image
 from qmimic_d2.export import ModelDescription, OnnxDetector, describe_model, ship_model
+from qmimic_d2.export.description import LABELS_NAME
 from qmimic_d2.export.onnx_file import export_onnx, import_onnx
 from qmimic_d2.export.onnx_int8 import Int8Trial, import_quantization, quantize_onnx
 from qmimic_d2.export.student import CONFIG_NAME, StudentExport, export_student
 from qmimic_d2.export.torchscript_file import export_torchscript
-from qmimic_d2.image_file import read_bgr_image
 from qmimic_d2.json_file import write_text
 from qmimic_d2.modeling.quantizer import ClampQuantizer, UniformQuantizer
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
@@ -36,7 +37,6 @@ FORMATS = {
     "onnx": "model.onnx",
     "onnx-int8": "model_int8.onnx",
 }
-LABELS_NAME = "labels.json"
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Shipment:
         cfg: of the training, with the sizes to ship.
         model: the detector with its weights, its quantizer kept or dropped.
         description: what the files will tell about themselves.
+        note: what the user should know about them; "" for nothing.
     """
 
     def __init__(
@@ -105,10 +106,16 @@ class Shipment:
         """
         self.cfg = cfg
         self.model = ship_model(cfg, keep_quantizer=keep_quantizer, weights_key=weights_key)
-        _load_class_names(cfg)
-        classes = [(each.id, each.name) for each in dataset_categories(cfg)]
+        load_class_names(cfg)
+        categories = dataset_categories(cfg)
+        self.note = unknown_names_note(categories, cfg)
         self.description: ModelDescription = describe_model(
-            cfg, self.model, classes, config_file=config_file, fixed_size=fixed_size
+            cfg,
+            self.model,
+            [(each.id, each.name) for each in categories],
+            has_names=not self.note,
+            config_file=config_file,
+            fixed_size=fixed_size,
         )
 
     @property
@@ -160,7 +167,7 @@ class Shipment:
             raise ValueError("DATASETS.TRAIN is empty; int8 is calibrated on training images")
         dicts = evenly_spaced(get_detection_dataset_dicts(names), settings.calibration_images)
         images: List[np.ndarray] = [
-            self.description.input_spec.prepare(read_bgr_image(each["file_name"]))[0] for each in dicts
+            self.description.input_spec.prepare(read_named_image(each["file_name"]))[0] for each in dicts
         ]
         evaluate = None
         if settings.search_images:
@@ -185,16 +192,6 @@ class Shipment:
                 code_signed=signed,
                 report=report,
             )
-
-
-def _load_class_names(cfg: CfgNode) -> None:
-    """A COCO-format data set tells its classes when its annotation file is read; it is, where it is at hand."""
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        metadata = MetadataCatalog.get(name)
-        has_file = os.path.isfile(metadata.get("json_file", None) or "")
-        if has_file and not metadata.get("thing_dataset_id_to_contiguous_id", None):
-            DatasetCatalog.get(name)
-            return
 
 
 def check_output_folder(folder: str) -> None:

@@ -10,18 +10,28 @@ import math
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from torch import nn
 
 from qmimic_d2.engine.average_precision import APEvaluation
 from qmimic_d2.engine.prediction import as_instances
-from qmimic_d2.export.preprocessing import Detections
-from qmimic_d2.image_file import read_bgr_image
+from qmimic_d2.export.finite import watch_outputs
+from qmimic_d2.export.preprocessing import NOT_FINITE, Detections
+from qmimic_d2.image_file import UnusableImageError, read_bgr_image
 
-__all__ = ["Difference", "EvaluatorAdapter", "Verification", "VerifiedModel", "difference"]
+__all__ = [
+    "Difference",
+    "EvaluatorAdapter",
+    "ModelRecorder",
+    "Verification",
+    "VerifiedModel",
+    "difference",
+    "read_named_image",
+]
 
 Detect = Callable[[np.ndarray], Detections]
 
@@ -102,6 +112,7 @@ class VerifiedModel:
         file_bytes: what is shipped.
         milliseconds: median time of one image, from pixels to detections, resizing included; NaN before
             :meth:`Verification.timed`.
+        detections: in all images together.
     """
 
     name: str
@@ -109,6 +120,7 @@ class VerifiedModel:
     difference: Any
     file_bytes: int
     milliseconds: float = math.nan
+    detections: int = 0
 
     def to_dict(self) -> Dict[str, Any]:
         """As plain numbers and strings, for JSON."""
@@ -134,25 +146,42 @@ class Verification:
         Raises:
             KeyError, ValueError: as :class:`APEvaluation`.
         """
-        self._evaluation = APEvaluation(cfg, dataset_name, max_images, mapper=dict)
+        self._files_evaluation = APEvaluation(cfg, dataset_name, max_images, mapper=dict)
+        self._model_evaluation = APEvaluation(cfg, dataset_name, max_images)
         self.dataset_name = dataset_name
-        self.num_images = self._evaluation.num_images
+        self.num_images = self._files_evaluation.num_images
         self.threads = threads
         self._runs = runs
         self._reference: List[Detections] = []
         self._files: List[str] = []
         self._detects: List[Detect] = []
 
-    def __call__(self, name: str, detect: Detect, file_bytes: int = 0, is_compared: bool = True) -> VerifiedModel:
+    def __call__(
+        self,
+        name: str,
+        detect: Detect,
+        file_bytes: int = 0,
+        is_compared: bool = True,
+        model: Optional[nn.Module] = None,
+    ) -> VerifiedModel:
         """
         Args:
             name: for the table.
             detect: from an image (H, W, 3), BGR, uint8, to its detections.
             file_bytes: what is shipped.
             is_compared: box by box with the reference; AP and time are, whatever it is.
+            model: a training's, whose AP is measured as its evaluation does: images come from the evaluation's own
+                loader, and ``detect`` is for the times alone. None = ``detect`` reads the images by itself.
+
+        Raises:
+            ValueError: an image cannot be detected on.
         """
-        adapter = EvaluatorAdapter(detect)
-        ap = self._evaluation(adapter)
+        if model is None:
+            adapter = EvaluatorAdapter(detect)
+            ap = self._files_evaluation(adapter)
+        else:
+            adapter = ModelRecorder(model)
+            ap = self._model_evaluation(adapter)
         apart = None
         if self._detects and is_compared:
             apart = Difference()
@@ -162,7 +191,7 @@ class Verification:
             self._reference = adapter.found
             self._files = adapter.files
         self._detects.append(detect)
-        return VerifiedModel(name, ap, apart, file_bytes)
+        return VerifiedModel(name, ap, apart, file_bytes, detections=sum(map(len, adapter.found)))
 
     def timed(self, rows: Sequence[VerifiedModel]) -> List[VerifiedModel]:
         """
@@ -171,7 +200,7 @@ class Verification:
         Args:
             rows: of every call so far, in order.
         """
-        images = [read_bgr_image(path) for path in self._files[: self._runs]]
+        images = [read_named_image(path) for path in self._files[: self._runs]]
         times: List[List[float]] = [[] for _ in rows]
         threads = torch.get_num_threads()
         torch.set_num_threads(self.threads)
@@ -189,6 +218,19 @@ class Verification:
         return [replace(row, milliseconds=median) for row, median in zip(rows, medians)]
 
 
+def read_named_image(path: str) -> np.ndarray:
+    """
+    As :func:`read_bgr_image`, for one image of many.
+
+    Raises:
+        UnusableImageError: it cannot be read; names it.
+    """
+    try:
+        return read_bgr_image(path)
+    except UnusableImageError as error:
+        raise UnusableImageError(f"{path!r}: {error}. Replace the file, or take it out of the data set") from error
+
+
 class EvaluatorAdapter:
     """Gives a detector the inputs and outputs of a Detectron2 model, and keeps what it found."""
 
@@ -200,9 +242,34 @@ class EvaluatorAdapter:
     def __call__(self, inputs: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
         outputs = []
         for each in inputs:
-            image = read_bgr_image(each["file_name"])
+            image = read_named_image(each["file_name"])
             found = self._detect(image)
             self.found.append(found)
             self.files.append(each["file_name"])
             outputs.append({"instances": as_instances(found, image.shape[:2])})
+        return outputs
+
+
+class ModelRecorder:
+    """Runs a Detectron2 model, and keeps what it found."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self.found: List[Detections] = []
+        self.files: List[str] = []
+
+    def __call__(self, inputs: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+        """
+        Raises:
+            ValueError: the model gives numbers that are not finite.
+        """
+        with watch_outputs(self._model) as watch:
+            outputs = self._model(inputs)
+        if not watch.is_finite:
+            raise ValueError(NOT_FINITE)
+        for each, output in zip(inputs, outputs):
+            found = output["instances"].to("cpu")
+            boxes, scores, classes = found.pred_boxes.tensor, found.scores, found.pred_classes
+            self.found.append(Detections(boxes.numpy(), scores.numpy(), classes.numpy()))
+            self.files.append(each["file_name"])
         return outputs

@@ -1,17 +1,23 @@
 """What an exported file tells about itself: ``labels.json``, and the same inside the file. No torch here."""
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Tuple
 
 from qmimic_d2.export.preprocessing import InputSpec
 
-__all__ = ["METADATA_KEY", "ModelDescription"]
+__all__ = ["LABELS_NAME", "METADATA_KEY", "ModelDescription"]
+
+# The file of a description, beside the exported one.
+LABELS_NAME = "labels.json"
 
 # Under this name the description stands in an ONNX file's metadata_props and among a TorchScript archive's files.
 METADATA_KEY = "qmimic_d2.json"
 
 _VERSION = 1
+# Of a network's input, in pixels.
+_LONGEST_SIDE = 65536
 _OUTPUTS = {
     "boxes": "float32 (N, 4): x0, y0, x1, y1 in pixels of the network's input, by falling score",
     "scores": "float32 (N,): 0 to 1",
@@ -28,6 +34,7 @@ class ModelDescription:
         score_threshold: detections below it never leave the network.
         quantizer: of the backbone's features, in words; "" where there is none.
         source: what was exported: config file, weights, meta-architecture.
+        has_names: whether the class names are the data set's; False where numbers stand for unknown ones.
     """
 
     classes: Tuple[Tuple[int, str], ...]
@@ -35,11 +42,17 @@ class ModelDescription:
     score_threshold: float
     quantizer: str
     source: Mapping[str, str]
+    has_names: bool = True
 
     @property
     def names(self) -> List[str]:
         """Class names, in the order of the detector's indices."""
         return [name for _, name in self.classes]
+
+    @property
+    def score_threshold_key(self) -> str:
+        """The config's key of :attr:`score_threshold`."""
+        return self.source.get("score_threshold_key", "MODEL.ROI_HEADS.SCORE_THRESH_TEST")
 
     def to_dict(self) -> Dict[str, Any]:
         """The content of ``labels.json``."""
@@ -58,6 +71,7 @@ class ModelDescription:
         return {
             "version": _VERSION,
             "classes": [{"id": number, "name": name} for number, name in self.classes],
+            "class_names_known": self.has_names,
             "score_threshold": self.score_threshold,
             "quantizer": self.quantizer,
             "preprocessing": {
@@ -79,22 +93,71 @@ class ModelDescription:
     def from_json(cls, text: str) -> "ModelDescription":
         """
         Raises:
-            ValueError: the text is no such description, or of a version that is not known here.
+            ValueError: the text is no such description, or of a version that is not known here, or says what
+                cannot be; one line.
         """
         try:
-            content = json.loads(text)
-            if content["version"] != _VERSION:
-                raise ValueError(f"its version is {content['version']!r}")
-            described = content["preprocessing"]
-            spec = {key: described[key] for key in InputSpec.__dataclass_fields__}
+            content = _typed(json.loads(text), dict, "it")
+            version = _get(content, "version", int)
+            if version != _VERSION:
+                raise ValueError(f"its version is {version!r}")
             return cls(
-                classes=tuple((int(each["id"]), str(each["name"])) for each in content["classes"]),
-                input_spec=InputSpec.from_dict(spec),
-                score_threshold=float(content["score_threshold"]),
-                quantizer=str(content["quantizer"]),
-                source=dict(content["source"]),
+                classes=_classes(_get(content, "classes", list)),
+                input_spec=_input_spec(_get(content, "preprocessing", dict)),
+                score_threshold=_score(_get(content, "score_threshold", float)),
+                quantizer=_get(content, "quantizer", str),
+                source={key: _typed(value, str, key) for key, value in _get(content, "source", dict).items()},
+                has_names=_typed(content.get("class_names_known", True), bool, "class_names_known"),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"no description of version {_VERSION} of an exported detector ({type(error).__name__}: {error})"
+                f"no description of version {_VERSION} of an exported detector ({type(error).__name__}: {reason})"
             ) from error
+
+
+def _typed(value: Any, kind: type, name: str) -> Any:
+    """The value, which is of this type; a whole number is a float as well, and a bool is none."""
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name} is a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def _get(content: Mapping[str, Any], key: str, kind: type) -> Any:
+    if key not in content:
+        raise KeyError(key)
+    return _typed(content[key], kind, key)
+
+
+def _classes(entries: List[Any]) -> Tuple[Tuple[int, str], ...]:
+    classes = tuple(
+        (_get(_typed(each, dict, "a class"), "id", int), _get(each, "name", str)) for each in entries
+    )
+    if not classes:
+        raise ValueError("it names no class")
+    if len({number for number, _ in classes}) < len(classes):
+        raise ValueError("two classes have one id")
+    return classes
+
+
+def _score(value: float) -> float:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"score_threshold is {value!r}, not from 0 to 1")
+    return float(value)
+
+
+def _input_spec(described: Mapping[str, Any]) -> InputSpec:
+    sizes = {key: _get(described, key, int) for key in ("min_size", "max_size", "fixed_height", "fixed_width", "least")}
+    beyond = {key: value for key, value in sizes.items() if not 0 <= value <= _LONGEST_SIDE}
+    if beyond:
+        raise ValueError(f"{beyond} is not from 0 to {_LONGEST_SIDE} pixels")
+    levels = {key: _three(_get(described, key, list), key) for key in ("pixel_mean", "pixel_std")}
+    return InputSpec(format=_get(described, "format", str), **sizes, **levels)
+
+
+def _three(values: List[Any], key: str) -> Tuple[float, ...]:
+    numbers = tuple(float(_typed(each, float, key)) for each in values)
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{key} is not three finite numbers")
+    return numbers

@@ -1,7 +1,8 @@
 """What every exported detector that is one file does, whatever its network runs in; torch is not needed."""
 
 import abc
-from typing import List, Sequence
+import os
+from typing import Any, List, Sequence
 
 import numpy as np
 
@@ -9,30 +10,44 @@ from qmimic_d2.export.description import ModelDescription
 from qmimic_d2.export.preprocessing import Detections, InputSpec
 from qmimic_d2.image_file import as_bgr_image
 
-__all__ = ["ExportedDetector"]
+__all__ = ["ExportedDetector", "one_line"]
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error, which a runtime may follow up with many."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
 
 
 class ExportedDetector(abc.ABC):
     """
     From an image to detections: preparation, network, and back to pixels of the image.
 
+    It may be pickled, for example for ``multiprocessing``: the other process opens the file again.
+
     Attributes:
         description: what the file tells about itself.
     """
 
-    def __init__(self, path: str, description: str):
+    def __init__(self, path: str, description: str, arguments: Sequence[Any]):
         """
         Args:
             path: of the file, for the error message.
             description: JSON, as the file holds it; "" where it holds none.
+            arguments: of the class, behind the path, with which it is opened again.
 
         Raises:
             ValueError: the description is not one of this package's.
         """
+        self._path = path
+        self._arguments = (os.path.abspath(path), *arguments)
         try:
             self.description = ModelDescription.from_json(description)
         except ValueError as error:
             raise ValueError(f"{path!r} was not written by `python -m qmimic_d2 export`: it holds {error}") from error
+
+    def __reduce__(self):
+        return type(self), self._arguments
 
     @property
     def names(self) -> List[str]:
@@ -54,10 +69,31 @@ class ExportedDetector(abc.ABC):
             Detections in pixels of the image, by falling score.
 
         Raises:
-            ValueError: another shape or dtype.
+            ValueError: another shape or dtype; the network cannot run, or gives what is no detection.
         """
         pixels, placement = self.input_spec.prepare(as_bgr_image(image))
-        return placement.restore(*self.run_network(pixels))
+        return placement.restore(*self._checked(self._outputs(pixels)))
+
+    def _outputs(self, pixels: np.ndarray) -> Sequence[np.ndarray]:
+        try:
+            return self.run_network(pixels)
+        except Exception as error:  # every runtime has exceptions of its own
+            raise ValueError(f"{self._path!r} cannot run: {one_line(error)}") from error
+
+    def _checked(self, outputs: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        """The outputs, which are boxes, scores and classes of one number of detections."""
+        shapes = [np.shape(each) for each in outputs]
+        count = shapes[1][0] if len(shapes) == 3 and len(shapes[1]) == 1 else -1
+        if shapes != [(count, 4), (count,), (count,)]:
+            raise ValueError(f"{self._path!r} gives outputs of shapes {shapes}, not boxes, scores and classes")
+        boxes, scores, classes = outputs
+        known = len(self.description.classes)
+        if count and not (0 <= classes.min() and classes.max() < known):
+            raise ValueError(
+                f"{self._path!r} detects the class index {int(classes.max())}, and its description names {known} "
+                "classes; export it again"
+            )
+        return outputs
 
     @abc.abstractmethod
     def run_network(self, pixels: np.ndarray) -> Sequence[np.ndarray]:

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from qmimic_d2.checkpoint import SafeCheckpointer
 from qmimic_d2.export.description import ModelDescription
+from qmimic_d2.export.finite import watch_outputs
 from qmimic_d2.export.preprocessing import InputSpec
+from qmimic_d2.modeling.head_features import head_node, head_node_key
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 
 __all__ = [
@@ -109,6 +111,7 @@ def describe_model(
     model: nn.Module,
     classes: Sequence[Tuple[int, str]],
     *,
+    has_names: bool = True,
     config_file: str = "",
     fixed_size: Tuple[int, int] = (0, 0),
 ) -> ModelDescription:
@@ -119,19 +122,21 @@ def describe_model(
         cfg: of the training.
         model: as it is exported.
         classes: (id in the data set, name) of every class, in the order of the detector's indices.
+        has_names: whether the classes' names are the data set's; False where they stand for unknown ones.
         config_file: for the record.
         fixed_size: see :func:`input_spec_of`.
     """
-    node = cfg.MODEL.RETINANET if isinstance(model, DenseDetector) else cfg.MODEL.ROI_HEADS
     return ModelDescription(
         classes=tuple(classes),
+        has_names=has_names,
         input_spec=input_spec_of(cfg, model, fixed_size),
-        score_threshold=float(node.SCORE_THRESH_TEST),
+        score_threshold=float(head_node(cfg).SCORE_THRESH_TEST),
         quantizer=quantizer_text(model),
         source={
             "config_file": config_file,
             "weights": cfg.MODEL.WEIGHTS,
             "meta_architecture": cfg.MODEL.META_ARCHITECTURE,
+            "score_threshold_key": f"{head_node_key(cfg)}.SCORE_THRESH_TEST",
         },
     )
 
@@ -143,11 +148,17 @@ def detect(model: nn.Module, image: Tensor) -> List[Tensor]:
         image: shape (3, h, w), float32, in grey levels.
 
     Returns:
-        Boxes (N, 4), scores (N,) and classes (N,), in pixels of the image.
+        Boxes (N, 4), scores (N,) and classes (N,), in pixels of the image; at last a detection of NaN where the
+        heads gave numbers that are not finite.
 
     Raises:
         ValueError: a model of another kind, or one that predicts more than boxes.
     """
+    with watch_outputs(model) as watch:
+        return watch.mark(_tensors(_instances(model, image)))
+
+
+def _instances(model: nn.Module, image: Tensor) -> Instances:
     inputs = [{"image": image}]
     if isinstance(model, GeneralizedRCNN):
         (found,) = model.inference(inputs, do_postprocess=False)
@@ -161,7 +172,7 @@ def detect(model: nn.Module, image: Tensor) -> List[Tensor]:
             f"MODEL.META_ARCHITECTURE is {type(model).__name__!r}; GeneralizedRCNN, DenseDetector and classes derived "
             "from them are exported"
         )
-    return _tensors(found)
+    return found
 
 
 def _tensors(found: Instances) -> List[Tensor]:

@@ -6,9 +6,13 @@ from typing import Optional, Sequence
 import numpy as np
 
 from qmimic_d2.export.description import METADATA_KEY
-from qmimic_d2.export.exported_detector import ExportedDetector
+from qmimic_d2.export.exported_detector import ExportedDetector, one_line
 
 __all__ = ["OnnxDetector"]
+
+# Type and number of axes of what the network takes, by name; names of what it gives.
+_INPUTS = {"image": ("tensor(float)", 3)}
+_OUTPUTS = ("boxes", "scores", "classes")
 
 
 class OnnxDetector(ExportedDetector):
@@ -44,15 +48,22 @@ class OnnxDetector(ExportedDetector):
             raise FileNotFoundError(f"there is no ONNX file {path!r}")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # warnings about shapes that depend on the image
-        try:
+        options.log_severity_level = 4  # it writes errors to stderr besides raising them
+        try:  # a fallback would print, and try the same again
             self._session = onnxruntime.InferenceSession(
-                path, options, providers=list(providers or ["CPUExecutionProvider"])
+                path, options, providers=list(providers or ["CPUExecutionProvider"]), enable_fallback=0
             )
+            text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "")
+            inputs = {each.name: (each.type, len(each.shape)) for each in self._session.get_inputs()}
+            outputs = {each.name for each in self._session.get_outputs()}
         except Exception as error:  # onnxruntime has an exception of its own for every kind of damage
-            raise ValueError(f"{path!r} is no ONNX file that onnxruntime can run: {error}") from error
-        text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "")
-        super().__init__(path, text)
+            raise ValueError(f"{path!r} is no ONNX file that onnxruntime can run: {one_line(error)}") from error
+        super().__init__(path, text, [threads, providers])
+        if inputs != _INPUTS or not outputs.issuperset(_OUTPUTS):
+            raise ValueError(
+                f"{path!r} has the inputs {inputs} and the outputs {sorted(outputs)}; an exported detector has "
+                f"{_INPUTS} and {sorted(_OUTPUTS)}"
+            )
 
     def run_network(self, pixels: np.ndarray) -> Sequence[np.ndarray]:
-        return self._session.run(["boxes", "scores", "classes"], {"image": pixels})
+        return self._session.run(list(_OUTPUTS), {"image": pixels})

@@ -14,7 +14,7 @@ from qmimic_d2.export.network import OUTPUT_NAMES, example_image, traceable
 from qmimic_d2.export.onnx_symbolics import OPSET, project_symbolics
 from qmimic_d2.whole_file import whole_file
 
-__all__ = ["check_onnx", "export_onnx", "import_onnx"]
+__all__ = ["check_onnx", "export_onnx", "import_onnx", "prune_opsets"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ def export_onnx(model: nn.Module, description: ModelDescription, path: str) -> N
                 ) from error
         graph = onnx.load(partial)
         describe_onnx(graph, description)
+        prune_opsets(graph)
         check_onnx(graph)
         onnx.save(graph, partial)
     logger.info("Wrote %s", path)
@@ -104,6 +105,19 @@ def describe_onnx(graph, description: ModelDescription) -> None:
     graph.producer_name = "qmimic_d2"
 
 
+def prune_opsets(graph) -> None:
+    """
+    Takes out the operator sets that no node of a model uses, which an older runtime would refuse the file for.
+
+    Exporters and onnxruntime's quantization name those that they might have used. ONNX's own stays in any case.
+    """
+    nodes = [*nodes_of(graph.graph), *(node for function in graph.functions for node in function.node)]
+    used = {"", *("" if node.domain == "ai.onnx" else node.domain for node in nodes)}
+    kept = [each for each in graph.opset_import if ("" if each.domain == "ai.onnx" else each.domain) in used]
+    del graph.opset_import[:]
+    graph.opset_import.extend(kept)
+
+
 def check_onnx(graph) -> None:
     """
     Runs ``onnx.checker`` and looks for operators that are not ONNX's own, in sub-graphs too.
@@ -123,8 +137,8 @@ def nodes_of(graph) -> Iterator:
     for node in graph.node:
         yield node
         for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from nodes_of(attribute.g)
+            for branch in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
+                yield from nodes_of(branch)
 
 
 def _is_standard(node) -> bool:

@@ -16,7 +16,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from qmimic_d2.export.onnx_file import check_onnx, import_onnx
+from qmimic_d2.export.onnx_file import check_onnx, import_onnx, prune_opsets
 from qmimic_d2.export.onnx_layers import Layer, code_tensors, quantizable_layers
 from qmimic_d2.whole_file import whole_file
 
@@ -89,6 +89,7 @@ def quantize_onnx(
             graph.metadata_props.extend(original.metadata_props)
             graph.metadata_props.add(key="int8_float_layers", value=", ".join(each.name for each in best) or "none")
             graph.producer_name = original.producer_name
+            prune_opsets(graph)
             check_onnx(graph)
             onnx.save(graph, partial)
     logger.info("Wrote %s", target)

@@ -17,8 +17,12 @@ from typing import Any, Dict, Mapping, Tuple
 
 import numpy as np
 
-__all__ = ["Detections", "InputSpec", "Placement", "resize_bilinear"]
+__all__ = ["NOT_FINITE", "Detections", "InputSpec", "Placement", "resize_bilinear"]
 
+NOT_FINITE = (
+    "the detector's outputs are NaN or infinite, so that it could find nothing; its training diverged, or the image "
+    "holds values that it was never trained on"
+)
 # Fixed point in Pillow's Resample.c: weights have so many fractional bits.
 _WEIGHT_BITS = 22
 
@@ -71,8 +75,14 @@ class Placement:
         Args:
             boxes: shape (N, 4), XYXY in pixels of the network's input.
             scores, classes: shape (N,).
+
+        Raises:
+            ValueError: a number is not finite.
         """
         boxes = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+        scores = np.asarray(scores, dtype=np.float32)
+        if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+            raise ValueError(NOT_FINITE)
         boxes[:, 0::2] *= np.float32(self.width / self.resized_width)
         boxes[:, 1::2] *= np.float32(self.height / self.resized_height)
         boxes[:, 0::2] = boxes[:, 0::2].clip(0, self.width)
@@ -80,7 +90,7 @@ class Placement:
         keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         return Detections(
             boxes[keep],
-            np.asarray(scores, dtype=np.float32)[keep],
+            scores[keep],
             np.asarray(classes, dtype=np.int64)[keep],
         )
 
@@ -118,6 +128,11 @@ class InputSpec:
             raise ValueError(f"INPUT.FORMAT is {self.format!r}; images are given as BGR or RGB")
         if (self.fixed_height > 0) != (self.fixed_width > 0) or min(self.fixed_height, self.fixed_width) < 0:
             raise ValueError(f"a fixed size has both sides, not {self.fixed_height} x {self.fixed_width}")
+        if self.min_size < 0 or (self.min_size > 0 and self.max_size < 1):
+            raise ValueError(
+                f"INPUT.MIN_SIZE_TEST is {self.min_size} and INPUT.MAX_SIZE_TEST {self.max_size}; give sizes in "
+                "pixels, or MIN_SIZE_TEST 0 for images as they are"
+            )
 
     @property
     def is_fixed(self) -> bool:

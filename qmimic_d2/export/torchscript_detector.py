@@ -7,7 +7,7 @@ from typing import Sequence
 import numpy as np
 
 from qmimic_d2.export.description import METADATA_KEY
-from qmimic_d2.export.exported_detector import ExportedDetector
+from qmimic_d2.export.exported_detector import ExportedDetector, one_line
 
 __all__ = ["TorchScriptDetector"]
 
@@ -39,11 +39,11 @@ class TorchScriptDetector(ExportedDetector):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of its deprecation
                 self._network = torch.jit.load(path, map_location=device, _extra_files=files)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path!r} is no TorchScript file that torch can run: {reason}") from error
-        text = files[METADATA_KEY]
-        super().__init__(path, text.decode() if isinstance(text, bytes) else text)
+            text = files[METADATA_KEY]
+            text = text.decode() if isinstance(text, bytes) else text
+        except Exception as error:  # torch has many ways to say that a file is damaged
+            raise ValueError(f"{path!r} is no TorchScript file that torch can run: {one_line(error)}") from error
+        super().__init__(path, text, [device])
         self._device = device
 
     def run_network(self, pixels: np.ndarray) -> Sequence[np.ndarray]:
@@ -51,4 +51,4 @@ class TorchScriptDetector(ExportedDetector):
 
         with torch.no_grad():
             outputs = self._network(torch.from_numpy(pixels).to(self._device))
-        return [each.cpu().numpy() for each in outputs]
+        return [each.cpu().numpy() for each in (outputs if isinstance(outputs, (list, tuple)) else [outputs])]

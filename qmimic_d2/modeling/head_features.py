@@ -9,7 +9,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 
-__all__ = ["head_features", "head_node", "is_meta_architecture", "named_head_features"]
+__all__ = ["head_features", "head_node", "head_node_key", "is_meta_architecture", "named_head_features"]
 
 
 def is_meta_architecture(cfg: CfgNode, *classes: type) -> bool:
@@ -24,11 +24,18 @@ def head_node(cfg: CfgNode) -> CfgNode:
     The node of the heads that give the boxes: ``MODEL.RETINANET``, ``MODEL.FCOS``, or ``MODEL.ROI_HEADS`` for every
     other detector. Each has IN_FEATURES, NUM_CLASSES and SCORE_THRESH_TEST.
     """
+    return cfg.MODEL[_head_node_name(cfg)]
+
+
+def head_node_key(cfg: CfgNode) -> str:
+    """The key of :func:`head_node`, such as "MODEL.ROI_HEADS", for messages."""
+    return f"MODEL.{_head_node_name(cfg)}"
+
+
+def _head_node_name(cfg: CfgNode) -> str:
     if is_meta_architecture(cfg, RetinaNet):
-        return cfg.MODEL.RETINANET
-    if is_meta_architecture(cfg, FCOS):
-        return cfg.MODEL.FCOS
-    return cfg.MODEL.ROI_HEADS
+        return "RETINANET"
+    return "FCOS" if is_meta_architecture(cfg, FCOS) else "ROI_HEADS"
 
 
 def head_features(cfg: CfgNode) -> List[str]:

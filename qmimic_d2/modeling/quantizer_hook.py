@@ -17,7 +17,7 @@ class QuantizerHook:
 
     It lives in the backbone's forward hooks and not among its modules, so that names and number of
     the entries of ``state_dict()`` stay what they are, and ``copy.deepcopy`` and
-    ``torch.jit.trace`` carry it along.
+    ``torch.jit.trace`` carry it along. ``torch.jit.script`` does not, and says so.
     """
 
     def __init__(self, quantizer: Quantizer, features: Sequence[str]):
@@ -30,6 +30,20 @@ class QuantizerHook:
             name: self.quantizer(feature) if name in self.features else feature
             for name, feature in output.items()
         }
+
+    @property
+    def __name__(self) -> str:
+        """
+        Of a hook that ``torch.jit.script`` compiles, which is what asks for it.
+
+        Raises:
+            AttributeError: always; says what to do.
+        """
+        raise AttributeError(
+            "torch.jit.script cannot compile the quantizer on the backbone's features. Trace the detector instead: "
+            "python -m qmimic_d2 export --format torchscript, or Detectron2's export_model.py with "
+            "--export-method tracing. Or export it without the quantizer: --quantizer drop"
+        )
 
     def remove(self) -> None:
         """Detaches the hook; the backbone gives full-precision features again. Harmless twice."""

@@ -117,7 +117,11 @@ def _detections(
     if predictor is None:
         run.notes.append(f"no pictures: {reason}, and there is no detector to run")
         return None
-    return [predicted_boxes(predictor(sample.pixels), run.dataset, threshold) for sample in samples]
+    try:
+        return [predicted_boxes(predictor(sample.pixels), run.dataset, threshold) for sample in samples]
+    except ValueError as error:  # its outputs are not finite
+        run.notes.append(f"no pictures: {error}")
+        return None
 
 
 def _picture_rows(dataset: str, samples: Sequence[Sample], runs: Sequence[Run], found) -> List[PictureRow]:

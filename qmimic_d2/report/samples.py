@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from torch import tensor
 
-from qmimic_d2.engine.prediction import read_bgr_image
+from qmimic_d2.image_file import read_bgr_image
 
 __all__ = ["Box", "Sample", "load_samples", "match", "predicted_boxes", "read_detections"]
 
