@@ -110,7 +110,7 @@ def test_an_ap_of_zero_on_both_sides_is_no_success(student, tmp_path, capsys):
         path = Path(MetadataCatalog.get(dataset).json_file)
         content = json.loads(path.read_text())
         for each in content["annotations"]:
-            each.update(bbox=[0.0, 0.0, 1.0, 1.0], area=1.0)
+            each.update(bbox=[0.0, 0.0, 3.0, 3.0], area=9.0)
         path.write_text(json.dumps(content))
         arguments = ["--format", "torchscript", "--output", tmp_path / "out", "--verify", dataset]
         assert export(student, *arguments) == 1

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import List, Optional, Tuple
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 
+from qmimic_d2.data.loading import load_dataset
 from qmimic_d2.modeling.head_features import head_node
 
 __all__ = ["Category", "dataset_categories", "load_class_names", "unknown_names_note"]
@@ -63,7 +64,7 @@ def load_class_names(cfg: CfgNode) -> None:
         has_file = os.path.isfile(metadata.get("json_file", None) or "")
         if has_file and not metadata.get("thing_dataset_id_to_contiguous_id", None):
             try:
-                DatasetCatalog.get(name)
+                load_dataset(name)
             except Exception as error:  # a loader raises whatever a damaged file leads it to
                 logger.warning(
                     "No class names come from the data set %s, whose file %r cannot be read: %s: %s",

@@ -8,10 +8,10 @@ from typing import Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
 from torch import nn
 
 from qmimic_d2.analysis import evenly_spaced
+from qmimic_d2.data.loading import load_dataset_dicts
 from qmimic_d2.engine.average_precision import APEvaluation
 from qmimic_d2.engine.categories import dataset_categories, load_class_names, unknown_names_note
 from qmimic_d2.engine.prediction import Predictor
@@ -165,7 +165,7 @@ class Shipment:
         names = self.cfg.DATASETS.TRAIN
         if not names:
             raise ValueError("DATASETS.TRAIN is empty; int8 is calibrated on training images")
-        dicts = evenly_spaced(get_detection_dataset_dicts(names), settings.calibration_images)
+        dicts = evenly_spaced(load_dataset_dicts(names), settings.calibration_images)
         images: List[np.ndarray] = [
             self.description.input_spec.prepare(read_named_image(each["file_name"]))[0] for each in dicts
         ]

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from torch import tensor
 
+from qmimic_d2.data.loading import load_dataset
 from qmimic_d2.image_file import read_bgr_image
 
 __all__ = ["Box", "Sample", "load_samples", "match", "predicted_boxes", "read_detections"]
@@ -65,7 +66,7 @@ def load_samples(dataset: str, count: int) -> Tuple[List[Sample], int]:
     Raises:
         KeyError, OSError, ValueError: the data set is not registered, or its files are not there.
     """
-    dicts = DatasetCatalog.get(dataset)
+    dicts = load_dataset(dataset)
     metadata = MetadataCatalog.get(dataset)
     samples = []
     for each in dicts[:count]:
