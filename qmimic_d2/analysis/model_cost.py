@@ -112,11 +112,9 @@ def measure_cost(cfg_or_model: Union[CfgNode, nn.Module], height: int, width: in
 
 
 def build_for_measurement(cfg: CfgNode) -> nn.Module:
-    cfg = cfg.clone()
+    cfg = without_teacher(cfg)
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    if "QMIMIC" in cfg.MODEL:
-        cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE = ""
     cfg.freeze()
     with torch.random.fork_rng(devices=[]):
         return build_model(cfg).eval()
