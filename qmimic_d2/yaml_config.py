@@ -82,10 +82,8 @@ def describe_mismatch(error: ValueError) -> str:
 def _read(path: str, chain: Tuple[str, ...], files: List[str]) -> Dict[str, Any]:
     real = os.path.realpath(path)
     if real in chain:
-        raise ValueError(
-            f"{BASE_KEY} leads back to its own file: {' -> '.join([*chain[chain.index(real):], real])}. Take {BASE_KEY} "
-            "out of one of them"
-        )
+        loop = " -> ".join([*chain[chain.index(real) :], real])
+        raise ValueError(f"{BASE_KEY} leads back to its own file: {loop}. Take {BASE_KEY} out of one of them")
     files.append(path)
     if len(files) > _MOST_FILES:
         raise ValueError(f"{BASE_KEY} leads to more than {_MOST_FILES} files, {path!r} among them")

@@ -13,6 +13,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.analysis import FlopCountAnalysis
 from torch import Tensor, nn
 
+from qmimic_d2.modeling.trunk_adapter import without_teacher
+
 __all__ = ["ModelCost", "PartCost", "measure_cost"]
 
 # What a detector consists of; anything else that it runs is counted as OTHER.

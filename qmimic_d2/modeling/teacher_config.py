@@ -80,7 +80,8 @@ def load_teacher_config(cfg: CfgNode) -> TeacherConfig:
     is_lazy = path.endswith(".py")
     if is_lazy and node.ADD_CONFIG:
         raise TeacherConfigError(
-            f"{_ADD_KEY} is {node.ADD_CONFIG!r}, and {_KEY} names a LazyConfig, which needs no such function; set it to ''"
+            f"{_ADD_KEY} is {node.ADD_CONFIG!r}, and {_KEY} names a LazyConfig, which needs no such function; set it "
+            "to ''"
         )
     add_keys = _key_adder(node.ADD_CONFIG)
     try:
