@@ -11,7 +11,7 @@ from detectron2.config.compat import guess_version
 from qmimic_d2.near_names import near_names
 from qmimic_d2.yaml_file import read_yaml
 
-__all__ = ["BASE_KEY", "config_keys", "describe_mismatch", "merge_config", "read_config"]
+__all__ = ["BASE_KEY", "config_keys", "describe_mismatch", "merge_config", "merge_content", "read_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,11 @@ def merge_config(cfg: CfgNode, path: str, *, allow_new: bool = False) -> List[st
         KeyError: unknown keys; names all of them, and near ones.
         ValueError: as :func:`read_config`; or a value of another type.
     """
-    content = read_config(path)
+    return merge_content(cfg, read_config(path), path, allow_new=allow_new)
+
+
+def merge_content(cfg: CfgNode, content: Dict[str, Any], path: str, *, allow_new: bool = False) -> List[str]:
+    """:func:`merge_config` of keys that have been read already; ``path`` names their file in errors."""
     try:
         loaded = CfgNode(content)
         unknown = _unknown_keys(loaded, cfg)

@@ -101,10 +101,8 @@ def _arithmetic(loader: _PlainLoader, node: yaml.Node) -> Any:
 
 
 def _refuse(loader: _PlainLoader, suffix: str, node: yaml.Node) -> None:
-    raise ValueError(
-        f"the tag !!python/{suffix}{_place(node)} makes Python run code, which is not done for a config file; write "
-        "the value itself"
-    )
+    text = f"the tag !!python/{suffix} would run code, which is not done for a config file; write the value itself"
+    raise yaml.constructor.ConstructorError(problem=text, problem_mark=node.start_mark)
 
 
 def _place(node: yaml.Node) -> str:
