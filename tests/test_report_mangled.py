@@ -57,7 +57,7 @@ def page(folder, num_images=1):
 
 
 @pytest.mark.parametrize("name", JSON_FILES)
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(20))
 def test_a_wrong_value_in_a_json_file(folder, name, seed):
     done = spoil_json(str(folder / name), random.Random(f"{name} {seed}"))
     run = everything_said(collect_run(str(folder)))
@@ -66,7 +66,7 @@ def test_a_wrong_value_in_a_json_file(folder, name, seed):
         measure([run], num_images=3, threads=0, score_threshold=0.5)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(40))
 def test_a_wrong_value_in_the_config(folder, seed):
     done = spoil_yaml(str(folder / "config.yaml"), random.Random(seed))
     run = everything_said(collect_run(str(folder)))
@@ -75,7 +75,7 @@ def test_a_wrong_value_in_the_config(folder, seed):
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_spoilt_bytes(folder, name, seed):
     done = spoil_bytes(str(folder / name), random.Random(f"{name} {seed}"))
     run = everything_said(collect_run(str(folder)))
@@ -92,14 +92,14 @@ def test_another_kind_of_file(folder, name, kind):
     OTHER_KINDS[kind](str(path))
     run = everything_said(collect_run(str(folder)))
     measure([run], num_images=1, threads=0, score_threshold=0.5)
-    if name != "last_checkpoint":  # model_final.pth comes before it
-        parts = {"model_final.pth": "checkpoint", DETECTIONS: "detections"}
-        words = (os.path.basename(name), parts.get(name, "AP"), "no time of an image", "no curves")
-        has_substitute = name in (DETECTIONS, "evaluation.json", "metrics.json", "model_final.pth")
-        assert has_substitute or any(words[0] in note for note in run.notes), run.notes
+    # model_final.pth comes before last_checkpoint; the detector runs where there are no detections of an evaluation,
+    # and an evaluation that has left no trace was none
+    says_nothing = name in ("last_checkpoint", DETECTIONS) or (name, kind) == ("evaluation.json", "nothing")
+    is_readable = (name, kind) == ("metrics.json", "an empty file")
+    assert says_nothing or is_readable or any(name in note for note in run.notes), run.notes
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_whole_page_of_spoilt_figures(folder, seed):
     rng = random.Random(seed)
     for name in ("metrics.json", "metrics.json", "metrics.json", "mimic.json", "evaluation.json"):
@@ -110,7 +110,7 @@ def test_a_whole_page_of_spoilt_figures(folder, seed):
     page(folder)
 
 
-EXTREME = (0.0, 5e-324, 1e-100, 1e99, 1e100, -1e100, -1.0, 1e308, float("inf"), float("nan"))
+EXTREME = (0.0, 5e-324, 1e100, -1e100, 1e308, float("nan"))
 
 
 @pytest.mark.parametrize("value", EXTREME)
