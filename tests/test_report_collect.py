@@ -321,7 +321,8 @@ def test_facts_of_other_settings(complete):
 @pytest.mark.parametrize("family", ONE_STAGE)
 def test_facts_of_one_stage_detectors(tmp_path, dataset, family):
     """The class that is registered under the name decides, not the name."""
-    options = (*ONE_STAGE[family], "MODEL.QMIMIC.MIMIC.ROI_SOURCE", "neighbourhood", "MODEL.QMIMIC.QUANTIZER.STRIDE", 0.5)
+    pairs = ("MODEL.QMIMIC.MIMIC.ROI_SOURCE", "neighbourhood", "MODEL.QMIMIC.QUANTIZER.STRIDE", 0.5)
+    options = (*ONE_STAGE[family], *pairs)
     folder = write_run(tmp_path / "run", dataset, *options, is_finished=False)
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("QuantMimicRCNN", f"QuantMimic{family}"))
