@@ -84,7 +84,7 @@ def read_metrics(path: str) -> Metrics:
         for line in iter(lambda: file.readline(_LONGEST_LINE), ""):
             row = _row(line)
             if row is None:
-                metrics.num_unreadable += line.endswith("\n") and bool(line.strip())
+                metrics.num_unreadable += bool(line.strip()) and (line.endswith("\n") or len(line) == _LONGEST_LINE)
                 continue
             iteration = row.pop("iteration")
             # Figures that are written now and then stand in rows of their own, which are not in order.
