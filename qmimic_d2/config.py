@@ -37,10 +37,14 @@ def _qmimic_node() -> CN:
     # The frozen teacher that a QuantMimicRCNN, QuantMimicRetinaNet or QuantMimicFCOS imitates.
     node.TEACHER = CN()
     # The teacher's own YAML, or LazyConfig `.py`. It is looked up beside the student's YAML (train_net.py),
-    # from the working directory, and among the configs of this package. A `.py` is Python code that runs when
-    # it is read, and Detectron2 reads YAML tags that can run code too: name only configs that you trust.
-    # "" = no teacher: the mimic is off.
+    # from the working directory, and among the configs of this package. A YAML is data. A `.py` is Python code
+    # that a training runs: name only those that you trust. "" = no teacher: the mimic is off.
     node.TEACHER.CONFIG_FILE = ""
+    # The function that adds the keys of the teacher's project to a config, for a YAML of PointRend, DeepLab and the
+    # like: "package.module:add_xxx_config". A training imports that module, which runs its code and registers what
+    # it registers, and calls the function with the teacher's config. "" = none: keys that Detectron2 does not know
+    # are taken from the YAML alone.
+    node.TEACHER.ADD_CONFIG = ""
     # The teacher's checkpoint: a path or URL that Detectron2 can open. "" = MODEL.WEIGHTS of its YAML
     # (train.init_checkpoint of a LazyConfig).
     node.TEACHER.WEIGHTS = ""

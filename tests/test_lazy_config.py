@@ -1,14 +1,18 @@
 """Models from a LazyConfig: the same ones as from a YAML, with a teacher of either kind, and the documented script."""
 
 import copy
+import inspect
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import hooks
+from detectron2.engine.defaults import create_ddp_model
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
@@ -17,7 +21,7 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
 from helpers import NUM_CLASSES, batch, seeded_model, tiny_cfg, training_step, write_teacher
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tiny_training import BUILTIN_DATASET, ROOT, Run, write_builtin_data
 
 from qmimic_d2.config_files import get_config_file, packaged_config_folder
@@ -141,6 +145,29 @@ def test_shipped_config_trains(name, digits_teacher):
     assert ("loss_mimic" in step.losses) == ("qmimic" in name)
     optimizer.step()
     assert instantiate(cfg.lr_multiplier)(0.5) == pytest.approx(0.5)
+
+
+# Every attribute that Detectron2's tools/lazyconfig_train_net.py and its default_setup read.
+READ_BY_THE_TOOL = [
+    *("model", "optimizer.params", "lr_multiplier", "dataloader.train", "dataloader.test", "dataloader.evaluator"),
+    *("train.device", "train.ddp", "train.amp.enabled", "train.output_dir", "train.checkpointer.period"),
+    *("train.eval_period", "train.log_period", "train.max_iter", "train.init_checkpoint", "train.seed"),
+    *("train.cudnn_benchmark", "train.float32_precision"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_detectron2s_own_tool_finds_what_it_reads(name, tmp_path):
+    cfg = LazyConfig.load(get_config_file(name))
+    for key in READ_BY_THE_TOOL:
+        assert OmegaConf.select(cfg, key) is not None, key
+    model = torch.nn.Linear(1, 1)
+    assert create_ddp_model(model, **cfg.train.ddp) is model  # one process
+    options = {key: value for key, value in cfg.train.ddp.items() if key != "fp16_compression"}
+    inspect.signature(torch.nn.parallel.DistributedDataParallel).bind(model, **options)
+    checkpointer = DetectionCheckpointer(model, str(tmp_path))
+    hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
+    hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))
 
 
 def test_there_are_some():

@@ -962,11 +962,12 @@ def test_numbers_of_maps_that_differ_stop_the_construction(fpn_teacher):
         assert word in str(caught.value)
 
 
-def test_a_teacher_config_that_cannot_be_read_stops_the_construction(tmp_path):
+def test_a_teacher_config_that_cannot_be_read_stops_a_training(tmp_path):
     path = tmp_path / "teacher.yaml"
     path.write_text("MODEL: [")
+    model = mimic_model(CONFIG_FILE, str(path))
     with pytest.raises(ValueError) as caught:
-        mimic_model(CONFIG_FILE, str(path))
+        model.train()
     assert CONFIG_FILE in str(caught.value) and str(path) in str(caught.value)
 
 

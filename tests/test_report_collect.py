@@ -5,6 +5,7 @@ import math
 
 import pytest
 import yaml
+from helpers import ONE_STAGE
 from report_runs import AP, CLASS_AP, HELD_OUT, metrics_lines, write_run
 from tiny_coco import registered_coco
 
@@ -315,6 +316,33 @@ def test_facts_of_other_settings(complete):
     assert describe_run(off)["Quantized"] == "nothing"
     facts = describe_run(changed(run, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "SOLVER.MAX_ITER", None))
     assert facts["Quantizer"] == "none" and facts["Schedule"] == "not known"
+
+
+@pytest.mark.parametrize("family", ONE_STAGE)
+def test_facts_of_one_stage_detectors(tmp_path, dataset, family):
+    """The class that is registered under the name decides, not the name."""
+    pairs = ("MODEL.QMIMIC.MIMIC.ROI_SOURCE", "neighbourhood", "MODEL.QMIMIC.QUANTIZER.STRIDE", 0.5)
+    options = (*ONE_STAGE[family], *pairs)
+    folder = write_run(tmp_path / "run", dataset, *options, is_finished=False)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("QuantMimicRCNN", f"QuantMimic{family}"))
+    run = collect_run(str(folder))
+    assert run.has_teacher and run.levels == ["conv5"]
+    facts = describe_run(run)
+    assert facts["Heads"] == f"{family} on conv5" and facts["Quantizer"] == "Uniform, s = 0.5"
+    assert facts["Quantized"] == "teacher, own map, adapted features"
+    assert facts["Mimic RoIs"].startswith("neighbourhood") and facts["Teacher"].startswith("VGG-1-16")
+    quantized = changed(run, "MODEL.META_ARCHITECTURE", f"Quant{family}")
+    assert not quantized.has_teacher and quantized.levels == ["conv5"]
+    assert describe_run(quantized)["Quantizer"] == "Uniform, s = 0.5"
+    plain = describe_run(changed(run, "MODEL.META_ARCHITECTURE", "RetinaNet" if family == "RetinaNet" else "Unheard"))
+    assert plain["Quantizer"] == "none"
+
+
+def test_a_class_that_is_not_registered_here_may_have_a_teacher(complete):
+    run = changed(collect_run(str(complete)), "MODEL.META_ARCHITECTURE", "MyOwnMimic")
+    assert run.has_teacher and run.levels == ["conv5"]
+    assert not changed(run, "MODEL.QMIMIC.TEACHER.CONFIG_FILE", "").has_teacher
 
 
 def test_facts_without_a_config():

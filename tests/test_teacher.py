@@ -140,7 +140,7 @@ def test_a_missing_config_names_key_value_and_places(tmp_path, monkeypatch):
     [
         ("MODEL: [unclosed", "ParserError"),
         ("\x00\x01\x02", "ReaderError"),
-        ("MODEL:\n  NO_SUCH_KEY: 1\n", "NO_SUCH_KEY"),
+        ("MODEL:\n  PIXEL_MAEN: [1.0, 2.0, 3.0]\n", "'MODEL.PIXEL_MAEN': 'PIXEL_MEAN'"),
         ("MODEL:\n  PIXEL_MEAN: 3\n", "PIXEL_MEAN"),
         ("just a sentence", "Error"),
     ],

@@ -338,6 +338,14 @@ def test_malformed_files_of_detections(tmp_path, lines, message):
     assert str(path) in str(caught.value) and message in str(caught.value)
 
 
+def test_shares_of_the_images_size_are_no_pixels(tmp_path):
+    write_predictions(str(tmp_path), {IMAGE: np.array([[0.1, 0.2, 0.3, 0.4, 0.9], [0.9, -0.1, 0.2, 1.1, 0.8]])})
+    with pytest.raises(ValueError, match="of the 2 detections in .* shares of the image's size.*Write pixels"):
+        read_predictions(str(tmp_path), ground_truth_of(FACES))
+    write_predictions(str(tmp_path), {IMAGE: np.array([[0.1, 0.2, 0.3, 0.4, 0.9], [1.0, 1.0, 9.0, 9.0, 0.8]])})
+    assert len(read_predictions(str(tmp_path), ground_truth_of(FACES))[IMAGE]) == 2
+
+
 def test_files_of_other_tools(tmp_path):
     path = tmp_path / f"{IMAGE}.txt"
     path.parent.mkdir()

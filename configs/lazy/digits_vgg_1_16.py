@@ -86,12 +86,18 @@ optimizer = L(torch.optim.AdamW)(
 lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.0), warmup_factor=0.001, warmup_length=0.06
 )
+# what Detectron2's tools/lazyconfig_train_net.py reads
 train = dict(
     output_dir="output/lazy/student_vgg_1_16_scratch",
     init_checkpoint="",
     max_iter=800,
-    checkpointer=dict(period=200),
+    amp=dict(enabled=False),
+    ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
+    checkpointer=dict(period=200, max_to_keep=100),
+    eval_period=200,
     log_period=20,
     seed=1,
+    cudnn_benchmark=False,
+    float32_precision="",
     device="cuda" if torch.cuda.is_available() else "cpu",
 )

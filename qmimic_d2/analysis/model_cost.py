@@ -13,6 +13,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.analysis import FlopCountAnalysis
 from torch import Tensor, nn
 
+from qmimic_d2.modeling.trunk_adapter import without_teacher
+
 __all__ = ["ModelCost", "PartCost", "measure_cost"]
 
 # What a detector consists of; anything else that it runs is counted as OTHER.
@@ -112,11 +114,9 @@ def measure_cost(cfg_or_model: Union[CfgNode, nn.Module], height: int, width: in
 
 
 def build_for_measurement(cfg: CfgNode) -> nn.Module:
-    cfg = cfg.clone()
+    cfg = without_teacher(cfg)
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    if "QMIMIC" in cfg.MODEL:
-        cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE = ""
     cfg.freeze()
     with torch.random.fork_rng(devices=[]):
         return build_model(cfg).eval()

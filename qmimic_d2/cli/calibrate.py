@@ -8,7 +8,6 @@ for a mistake in the arguments or the config.
 """
 
 import argparse
-import difflib
 import itertools
 import math
 import sys
@@ -32,6 +31,7 @@ from qmimic_d2.modeling import QUANTIZER_REGISTRY, build_quantizer
 from qmimic_d2.modeling.head_features import head_features
 from qmimic_d2.modeling.quantizer import Quantizer
 from qmimic_d2.modeling.quantizer_hook import check_features
+from qmimic_d2.near_names import near_names
 
 # Every registered dictionary; a clamp rounds to no codes, so there is nothing to calibrate.
 QUANTIZERS = [name[: -len("Quantizer")] for name, _ in QUANTIZER_REGISTRY if name != "ClampQuantizer"]
@@ -161,7 +161,7 @@ def _build_evaluation(args: argparse.Namespace, cfg: CfgNode) -> Optional[APEval
 def _check_registered(names: Sequence[str], flag: str) -> None:
     for name in names:
         if name not in DatasetCatalog.list():
-            near = difflib.get_close_matches(name, DatasetCatalog.list(), n=5, cutoff=0.4)
+            near = near_names(name, DatasetCatalog.list(), count=5, cutoff=0.4)
             hint = f"near names are {near}" if near else "give the name of one that is"
             raise KeyError(
                 f"{flag} names {name!r}, which is not registered; {hint}, or the module that registers it: "

@@ -1,9 +1,10 @@
 """
 Writes one HTML page about runs of train_net.py, which needs no other file and no network.
 
-RUN is an output folder of train_net.py, finished or still running, or NAME=FOLDER. What a folder lacks is left out
-and named on the page. Exit status: 0 when the page was written, 2 for a mistake in the arguments, or a folder that is
-no run.
+RUN is an output folder of train_net.py, finished or still running, or NAME=FOLDER. What a folder lacks, and what is
+broken in it, is left out and named on the page. The folder may be somebody else's: its files are read as data, without
+running code, and nothing that they name is opened or fetched. Exit status: 0 when the page was written, 2 for a
+mistake in the arguments, or a folder that is no run.
 """
 
 import argparse

@@ -20,6 +20,7 @@ from qmimic_d2.export.finite import watch_outputs
 from qmimic_d2.export.network import input_spec_of
 from qmimic_d2.export.preprocessing import NOT_FINITE, Detections, InputSpec
 from qmimic_d2.image_file import as_bgr_image
+from qmimic_d2.modeling.trunk_adapter import without_teacher
 
 __all__ = ["Predictor", "as_instances"]
 
@@ -42,11 +43,7 @@ class Predictor:
         Raises:
             FileNotFoundError, ValueError: there are no weights, or they do not fit the model.
         """
-        student = cfg.clone()
-        student.defrost()
-        student.MODEL.QMIMIC.TEACHER.CONFIG_FILE = ""
-        student.freeze()
-        model = build_model(student).eval()
+        model = build_model(without_teacher(cfg)).eval()
         build_checkpointer(model, "").load_for_evaluation(cfg.MODEL.WEIGHTS, weights_key)
         self._model, self._spec = model, input_spec_of(cfg, model)
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import difflib
 import gc
 import logging
 import multiprocessing
@@ -12,17 +11,21 @@ from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import yaml
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
+from torch import nn
 
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.config_files import find_config_file
 from qmimic_d2.json_file import write_text
 from qmimic_d2.modeling.teacher_config import load_teacher_config
-from qmimic_d2.modeling.trunk_adapter import is_in_trunk, trunk_channels
+from qmimic_d2.modeling.trunk_adapter import is_in_trunk, trained_trunk_channels, trunk_channels
+from qmimic_d2.near_names import near_names
+from qmimic_d2.yaml_config import config_keys, describe_mismatch, merge_config
 
 __all__ = [
     "argument_parser",
@@ -39,6 +42,11 @@ _TEACHER_COPY = "teacher_config"
 def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's arguments and ``--num-processes``."""
     parser = default_argument_parser()
+    parser.description = (
+        "Trains and evaluates. Reading a YAML runs no code. What a config names does: a training runs the Python of a "
+        "teacher's LazyConfig (MODEL.QMIMIC.TEACHER.CONFIG_FILE ending in .py) and of MODEL.QMIMIC.TEACHER.ADD_CONFIG. "
+        "Train with configs of people you trust. --eval-only runs neither."
+    )
     parser.add_argument(
         "--num-processes",
         type=int,
@@ -79,7 +87,8 @@ def load_config(
         config_file: path of a YAML, or a name below this package's ``configs``; "" = Detectron2's
             defaults.
         opts: KEY VALUE pairs that override it.
-        eval_only: forget the teacher; an evaluation needs none of its files.
+        eval_only: forget the teacher; an evaluation needs none of its files. The widths of a trunk adapter are those
+            of ``MIMIC.TRUNK_CHANNELS``, or of the checkpoint; without either, of the teacher's YAML.
         resume: the run continues the one in OUTPUT_DIR.
         device: overrides MODEL.DEVICE; "" leaves it.
 
@@ -87,30 +96,27 @@ def load_config(
         A frozen config.
 
     Raises:
-        KeyError, ValueError: an unknown key, a value of another type (yacs names the key), or no YAML.
-        FileNotFoundError: the config, or the teacher's, is not there.
+        KeyError, ValueError: an unknown key, a value of another type or none, a file that is no YAML or would
+            run code; see :func:`qmimic_d2.yaml_config.merge_config`.
+        FileNotFoundError: the config, one that it builds on, or the teacher's is not there.
     """
     cfg = get_cfg()
     add_qmimic_config(cfg)
+    defaults = cfg.clone()
     if config_file:
         config_file = find_config_file(config_file, "--config-file")
-        try:
-            cfg.merge_from_file(config_file)
-        except (yaml.YAMLError, UnicodeDecodeError, AssertionError, AttributeError, TypeError) as error:
+        if config_file.endswith(".py"):
             raise ValueError(
-                f"--config-file is {config_file!r}, which is no Detectron2 config in YAML: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-    try:
-        cfg.merge_from_list(list(opts))
-    except AssertionError as error:  # yacs: an unknown key, or a key without a value
-        raise KeyError(f"{error} (of the KEY VALUE pairs {list(opts)}){_hint(cfg, opts)}") from error
-    except ValueError as error:  # yacs: a value of another type
-        hint = ". A float needs its point: 1.0, not 1" if "'float'" in str(error) and "'int'" in str(error) else ""
-        raise ValueError(f"{error}{hint}") from error
+                f"--config-file is {config_file!r}, a LazyConfig, which is Python code; this command reads YAML alone. "
+                "Detectron2's tools/lazyconfig_train_net.py trains a LazyConfig"
+            )
+        _merge_file(cfg, config_file)
+    _merge_pairs(cfg, list(opts))
+    if not eval_only:
+        _check_given(cfg, defaults)
     if device:
         cfg.MODEL.DEVICE = device
-    _complete_teacher(cfg, os.path.dirname(config_file) if config_file else "", eval_only)
+    _complete_teacher(cfg, os.path.dirname(config_file) if config_file else "", eval_only, resume)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning(
             "MODEL.DEVICE is %r and PyTorch sees no GPU here: using the CPU", cfg.MODEL.DEVICE
@@ -123,22 +129,44 @@ def load_config(
     return cfg
 
 
+def _merge_file(cfg: CfgNode, path: str) -> None:
+    try:
+        merge_config(cfg, path)
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        kind = next(each for each in (KeyError, FileNotFoundError, ValueError) if isinstance(error, each))
+        raise kind(f"--config-file: {error.args[0] if kind is KeyError else error}") from error
+
+
+def _merge_pairs(cfg: CfgNode, opts: List[str]) -> None:
+    try:
+        cfg.merge_from_list(opts)
+    except (AssertionError, AttributeError, KeyError, TypeError) as error:  # an unknown key, or one without a value
+        text = error.args[0] if error.args else type(error).__name__
+        raise KeyError(f"{text} (of the KEY VALUE pairs {opts}){_hint(cfg, opts)}") from error
+    except ValueError as error:  # yacs: a value of another type
+        raise ValueError(describe_mismatch(error)) from error
+    except (RecursionError, MemoryError) as error:
+        raise ValueError(f"a value of the KEY VALUE pairs is nested too deeply: {type(error).__name__}") from error
+
+
 def _hint(cfg: CfgNode, opts: Sequence[str]) -> str:
     """What may have been meant by KEY VALUE pairs that the config refuses."""
-    misplaced = [each for each in opts if each.startswith("--")]
+    misplaced = [each for each in opts if str(each).startswith("--")]
     if misplaced:
         return f". Options such as {misplaced[0]} stand before the pairs"
-    known = _keys(cfg)
-    unknown = [key for key in opts[::2] if key not in known]
-    near = difflib.get_close_matches(unknown[0], known, n=3) if unknown else []
+    known = config_keys(cfg)
+    unknown = [str(key) for key in opts[::2] if key not in known]
+    near = near_names(unknown[0], known) if unknown else []
     return f". Near keys are {near}" if near else ""
 
 
-def _keys(node: CfgNode, prefix: str = "") -> List[str]:
-    found = []
-    for key, value in node.items():
-        found += _keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [f"{prefix}{key}"]
-    return found
+def _check_given(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
+    """yacs lets every key become None, which a YAML writes as nothing behind the colon."""
+    for key, default in defaults.items():
+        if isinstance(default, CfgNode):
+            _check_given(cfg[key], default, f"{prefix}{key}.")
+        elif cfg[key] is None and default is not None:
+            raise ValueError(f"{prefix}{key} is None; give it a value (its default is {default!r}), or leave it out")
 
 
 def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
@@ -251,10 +279,15 @@ def _earlier_seed(output_dir: str) -> Optional[int]:
     return seed if seed >= 0 else None
 
 
-def _complete_teacher(cfg: CfgNode, beside: str, eval_only: bool) -> None:
+def _complete_teacher(cfg: CfgNode, beside: str, eval_only: bool, resume: bool) -> None:
     """Finds the teacher's config, writes down what the student has from it, and forgets it for an evaluation."""
     teacher, mimic = cfg.MODEL.QMIMIC.TEACHER, cfg.MODEL.QMIMIC.MIMIC
     widths_are_open = is_in_trunk(cfg) and not mimic.TRUNK_CHANNELS
+    if eval_only and widths_are_open:
+        mimic.TRUNK_CHANNELS = _trained_widths(cfg, resume)
+        # Without weights (what a model costs, say), the teacher alone knows. Its YAML is data; a .py is code.
+        widths_are_open = not mimic.TRUNK_CHANNELS and not teacher.CONFIG_FILE.endswith(".py")
+        teacher.ADD_CONFIG = ""
     if eval_only and not widths_are_open:
         teacher.CONFIG_FILE = ""
     if teacher.CONFIG_FILE:
@@ -265,6 +298,14 @@ def _complete_teacher(cfg: CfgNode, beside: str, eval_only: bool) -> None:
             mimic.TRUNK_CHANNELS = list(trunk_channels(cfg).values())
     if eval_only:
         teacher.CONFIG_FILE = ""
+
+
+def _trained_widths(cfg: CfgNode, resume: bool) -> List[int]:
+    """Those of the checkpoint that is evaluated: the last one of OUTPUT_DIR when resuming, else MODEL.WEIGHTS."""
+    last = DetectionCheckpointer(nn.Module(), cfg.OUTPUT_DIR, save_to_disk=False)
+    if resume and last.has_checkpoint():
+        return trained_trunk_channels(cfg, last.get_checkpoint_file(), os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    return trained_trunk_channels(cfg, cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else []
 
 
 def _run_files(cfg: CfgNode) -> Dict[str, str]:

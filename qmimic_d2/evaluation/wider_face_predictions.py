@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 _COLUMNS = "x y w h score"
 _NUM_COLUMNS = len(_COLUMNS.split())
 
+# No face is so small; boxes that are shares of the image's size may reach a little beyond it.
+_LARGEST_SHARE = 1.5
+
 
 def as_written(detections: np.ndarray) -> np.ndarray:
     """
@@ -66,7 +69,8 @@ def read_predictions(folder: str, ground_truth: WiderFaceGroundTruth) -> Dict[st
 
     Raises:
         FileNotFoundError: there is no such folder, or none of the images has a file in it.
-        ValueError: a folder is no event of the ground truth, or a file is malformed; names it and the line.
+        ValueError: a folder is no event of the ground truth, a file is malformed (names it and the line), or all
+            coordinates are shares of the image's size in place of pixels.
     """
     if not os.path.isdir(folder):
         raise FileNotFoundError(
@@ -89,6 +93,7 @@ def read_predictions(folder: str, ground_truth: WiderFaceGroundTruth) -> Dict[st
             "%d of %d images have no file in %s, and count as images without detections; the first is %s",
             *(len(missing), len(ground_truth.boxes), folder, missing[0]),
         )
+    _check_pixels(folder, predictions)
     unknown = sorted(found - set(predictions))
     if unknown:
         logger.warning(
@@ -96,6 +101,16 @@ def read_predictions(folder: str, ground_truth: WiderFaceGroundTruth) -> Dict[st
             *(len(unknown), folder, unknown[0]),
         )
     return predictions
+
+
+def _check_pixels(folder: str, predictions: Mapping[str, np.ndarray]) -> None:
+    boxes = np.concatenate([each[:, :4] for each in predictions.values()])
+    if len(boxes) and np.abs(boxes).max() <= _LARGEST_SHARE:
+        raise ValueError(
+            f"no x, y, w or h of the {len(boxes)} detections in {os.path.abspath(folder)} is above {_LARGEST_SHARE:g}: "
+            "they are shares of the image's size, and no face would match. Write pixels: multiply x and w by the "
+            "image's width, y and h by its height"
+        )
 
 
 def _files(folder: str, ground_truth: WiderFaceGroundTruth) -> set:

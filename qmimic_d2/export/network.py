@@ -23,6 +23,7 @@ from qmimic_d2.export.finite import watch_outputs
 from qmimic_d2.export.preprocessing import InputSpec
 from qmimic_d2.modeling.head_features import head_node, head_node_key
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
+from qmimic_d2.modeling.trunk_adapter import without_teacher
 
 __all__ = [
     "OUTPUT_NAMES",
@@ -54,11 +55,9 @@ def ship_model(cfg: CfgNode, *, keep_quantizer: bool = True, weights_key: str = 
     Raises:
         FileNotFoundError, ValueError: the checkpoint is missing, cut short, or of another config.
     """
-    cfg = cfg.clone()
+    cfg = without_teacher(cfg)
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    if "QMIMIC" in cfg.MODEL:
-        cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE = ""
     cfg.freeze()
     model = build_model(cfg).eval()
     SafeCheckpointer(model, ignored_prefixes=_TRAINING_ONLY).load_for_evaluation(cfg.MODEL.WEIGHTS, weights_key)

@@ -9,14 +9,33 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 
-__all__ = ["head_features", "head_node", "head_node_key", "is_meta_architecture", "named_head_features"]
+__all__ = [
+    "head_features",
+    "head_node",
+    "head_node_key",
+    "head_section",
+    "is_derived",
+    "is_meta_architecture",
+    "named_head_features",
+]
+
+
+def is_derived(meta_architecture: str, *classes: type) -> bool:
+    """Whether the class of this registered name is one of these or derived from one; False for an unregistered name."""
+    found = META_ARCH_REGISTRY.get(meta_architecture) if meta_architecture in META_ARCH_REGISTRY else None
+    return inspect.isclass(found) and issubclass(found, classes)
 
 
 def is_meta_architecture(cfg: CfgNode, *classes: type) -> bool:
-    """Whether the config's model is of one of these classes or derived from one; False for an unregistered name."""
-    name = cfg.MODEL.META_ARCHITECTURE
-    found = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
-    return inspect.isclass(found) and issubclass(found, classes)
+    """:func:`is_derived` of the config's model."""
+    return is_derived(cfg.MODEL.META_ARCHITECTURE, *classes)
+
+
+def head_section(meta_architecture: str) -> str:
+    """The name of :func:`head_node` below ``MODEL``."""
+    if is_derived(meta_architecture, RetinaNet):
+        return "RETINANET"
+    return "FCOS" if is_derived(meta_architecture, FCOS) else "ROI_HEADS"
 
 
 def head_node(cfg: CfgNode) -> CfgNode:
@@ -24,18 +43,12 @@ def head_node(cfg: CfgNode) -> CfgNode:
     The node of the heads that give the boxes: ``MODEL.RETINANET``, ``MODEL.FCOS``, or ``MODEL.ROI_HEADS`` for every
     other detector. Each has IN_FEATURES, NUM_CLASSES and SCORE_THRESH_TEST.
     """
-    return cfg.MODEL[_head_node_name(cfg)]
+    return cfg.MODEL[head_section(cfg.MODEL.META_ARCHITECTURE)]
 
 
 def head_node_key(cfg: CfgNode) -> str:
     """The key of :func:`head_node`, such as "MODEL.ROI_HEADS", for messages."""
-    return f"MODEL.{_head_node_name(cfg)}"
-
-
-def _head_node_name(cfg: CfgNode) -> str:
-    if is_meta_architecture(cfg, RetinaNet):
-        return "RETINANET"
-    return "FCOS" if is_meta_architecture(cfg, FCOS) else "ROI_HEADS"
+    return f"MODEL.{head_section(cfg.MODEL.META_ARCHITECTURE)}"
 
 
 def head_features(cfg: CfgNode) -> List[str]:

@@ -22,6 +22,7 @@ from qmimic_d2.modeling.rois import ROI_SOURCES, WHOLE_MAP, check_roi_source, se
 from qmimic_d2.modeling.scale_warning import ScaleWarning
 from qmimic_d2.modeling.step_record import StepRecord
 from qmimic_d2.modeling.teacher import FrozenTeacher, load_teacher_modules, teacher_shapes
+from qmimic_d2.modeling.teacher_config import TeacherConfigError
 from qmimic_d2.modeling.trunk_adapter import is_in_trunk
 from qmimic_d2.modeling.weighting import BalancedWeight, MimicWeight, build_mimic_weight
 
@@ -205,8 +206,8 @@ class MimicStudent(nn.Module):
             teacher = self._build_teacher().to(self.device)
             if self.mimic_loss is None:
                 raise ValueError(
-                    "MODEL.QMIMIC.TEACHER.CONFIG_FILE was not found when this model was built, and is there "
-                    "now; build the model again to train it"
+                    "MODEL.QMIMIC.TEACHER.CONFIG_FILE was not found, or could not be read, when this model was built, "
+                    "and can be now; build the model again to train it"
                 )
             if self._load_heads is not None and not self._has_loaded_heads:
                 self._load_heads({name: getattr(self, name) for name in self.head_names})
@@ -300,8 +301,8 @@ def _build_mimic_loss(cfg: CfgNode, backbone: Backbone) -> Optional[RoIMimicLoss
     student_shapes: Dict[str, ShapeSpec] = {name: available[name] for name in names}
     try:
         shapes = teacher_shapes(cfg)
-    except FileNotFoundError as error:
-        # An evaluation needs no teacher; training raises this error again.
+    except (FileNotFoundError, TeacherConfigError) as error:
+        # An evaluation needs no teacher, whatever became of its files; training raises this error again.
         logging.getLogger(__name__).info("no teacher, so this model can only evaluate: %s", error)
         return None
     args = {"adapter": ""} if is_in_trunk(cfg) else {}

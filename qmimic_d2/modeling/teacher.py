@@ -24,7 +24,7 @@ from qmimic_d2.modeling.image_counts import check_maps
 from qmimic_d2.modeling.quantizer import Quantizer, build_quantizer
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer, check_features
 from qmimic_d2.modeling.rois import sources_of
-from qmimic_d2.modeling.teacher_config import TeacherConfig, load_teacher_config
+from qmimic_d2.modeling.teacher_config import TeacherConfig, TeacherConfigError, load_teacher_config
 
 __all__ = ["FrozenTeacher", "load_teacher_modules", "stack_maps", "teacher_feature_names", "teacher_shapes"]
 
@@ -317,10 +317,11 @@ def _build_backbone(config: TeacherConfig) -> Backbone:
         try:
             return config.build_backbone()
         except Exception as error:
-            raise ValueError(
+            raise TeacherConfigError(
                 f"MODEL.QMIMIC.TEACHER.CONFIG_FILE is {config.path!r}, whose backbone cannot be built: "
                 f"{type(error).__name__}: {error}. Correct that config, or import the package that "
-                "registers its backbone before the model is built"
+                "registers its backbone before the model is built, or name the function that adds its keys in "
+                "MODEL.QMIMIC.TEACHER.ADD_CONFIG, which imports the package too"
             ) from error
 
 

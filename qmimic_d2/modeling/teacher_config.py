@@ -1,5 +1,7 @@
 """The teacher's own config, YAML or LazyConfig, read into what a frozen teacher is built from."""
 
+import functools
+import importlib
 import logging
 from dataclasses import dataclass
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
@@ -21,10 +23,17 @@ from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.config_files import find_config_file
 from qmimic_d2.modeling.head_features import is_meta_architecture
 from qmimic_d2.modeling.quantized_detector import QuantizedDetector
+from qmimic_d2.near_names import near_names
+from qmimic_d2.yaml_config import merge_config
 
-__all__ = ["TeacherConfig", "load_teacher_config"]
+__all__ = ["TeacherConfig", "TeacherConfigError", "load_teacher_config"]
 
 _KEY = "MODEL.QMIMIC.TEACHER.CONFIG_FILE"
+_ADD_KEY = "MODEL.QMIMIC.TEACHER.ADD_CONFIG"
+
+
+class TeacherConfigError(ValueError):
+    """The teacher's config cannot be used here; its message names the key, the file and what to do."""
 
 
 @dataclass
@@ -57,30 +66,74 @@ def load_teacher_config(cfg: CfgNode) -> TeacherConfig:
     """
     Reads the teacher's config that a student's ``cfg.MODEL.QMIMIC.TEACHER`` names.
 
+    A YAML is data, and may hold keys of its own project. Code runs where the config is a LazyConfig ``.py``, and
+    where ADD_CONFIG names a function.
+
     Raises:
         FileNotFoundError: the file, or one it builds on, does not exist; names the key and where it
             was looked for.
-        ValueError: it cannot be read, or an entry of TEACHER.OPTS does not fit it.
+        TeacherConfigError: it cannot be read, an entry of TEACHER.OPTS does not fit it, or TEACHER.ADD_CONFIG names
+            no function that adds keys.
     """
     node = cfg.MODEL.QMIMIC.TEACHER
     path = find_config_file(node.CONFIG_FILE, _KEY)
-    read = _read_lazy if path.endswith(".py") else _read_yaml
+    is_lazy = path.endswith(".py")
+    if is_lazy and node.ADD_CONFIG:
+        raise TeacherConfigError(
+            f"{_ADD_KEY} is {node.ADD_CONFIG!r}, and {_KEY} names a LazyConfig, which needs no such function; set it "
+            "to ''"
+        )
+    add_keys = _key_adder(node.ADD_CONFIG)
     try:
-        return read(path, list(node.OPTS), cfg)
+        return _read_lazy(path, cfg) if is_lazy else _read_yaml(path, cfg, add_keys)
     except Exception as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else TeacherConfigError
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
         raise kind(
             f"{_KEY} is {path!r}, which cannot be read as a Detectron2 config with "
-            f"MODEL.QMIMIC.TEACHER.OPTS {list(node.OPTS)}: {type(error).__name__}: {error}. Give the YAML "
-            "or LazyConfig .py that the teacher was trained with"
+            f"MODEL.QMIMIC.TEACHER.OPTS {list(node.OPTS)}: {type(error).__name__}: {text}. Give the YAML "
+            "or LazyConfig .py that the teacher was trained with; if it sets keys of another project, name the "
+            f"function that adds them in {_ADD_KEY}"
         ) from error
 
 
-def _read_yaml(path: str, opts: List[str], student_cfg: CfgNode) -> TeacherConfig:
+def _key_adder(name: str) -> Optional[Callable[[CfgNode], None]]:
+    """The function that ADD_CONFIG names; None for ""."""
+    if not name:
+        return None
+    form = "give 'package.module:function', such as 'point_rend:add_pointrend_config'"
+    module, _, function = name.partition(":")
+    if not (module and function):
+        raise TeacherConfigError(f"{_ADD_KEY} is {name!r}; {form}")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever the project's own code raises
+        raise TeacherConfigError(
+            f"{_ADD_KEY} is {name!r}, which cannot be imported: {type(error).__name__}: {error}. Install that project "
+            f"or put it on PYTHONPATH, and {form}"
+        ) from error
+    if not callable(found):
+        raise TeacherConfigError(f"{_ADD_KEY} is {name!r}, which is a {type(found).__name__}; {form}")
+
+    def add(teacher: CfgNode) -> None:
+        try:
+            found(teacher)
+        except Exception as error:
+            raise TeacherConfigError(
+                f"{_ADD_KEY} is {name!r}, which failed on a config: {type(error).__name__}: {error}"
+            ) from error
+
+    return add
+
+
+def _read_yaml(path: str, student_cfg: CfgNode, add_keys: Optional[Callable[[CfgNode], None]]) -> TeacherConfig:
     teacher = get_cfg()
     add_qmimic_config(teacher)
-    teacher.merge_from_file(path)
-    teacher.merge_from_list(opts)
+    if add_keys is not None:
+        add_keys(teacher)
+    before = teacher.clone()
+    _check_new_keys(merge_config(teacher, path, allow_new=True), before)
+    teacher.merge_from_list(list(student_cfg.MODEL.QMIMIC.TEACHER.OPTS))
     _warn_of_other_codes(path, teacher, student_cfg)
     teacher.MODEL.DEVICE = student_cfg.MODEL.DEVICE
     teacher.freeze()
@@ -96,9 +149,9 @@ def _read_yaml(path: str, opts: List[str], student_cfg: CfgNode) -> TeacherConfi
     )
 
 
-def _read_lazy(path: str, opts: List[str], student_cfg: CfgNode) -> TeacherConfig:
+def _read_lazy(path: str, student_cfg: CfgNode) -> TeacherConfig:
     teacher = LazyConfig.load(path)
-    teacher = LazyConfig.apply_overrides(teacher, opts)
+    teacher = LazyConfig.apply_overrides(teacher, list(student_cfg.MODEL.QMIMIC.TEACHER.OPTS))
     model = teacher.model
     return TeacherConfig(
         path=path,
@@ -119,6 +172,18 @@ def _build_generator(teacher: CfgNode, shapes: Dict[str, ShapeSpec]) -> Optional
 
 def _numbers(values: Sequence[float]) -> List[float]:
     return [float(value) for value in values]
+
+
+def _check_new_keys(added: Sequence[str], before: CfgNode) -> None:
+    """Another project's keys are its own affair; one that is spelt almost as its neighbours is a mistake."""
+    likely = {}
+    for key in added:
+        *sections, name = key.split(".")
+        near = near_names(name, functools.reduce(CfgNode.__getitem__, sections, before), count=1, cutoff=0.8)
+        if near:
+            likely[key] = near[0]
+    if likely:
+        raise KeyError(f"keys that nothing reads, and that are spelt almost as known ones (key, known one): {likely}")
 
 
 def _warn_of_other_codes(path: str, teacher: CfgNode, student: CfgNode) -> None:

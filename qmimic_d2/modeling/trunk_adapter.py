@@ -1,18 +1,28 @@
 """The adapter as a part of the student: heads that read r(f_s) in the teacher's channels."""
 
-from typing import Dict
+from typing import Dict, List
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
+from qmimic_d2.checkpoint import read_checkpoint
 from qmimic_d2.modeling.adapter import build_adapter
 from qmimic_d2.modeling.head_features import head_features
 from qmimic_d2.modeling.quantizer_hook import check_features
 from qmimic_d2.modeling.teacher import teacher_shapes
+from qmimic_d2.modeling.teacher_config import TeacherConfigError
 
-__all__ = ["PLACEMENTS", "TrunkAdapter", "build_trunk_adapter", "is_in_trunk", "trunk_channels"]
+__all__ = [
+    "PLACEMENTS",
+    "TrunkAdapter",
+    "build_trunk_adapter",
+    "is_in_trunk",
+    "trained_trunk_channels",
+    "trunk_channels",
+    "without_teacher",
+]
 
 # Values of MODEL.QMIMIC.MIMIC.ADAPTER_PLACEMENT.
 PLACEMENTS = ("branch", "trunk")
@@ -91,19 +101,64 @@ def trunk_channels(cfg: CfgNode) -> Dict[str, int]:
     Width of each map of the student behind its adapter in the trunk: the teacher's, by the student's names.
 
     Raises:
-        ValueError: neither TRUNK_CHANNELS nor a teacher says them, or there are not as many as maps.
+        FileNotFoundError, ValueError: neither TRUNK_CHANNELS, nor a teacher, nor the weights of a trained student say
+            them, or there are not as many as maps.
     """
     node = cfg.MODEL.QMIMIC.MIMIC
     names = list(node.IN_FEATURES or head_features(cfg))
     widths = list(node.TRUNK_CHANNELS)
+    how = (
+        "give one width for each, as config.yaml of the training's OUTPUT_DIR does, or name the teacher in "
+        "MODEL.QMIMIC.TEACHER.CONFIG_FILE"
+    )
     if not widths and cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE:
-        widths = [shape.channels for shape in teacher_shapes(cfg).values()]
+        try:
+            widths = [shape.channels for shape in teacher_shapes(cfg).values()]
+        except (FileNotFoundError, TeacherConfigError) as error:
+            # Whoever evaluates a trained student needs no teacher.
+            widths = trained_trunk_channels(cfg, cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else []
+            if not widths:
+                raise type(error)(f"MODEL.QMIMIC.MIMIC.TRUNK_CHANNELS is []; {how}. {error}") from error
     if len(widths) != len(names):
-        raise ValueError(
-            f"MODEL.QMIMIC.MIMIC.TRUNK_CHANNELS is {widths} for the maps {names}; give one width for each, as "
-            "config.yaml of the training's OUTPUT_DIR does, or name the teacher in MODEL.QMIMIC.TEACHER.CONFIG_FILE"
-        )
+        raise ValueError(f"MODEL.QMIMIC.MIMIC.TRUNK_CHANNELS is {widths} for the maps {names}; {how}")
     return dict(zip(names, widths))
+
+
+def trained_trunk_channels(cfg: CfgNode, weights: str, key: str = "MODEL.WEIGHTS") -> List[int]:
+    """
+    The widths that the adapters of a checkpoint have, in the order of the student's maps.
+
+    Args:
+        weights: path or address of the student's checkpoint.
+        key: where it was given, for the error.
+
+    Returns:
+        [] where the checkpoint is no trunk student's.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`qmimic_d2.checkpoint.read_checkpoint`.
+    """
+    state = read_checkpoint(weights, key=key)
+    names = cfg.MODEL.QMIMIC.MIMIC.IN_FEATURES or head_features(cfg)
+    entries = [[f"backbone.adapters.{name}.{place}" for place in ("weight", "0.weight")] for name in names]
+    found = [next((state[each] for each in places if each in state), None) for places in entries]
+    return [] if any(each is None for each in found) else [int(each.shape[0]) for each in found]
+
+
+def without_teacher(cfg: CfgNode) -> CfgNode:
+    """
+    A frozen copy for evaluation, which names no teacher, so that none of its files is read. Open widths of the adapter
+    in the trunk are those of ``MODEL.WEIGHTS``.
+    """
+    student = cfg.clone()
+    student.defrost()
+    if "QMIMIC" in cfg.MODEL:
+        student.MODEL.QMIMIC.TEACHER.CONFIG_FILE = ""
+        node = student.MODEL.QMIMIC.MIMIC
+        if is_in_trunk(cfg) and not node.TRUNK_CHANNELS and cfg.MODEL.WEIGHTS:
+            node.TRUNK_CHANNELS = trained_trunk_channels(cfg, cfg.MODEL.WEIGHTS)
+    student.freeze()
+    return student
 
 
 def build_trunk_adapter(cfg: CfgNode, bottom_up: Backbone) -> TrunkAdapter:

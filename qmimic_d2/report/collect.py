@@ -1,22 +1,35 @@
 """What an output folder of ``train_net.py`` holds, finished or not; what is not there is named."""
 
-import json
-import math
 import os
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
 
-from qmimic_d2.engine import describe_error, load_config
+from qmimic_d2.engine import describe_error
+from qmimic_d2.json_file import read_json
+from qmimic_d2.modeling.head_features import head_section, is_derived
+from qmimic_d2.modeling.mimic_student import MimicStudent
 from qmimic_d2.report.held_out import HeldOut, parse_held_out
 from qmimic_d2.report.metrics import Metrics, read_metrics
+from qmimic_d2.report.numbers import is_number
+from qmimic_d2.report.run_config import (
+    model_config,
+    on_cpu,
+    read_run_config,
+    read_teacher_config,
+    setting,
+    texts,
+)
 
 __all__ = ["Run", "collect_run", "collect_runs"]
 
 # A folder with none of these is no run.
 _SIGNS = ("config.yaml", "metrics.json", "evaluation.json")
+
+_LONGEST_NAME = 4096
 
 
 @dataclass
@@ -50,31 +63,37 @@ class Run:
 
     def setting(self, key: str) -> Any:
         """The config's value of a key such as "SOLVER.MAX_ITER"; None where it has none."""
-        return _setting(self.config, key)
+        return setting(self.config, key)
+
+    @property
+    def meta_architecture(self) -> str:
+        """The registered name of its class, or ""."""
+        name = self.setting("MODEL.META_ARCHITECTURE")
+        return name if isinstance(name, str) else ""
 
     @property
     def has_teacher(self) -> bool:
-        """Whether it was trained beside one."""
-        is_mimic = self.setting("MODEL.META_ARCHITECTURE") == "QuantMimicRCNN"
-        return is_mimic and bool(self.setting("MODEL.QMIMIC.TEACHER.CONFIG_FILE"))
+        """Whether it was trained beside one. A class that is not registered here may be anything."""
+        name = self.meta_architecture
+        may_have_one = is_derived(name, MimicStudent) or name not in META_ARCH_REGISTRY
+        return may_have_one and bool(self.setting("MODEL.QMIMIC.TEACHER.CONFIG_FILE"))
 
     @property
     def levels(self) -> List[str]:
         """The student's maps that are compared with the teacher's."""
-        return list(
-            self.setting("MODEL.QMIMIC.MIMIC.IN_FEATURES") or self.setting("MODEL.ROI_HEADS.IN_FEATURES") or []
-        )
+        keys = ("QMIMIC.MIMIC.IN_FEATURES", f"{head_section(self.meta_architecture)}.IN_FEATURES")
+        return next(filter(None, (texts(self.setting(f"MODEL.{key}")) for key in keys)), [])
 
     @property
     def dataset(self) -> str:
         """The first test set, or ""."""
-        return next(iter(self.setting("DATASETS.TEST") or []), "")
+        return next(iter(texts(self.setting("DATASETS.TEST"))), "")
 
     @property
     def detections(self) -> str:
         """The evaluation's detections, a path; "" where there are none, or where several test sets share the file."""
         path = os.path.join(self.folder, "inference", "coco_instances_results.json")
-        is_its_own = len(self.setting("DATASETS.TEST") or []) == 1
+        is_its_own = len(texts(self.setting("DATASETS.TEST"))) == 1
         return path if is_its_own and os.path.isfile(path) else ""
 
     @property
@@ -88,16 +107,10 @@ class Run:
         done, planned = self.metrics.iterations, self.setting("SOLVER.MAX_ITER")
         if not done:
             return "evaluation only" if self.figures else "nothing measured yet"
-        if planned and done < planned:
+        planned = planned if type(planned) is int else 0
+        if done < planned:
             return f"not finished: iteration {done:,} of {planned:,}"
         return "finished" if planned else f"{done:,} iterations"
-
-
-def _setting(config: Dict[str, Any], key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
 
 
 def collect_runs(folders: Sequence[str]) -> List[Run]:
@@ -143,6 +156,8 @@ def collect_run(folder: str, *, name: str = "", cfg: Optional[CfgNode] = None, w
     """
     Reads a run's files. One that is missing or broken is named in ``notes``, and its part of the report left out.
 
+    The folder may be anybody's: its files are read as data, and nothing that they name is opened outside it.
+
     Args:
         folder: OUTPUT_DIR of a ``train_net.py`` run.
         name: of the run; "" = the folder's.
@@ -154,10 +169,10 @@ def collect_run(folder: str, *, name: str = "", cfg: Optional[CfgNode] = None, w
     """
     _check_folder(folder)
     run = Run(name=name or os.path.basename(os.path.realpath(folder)), folder=folder)
+    run.weights = _checkpoint(folder) or weights
     _read_configs(run, cfg)
     _read_metrics(run)
     _read_figures(run)
-    run.weights = _checkpoint(folder) or weights
     if not run.weights:
         run.notes.append("no checkpoint: neither model_final.pth nor the file that last_checkpoint names is there")
     if run.has_teacher:
@@ -185,59 +200,53 @@ def _is_run(folder: str) -> bool:
 
 
 def _read_configs(run: Run, given: Optional[CfgNode]) -> None:
-    path = os.path.join(run.folder, "config.yaml")
     left_out = "no architecture, parameters, FLOPs, latency and pictures"
-    if not os.path.isfile(path):
+    if not _is_there(run, "config.yaml"):
         if given is None:
-            run.notes.append(f"{left_out}: config.yaml is not there (an evaluation alone writes none)")
+            absence = _absence(run, "config.yaml")
+            run.notes.append(f"{left_out}: config.yaml is {absence} (an evaluation alone writes none)")
         else:
             run.config = yaml.safe_load(given.dump())
-            run.cfg = _on_cpu(given)
+            run.cfg = on_cpu(given, run.weights)
         return
     try:
-        # Safe: Detectron2's own reader would run what YAML tags say.
-        run.config = _mapping(path)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        run.notes.append(f"{left_out}: config.yaml cannot be read ({describe_error(error)})")
+        run.config = read_run_config(run.folder)
+    except (OSError, ValueError) as error:
+        run.notes.append(f"{left_out}: config.yaml cannot be read ({_reason(error)})")
         return
     try:
-        run.cfg = _on_cpu(load_config(path, eval_only=True))
+        run.cfg = model_config(run.config, run.weights)
     except Exception as error:  # whatever a config of another version leads to
         run.notes.append(
-            f"no parameters, FLOPs, latency and pictures: this version cannot use config.yaml ({describe_error(error)})"
+            f"no parameters, FLOPs, latency and pictures: this version cannot use config.yaml ({_reason(error)})"
         )
     teacher = run.setting("MODEL.QMIMIC.TEACHER.CONFIG_FILE")
-    if teacher and str(teacher).endswith((".yaml", ".yml")):
+    if isinstance(teacher, str) and teacher.endswith((".yaml", ".yml")):
         try:
-            run.teacher_config = _mapping(os.path.join(run.folder, teacher))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            run.teacher_config = read_teacher_config(run.folder, teacher)
+        except (OSError, ValueError) as error:
             run.notes.append(f"no architecture of the teacher: {teacher} cannot be read ({type(error).__name__})")
 
 
-def _mapping(path: str) -> Dict[str, Any]:
-    with open(path, encoding="utf-8") as file:
-        content = yaml.safe_load(file)
-    if not isinstance(content, dict) or not isinstance(content.get("MODEL"), dict):
-        raise ValueError("it is no Detectron2 config")
-    return content
+def _is_there(run: Run, name: str) -> bool:
+    return os.path.isfile(os.path.join(run.folder, name))
 
 
-def _on_cpu(cfg: CfgNode) -> CfgNode:
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE = ""
-    cfg.freeze()
-    return cfg
+def _absence(run: Run, name: str) -> str:
+    return "no ordinary file" if os.path.lexists(os.path.join(run.folder, name)) else "not there"
+
+
+def _reason(error: Exception) -> str:
+    """In one line; the cause alone of an error that names its file, since a note names it too."""
+    return " ".join(describe_error(error.__cause__ if isinstance(error.__cause__, Exception) else error).split())
 
 
 def _read_metrics(run: Run) -> None:
-    path = os.path.join(run.folder, "metrics.json")
-    if not os.path.isfile(path):
-        run.notes.append("no curves: metrics.json is not there")
+    if not _is_there(run, "metrics.json"):
+        run.notes.append(f"no curves: metrics.json is {_absence(run, 'metrics.json')}")
         return
     try:
-        run.metrics = read_metrics(path)
+        run.metrics = read_metrics(os.path.join(run.folder, "metrics.json"))
     except OSError as error:
         run.notes.append(f"no curves: metrics.json cannot be read ({describe_error(error)})")
     if run.metrics.num_unreadable:
@@ -261,17 +270,13 @@ def _read_figures(run: Run) -> None:
 
 
 def _finite(figures: Dict[str, Any]) -> Dict[str, float]:
-    return {
-        str(name): float(value)
-        for name, value in figures.items()
-        if isinstance(value, (int, float)) and math.isfinite(value)
-    }
+    return {str(name): float(value) for name, value in figures.items() if is_number(value)}
 
 
 def _read_held_out(run: Run) -> None:
     content = _read_json(run, "mimic.json")
     if content is None:
-        if not os.path.isfile(os.path.join(run.folder, "mimic.json")):
+        if not os.path.lexists(os.path.join(run.folder, "mimic.json")):
             run.notes.append("no held-out measurement: mimic.json is not there")
         return
     try:
@@ -283,13 +288,13 @@ def _read_held_out(run: Run) -> None:
 def _read_json(run: Run, name: str) -> Any:
     """None where it is not there, or no JSON, which is noted."""
     path = os.path.join(run.folder, name)
-    if not os.path.isfile(path):
+    if not os.path.lexists(path):
         return None
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return read_json(path)
     except (OSError, ValueError) as error:
-        run.notes.append(f"nothing of {name}: it cannot be read ({type(error).__name__})")
+        kind = type(error.__cause__ or error).__name__
+        run.notes.append(f"nothing of {name}: it cannot be read ({kind})")
         return None
 
 
@@ -298,6 +303,6 @@ def _checkpoint(folder: str) -> str:
     tag = os.path.join(folder, "last_checkpoint")
     if os.path.isfile(tag):
         with open(tag, encoding="utf-8", errors="replace") as file:
-            names.append(os.path.basename(file.read().strip()))
+            names.append(os.path.basename(file.read(_LONGEST_NAME).strip()))
     paths = [os.path.join(folder, name) for name in names if name]
     return next((path for path in paths if os.path.isfile(path)), "")

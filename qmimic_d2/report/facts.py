@@ -2,6 +2,9 @@
 
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
+from qmimic_d2.modeling.head_features import head_section, is_derived
+from qmimic_d2.modeling.mimic_student import MimicStudent
+from qmimic_d2.modeling.quantized_detector import QuantizedDetector
 from qmimic_d2.report.collect import Run
 
 __all__ = ["describe_backbone", "describe_run", "split_common"]
@@ -11,12 +14,15 @@ UNKNOWN = "not known"
 # Of a run without a teacher, what the mimic's settings are.
 NOT_APPLICABLE = ""
 
+# What the heads of a one-stage detector are called, by their section of the config.
+_ONE_STAGE = {"RETINANET": "RetinaNet", "FCOS": "FCOS"}
+
 
 def describe_run(run: Run) -> Dict[str, str]:
     """What a run's config says, by heading; "not known" throughout without a config."""
     config = run.config
     facts = {heading: _told(describe, config) for heading, describe in {**_DATA, **_DETECTOR}.items()}
-    facts["Teacher"] = _teacher(run)
+    facts["Teacher"] = _told(lambda config: _teacher(run), config)
     facts.update({heading: _told(describe, config) for heading, describe in _QUANTIZER.items()})
     for heading, describe in _MIMIC.items():
         facts[heading] = _told(describe, config) if run.has_teacher else NOT_APPLICABLE
@@ -45,7 +51,7 @@ def split_common(facts: Sequence[Dict[str, str]]) -> Tuple[Dict[str, str], List[
 def _told(describe: Callable[[Dict[str, Any]], str], config: Dict[str, Any]) -> str:
     try:
         return describe(config)
-    except (AttributeError, KeyError, TypeError, ValueError):  # no config, or one that lacks the keys
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # it lacks the keys, or their kinds
         return UNKNOWN
 
 
@@ -66,8 +72,10 @@ def describe_backbone(config: Dict[str, Any]) -> str:
 
 
 def _heads(config: Dict[str, Any]) -> str:
-    node = config["MODEL"]["ROI_HEADS"]
-    return f"{node['NAME']} on {', '.join(node['IN_FEATURES'])}"
+    model = config["MODEL"]
+    section = head_section(model["META_ARCHITECTURE"])
+    node = model[section]
+    return f"{_ONE_STAGE.get(section) or node['NAME']} on {', '.join(node['IN_FEATURES'])}"
 
 
 def _input(config: Dict[str, Any]) -> str:
@@ -89,8 +97,7 @@ def _teacher(run: Run) -> str:
 def _quantizer(config: Dict[str, Any]) -> str:
     model = config["MODEL"]
     node = model["QMIMIC"]["QUANTIZER"]
-    is_quantized = model["META_ARCHITECTURE"] in ("QuantRCNN", "QuantMimicRCNN")
-    if not is_quantized or not node["NAME"]:
+    if not is_derived(model["META_ARCHITECTURE"], QuantizedDetector) or not node["NAME"]:
         return NONE
     codes = f", {node['NUM_CODES']} codes" if node["NUM_CODES"] else ""
     return f"{node['NAME']}, s = {node['STRIDE']:g}{codes}{', signed' if node['SIGNED'] else ''}"
@@ -101,7 +108,7 @@ def _quantized(config: Dict[str, Any]) -> str:
     node = model["QMIMIC"]["QUANTIZER"]
     if _quantizer(config) == NONE:
         return NOT_APPLICABLE
-    is_student = model["META_ARCHITECTURE"] == "QuantMimicRCNN"
+    is_student = is_derived(model["META_ARCHITECTURE"], MimicStudent)
     places = ["teacher"] if is_student and node["TEACHER_ON"] else []
     if "features" in node["STUDENT_AT"]:
         places.append("own map")

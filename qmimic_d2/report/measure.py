@@ -4,6 +4,10 @@ import os
 from dataclasses import dataclass, replace
 from typing import Dict, List, Optional, Sequence, Tuple
 
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+
 from qmimic_d2.engine import describe_error
 from qmimic_d2.engine.prediction import Predictor
 from qmimic_d2.report.collect import Run
@@ -12,6 +16,10 @@ from qmimic_d2.report.pictures import PictureRow, detection_picture, picture_row
 from qmimic_d2.report.samples import Box, Sample, load_samples, predicted_boxes, read_detections
 
 __all__ = ["Measurements", "measure"]
+
+# What a config of somebody else may ask for, so that it cannot fill the memory.
+_MOST_PARAMETERS = 2_000_000_000
+_LARGEST_SHORTER_SIDE = 4096
 
 
 @dataclass
@@ -37,10 +45,13 @@ def measure(runs: Sequence[Run], *, num_images: int, threads: int, score_thresho
         threads: for measuring the CPU time of an image; 0 = do not measure it.
         score_threshold: least score of a detection that is drawn.
     """
+    for run in runs:
+        _check_extent(run)
     samples, sizes = _load_samples(runs, num_images)
     images = [samples.get(run.dataset, []) for run in runs]
     predictors = [_predictor(run) for run in runs]
     costs = [_cost(*each) for each in zip(runs, predictors, images)]
+    predictors = [predictor and _working(*each) for predictor, each in zip(predictors, zip(runs, predictors, images))]
     timed = [
         number
         for number, (cost, predictor, own) in enumerate(zip(costs, predictors, images))
@@ -54,6 +65,32 @@ def measure(runs: Sequence[Run], *, num_images: int, threads: int, score_thresho
     found = [_detections(*each, score_threshold) for each in zip(runs, predictors, images)]
     rows = {name: _picture_rows(name, each, runs, found) for name, each in samples.items()}
     return Measurements(costs, rows, sizes)
+
+
+def _check_extent(run: Run) -> None:
+    """Takes the config from a run whose detector no training here has had."""
+    if run.cfg is None:
+        return
+    shorter = min(run.cfg.INPUT.MIN_SIZE_TEST, run.cfg.INPUT.MAX_SIZE_TEST)
+    parameters = _num_parameters(run.cfg)
+    if shorter > _LARGEST_SHORTER_SIDE or parameters > _MOST_PARAMETERS:
+        run.notes.append(
+            f"no parameters, FLOPs, latency and pictures: config.yaml asks for {parameters:,} parameters and images "
+            f"whose shorter side is {shorter:,}; at most {_MOST_PARAMETERS:,} and {_LARGEST_SHORTER_SIDE:,} are built"
+        )
+        run.cfg = None
+
+
+def _num_parameters(cfg: CfgNode) -> int:
+    """Counted without memory for them; 0 where the model cannot be built, which building it says."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return sum(each.numel() for each in build_model(cfg).parameters())
+    except Exception:  # a config may name anything
+        return 0
 
 
 def _load_samples(runs: Sequence[Run], count: int) -> Tuple[Dict[str, List[Sample]], Dict[str, int]]:
@@ -86,8 +123,18 @@ def _predictor(run: Run) -> Optional[Predictor]:
     try:
         return Predictor(cfg, os.path.basename(run.weights))
     except Exception as error:  # the config may name parts that only the training's own script registers
-        lines = describe_error(error).splitlines()
-        run.notes.append(f"no time of an image: the detector cannot be loaded ({lines[0]})")
+        run.notes.append(f"no time of an image: the detector cannot be loaded ({_first_line(error)})")
+        return None
+
+
+def _working(run: Run, predictor: Predictor, samples: Sequence[Sample]) -> Optional[Predictor]:
+    """The predictor, if it can take an image."""
+    try:
+        for sample in samples[:1]:
+            predictor(sample.pixels)
+        return predictor
+    except Exception as error:  # a config may ask for sizes, or parts, that fail when they are used
+        run.notes.append(f"no time of an image: the detector fails on one ({_first_line(error)})")
         return None
 
 
@@ -97,8 +144,12 @@ def _cost(run: Run, predictor: Optional[Predictor], samples: Sequence[Sample]) -
     try:
         return run_cost(run.cfg, predictor, run.weights, [each.pixels for each in samples])
     except Exception as error:  # as above
-        run.notes.append(f"no parameters and FLOPs: they cannot be counted ({describe_error(error).splitlines()[0]})")
+        run.notes.append(f"no parameters and FLOPs: they cannot be counted ({_first_line(error)})")
         return None
+
+
+def _first_line(error: Exception) -> str:
+    return describe_error(error).splitlines()[0]
 
 
 def _detections(

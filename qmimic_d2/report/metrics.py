@@ -1,9 +1,11 @@
 """A training's ``metrics.json``: figures by iteration."""
 
-import json
 import math
 from dataclasses import dataclass, field
-from typing import Dict, List, Sequence
+from typing import Any, Dict, List, Optional, Sequence
+
+from qmimic_d2.json_file import parse_json
+from qmimic_d2.report.numbers import is_number
 
 __all__ = ["Metrics", "Series", "last_mean", "read_metrics", "thinned"]
 
@@ -11,6 +13,10 @@ __all__ = ["Metrics", "Series", "last_mean", "read_metrics", "thinned"]
 Series = Dict[int, float]
 
 _MIMIC_LOSS = "loss_mimic"
+
+# Characters of a line, and the iteration that a training can have: more is none of JSONWriter's.
+_LONGEST_LINE = 1_000_000
+_LAST_ITERATION = 10**12
 
 
 @dataclass
@@ -75,10 +81,10 @@ def read_metrics(path: str) -> Metrics:
     metrics = Metrics()
     latest = -1
     with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
+        for line in iter(lambda: file.readline(_LONGEST_LINE), ""):
             row = _row(line)
             if row is None:
-                metrics.num_unreadable += line.endswith("\n") and bool(line.strip())
+                metrics.num_unreadable += bool(line.strip()) and (line.endswith("\n") or len(line) == _LONGEST_LINE)
                 continue
             iteration = row.pop("iteration")
             # Figures that are written now and then stand in rows of their own, which are not in order.
@@ -87,20 +93,20 @@ def read_metrics(path: str) -> Metrics:
                     _drop_beyond(metrics.series, iteration)
                 latest = iteration
             for name, value in row.items():
-                if isinstance(value, (int, float)) and math.isfinite(value):
+                if is_number(value):
                     metrics.series.setdefault(name, {})[iteration] = float(value)
     metrics.series = {name: dict(sorted(each.items())) for name, each in metrics.series.items() if each}
     metrics.iterations = latest + 1
     return metrics
 
 
-def _row(line: str):
+def _row(line: str) -> Optional[Dict[str, Any]]:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:
         return None
-    is_row = isinstance(row, dict) and isinstance(row.get("iteration"), int)
-    return row if is_row else None
+    iteration = row.get("iteration") if isinstance(row, dict) else None
+    return row if type(iteration) is int and 0 <= iteration <= _LAST_ITERATION else None
 
 
 def _drop_beyond(series: Dict[str, Series], iteration: int) -> None:

@@ -52,7 +52,9 @@ def write_report(
     measured = measure(runs, num_images=num_images, threads=threads, score_threshold=score_threshold)
     written = datetime.now().strftime("%Y-%m-%d %H:%M")
     footer = f"Written {written} by {made_by} with {_versions()}."
-    write_text(path, render_page(runs, measured, title=title, footer=footer, score_threshold=score_threshold))
+    page = render_page(runs, measured, title=title, footer=footer, score_threshold=score_threshold)
+    # JSON and file names may hold halves of characters, which UTF-8 has not.
+    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
 
 
 def render_page(

@@ -6,7 +6,6 @@ Shape letters:
     D: detections in an image.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -17,6 +16,8 @@ from torch import tensor
 
 from qmimic_d2.data.loading import load_dataset
 from qmimic_d2.image_file import read_bgr_image
+from qmimic_d2.json_file import read_json
+from qmimic_d2.report.numbers import is_number
 
 __all__ = ["Box", "Sample", "load_samples", "match", "predicted_boxes", "read_detections"]
 
@@ -91,22 +92,22 @@ def read_detections(path: str, dataset: str, samples: Sequence[Sample], threshol
         For every sample, its detections by falling score.
 
     Raises:
-        OSError, ValueError: the file cannot be read, or is of another make.
+        OSError, ValueError: the file cannot be read, or is of another make; names it.
     """
     metadata = MetadataCatalog.get(dataset)
     contiguous: Dict[int, int] = metadata.get("thing_dataset_id_to_contiguous_id", None) or {}
     found: Dict[Any, List[Box]] = {sample.image_id: [] for sample in samples}
-    with open(path, encoding="utf-8") as file:
-        content = json.load(file)
-    try:
-        for each in content:
-            if each["image_id"] in found and each["score"] >= threshold:
-                x0, y0, width, height = each["bbox"]
-                category = contiguous.get(each["category_id"], each["category_id"])
-                corners = (x0, y0, x0 + width, y0 + height)
-                found[each["image_id"]].append(_box(corners, category, metadata, each["score"]))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"it is no list of COCO detections: {type(error).__name__}: {error}") from error
+    content = read_json(path)
+    if not isinstance(content, list):
+        raise ValueError(f"{path!r} is no list of COCO detections")
+    for number, each in enumerate(content):
+        if not _is_detection(each):
+            raise ValueError(f"{path!r}: entry {number} is no detection with image_id, category_id, bbox and score")
+        if each["image_id"] in found and each["score"] >= threshold:
+            x0, y0, width, height = each["bbox"]
+            category = contiguous.get(each["category_id"], each["category_id"])
+            corners = (x0, y0, x0 + width, y0 + height)
+            found[each["image_id"]].append(_box(corners, category, metadata, each["score"]))
     return [_by_score(found[sample.image_id]) for sample in samples]
 
 
@@ -143,6 +144,14 @@ def match(truth: Sequence[Box], found: Sequence[Box]) -> Tuple[List[bool], List[
                 best = max(free, key=lambda other: float(overlaps[index, other]))
                 was_found[best] = is_right[index] = True
     return was_found, is_right
+
+
+def _is_detection(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), (int, str)):
+        return False
+    box = entry.get("bbox")
+    is_box = isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
+    return is_box and is_number(entry.get("score")) and type(entry.get("category_id")) is int
 
 
 def _by_score(boxes: List[Box]) -> List[Box]:
