@@ -1,6 +1,6 @@
 """The adapter as a part of the student: heads that read r(f_s) in the teacher's channels."""
 
-from typing import Dict
+from typing import Dict, List
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -110,4 +110,19 @@ def build_trunk_adapter(cfg: CfgNode, bottom_up: Backbone) -> TrunkAdapter:
     """Puts the adapters that ``MODEL.QMIMIC.MIMIC`` describes behind a student's network."""
     channels = trunk_channels(cfg)
     check_features(list(channels), bottom_up.output_shape(), "MODEL.QMIMIC.MIMIC.IN_FEATURES")
-    return TrunkAdapter(bottom_up, channels, cfg.MODEL.QMIMIC.MIMIC.ADAPTER)
+    adapted = TrunkAdapter(bottom_up, channels, cfg.MODEL.QMIMIC.MIMIC.ADAPTER)
+    _check_levels(cfg, adapted.output_shape(), list(channels))
+    return adapted
+
+
+def _check_levels(cfg: CfgNode, shapes: Dict[str, ShapeSpec], adapted: List[str]) -> None:
+    """One RPN head reads all its maps, so they must be equally wide; Detectron2 asserts it and names no key."""
+    read = [] if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals" else cfg.MODEL.RPN.IN_FEATURES
+    widths = {name: shapes[name].channels for name in read if name in shapes}
+    if len(set(widths.values())) > 1:
+        every = adapted + [name for name in widths if name not in adapted]
+        raise ValueError(
+            "MODEL.QMIMIC.MIMIC.ADAPTER_PLACEMENT is 'trunk', and the maps of MODEL.RPN.IN_FEATURES would have "
+            f"{widths} channels, since only {adapted} have an adapter; set MODEL.QMIMIC.MIMIC.IN_FEATURES {every}, or "
+            "give MODEL.FPN.OUT_CHANNELS the teacher's width"
+        )
