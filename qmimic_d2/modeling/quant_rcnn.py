@@ -11,7 +11,7 @@ from detectron2.modeling.roi_heads import Res5ROIHeads
 
 from qmimic_d2.modeling.head_features import named_head_features
 from qmimic_d2.modeling.quantized_detector import QuantizedDetector
-from qmimic_d2.modeling.trunk_adapter import build_trunk_adapter, is_in_trunk
+from qmimic_d2.modeling.trunk_adapter import build_trunk_adapter, check_proposal_levels, is_in_trunk
 
 __all__ = ["QuantRCNN"]
 
@@ -56,6 +56,7 @@ class QuantRCNN(QuantizedDetector, GeneralizedRCNN):
             args = super().from_config(cfg)
         if is_in_trunk(cfg):
             backbone = build_trunk_adapter(cfg, args["backbone"])
+            check_proposal_levels(cfg, backbone)
             args["backbone"] = backbone
             # these read the wider maps
             args["proposal_generator"] = build_proposal_generator(cfg, backbone.output_shape())

@@ -1,6 +1,6 @@
 """The adapter as a part of the student: heads that read r(f_s) in the teacher's channels."""
 
-from typing import Dict, List
+from typing import Dict
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -12,7 +12,14 @@ from qmimic_d2.modeling.head_features import head_features
 from qmimic_d2.modeling.quantizer_hook import check_features
 from qmimic_d2.modeling.teacher import teacher_shapes
 
-__all__ = ["PLACEMENTS", "TrunkAdapter", "build_trunk_adapter", "is_in_trunk", "trunk_channels"]
+__all__ = [
+    "PLACEMENTS",
+    "TrunkAdapter",
+    "build_trunk_adapter",
+    "check_proposal_levels",
+    "is_in_trunk",
+    "trunk_channels",
+]
 
 # Values of MODEL.QMIMIC.MIMIC.ADAPTER_PLACEMENT.
 PLACEMENTS = ("branch", "trunk")
@@ -110,13 +117,17 @@ def build_trunk_adapter(cfg: CfgNode, bottom_up: Backbone) -> TrunkAdapter:
     """Puts the adapters that ``MODEL.QMIMIC.MIMIC`` describes behind a student's network."""
     channels = trunk_channels(cfg)
     check_features(list(channels), bottom_up.output_shape(), "MODEL.QMIMIC.MIMIC.IN_FEATURES")
-    adapted = TrunkAdapter(bottom_up, channels, cfg.MODEL.QMIMIC.MIMIC.ADAPTER)
-    _check_levels(cfg, adapted.output_shape(), list(channels))
-    return adapted
+    return TrunkAdapter(bottom_up, channels, cfg.MODEL.QMIMIC.MIMIC.ADAPTER)
 
 
-def _check_levels(cfg: CfgNode, shapes: Dict[str, ShapeSpec], adapted: List[str]) -> None:
-    """One RPN head reads all its maps, so they must be equally wide; Detectron2 asserts it and names no key."""
+def check_proposal_levels(cfg: CfgNode, backbone: TrunkAdapter) -> None:
+    """
+    One RPN head reads all its maps, so they must be equally wide; Detectron2 asserts it and names no key.
+
+    Raises:
+        ValueError: some of them have an adapter and others of another width have none.
+    """
+    shapes, adapted = backbone.output_shape(), list(backbone.adapters)
     read = [] if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals" else cfg.MODEL.RPN.IN_FEATURES
     widths = {name: shapes[name].channels for name in read if name in shapes}
     if len(set(widths.values())) > 1:
