@@ -9,10 +9,11 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances, register_pascal_voc
 from helpers import RESNET_C4, randomize, seeded_model, write_teacher
+from refusals import check, files, refusal
 from tiny_coco import write_images
 from tiny_training import Run, registered_data, training_cfg, write_builtin_data, write_coco
 
-from qmimic_d2.engine import check_run, describe_error, load_config
+from qmimic_d2.engine import load_config
 
 TEACHER = "MODEL.QMIMIC.TEACHER"
 QUANTIZER = "MODEL.QMIMIC.QUANTIZER"
@@ -42,26 +43,6 @@ def student(folder, teacher, dataset):
     path = folder / "student.yaml"
     path.write_text(training_cfg(folder / "output", dataset, teacher=teacher).dump())
     return str(path)
-
-
-def files(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-
-
-def check(student, *opts, num_processes=1, eval_only=False, resume=False):
-    cfg = load_config(student, [str(each) for each in opts], eval_only=eval_only, resume=resume)
-    check_run(cfg, num_processes, eval_only=eval_only, resume=resume)
-
-
-def refusal(student, *opts, **options):
-    """The message with which a run is refused; nothing below the test's folder changes."""
-    folder = Path(student).parent
-    before = files(folder)
-    with pytest.raises((ValueError, KeyError, OSError)) as refused:
-        check(student, *opts, **options)
-    assert files(folder) == before
-    assert not (folder / "output").exists()
-    return describe_error(refused.value)
 
 
 def test_a_good_config_passes_and_leaves_no_trace(student, folder):
@@ -370,8 +351,8 @@ class TestAnnotations:
         metadata = MetadataCatalog.get("tiny_wider_face").set(
             evaluator_type="wider_face", annotation_file=str(root / "bbx_gt.txt"), ground_truth_dir=str(root)
         )
-        image = {"file_name": "face.jpg", "image_id": "face", "annotations": []}
-        DatasetCatalog.register("tiny_wider_face", lambda: [image])
+        image = {"file_name": str(folder / "data" / "images" / "0.png"), "image_id": 0, "height": 64, "width": 48}
+        DatasetCatalog.register("tiny_wider_face", lambda: [{**image, "annotations": []}])
         try:
             message = refusal(student, "DATASETS.TRAIN", "('tiny_wider_face',)")
             assert "'tiny_wider_face'" in message and metadata.annotation_file in message

@@ -6,18 +6,20 @@ weights and the teacher's files. What only construction can tell is told by cons
 """
 
 import difflib
-import warnings
-from typing import Iterable, Sequence
+from typing import Iterable, Sequence, Type
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
+from qmimic_d2.checkpoint_reader import local_path, read_mapping
 from qmimic_d2.engine.data_checks import check_datasets, model_classes
 from qmimic_d2.engine.data_order import SAMPLERS
-from qmimic_d2.engine.mimic_evaluator import MimicEvaluator
+from qmimic_d2.engine.key_values import check_values, flat_keys
+from qmimic_d2.engine.output_folder import check_output_dir
+from qmimic_d2.engine.rehearsal import Rehearsal, without_a_trace
 from qmimic_d2.engine.trainer import (
     OPTIMIZERS,
     Trainer,
@@ -30,7 +32,14 @@ from qmimic_d2.modeling.mimic_student import warn_of_unused_teacher
 __all__ = ["check_run"]
 
 
-def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False, resume: bool = False) -> None:
+def check_run(
+    cfg: CfgNode,
+    num_processes: int,
+    *,
+    eval_only: bool = False,
+    resume: bool = False,
+    trainer: Type[Trainer] = Trainer,
+) -> None:
     """
     Raises where a run of this config could not go well.
 
@@ -39,10 +48,14 @@ def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False, resu
         num_processes: of the whole run, all machines together.
         eval_only: the run evaluates and trains nothing.
         resume: the run continues the one in OUTPUT_DIR, if there is one.
+        trainer: class of the run's trainer; its ``build_`` methods are rehearsed.
 
     Raises:
         ValueError, KeyError, FileNotFoundError: names the key, its value and the fix.
     """
+    check_values(cfg, num_processes)
+    check_output_dir(cfg.OUTPUT_DIR)
+    _check_device(cfg)
     if not eval_only:
         cfg = _scaled(cfg, num_processes)
         _check_solver(cfg, num_processes)
@@ -51,22 +64,25 @@ def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False, resu
     _check_registered(cfg, eval_only)
     for name in cfg.DATASETS.TEST:
         _check_evaluator(cfg, name)
-    on_cpu = cfg.clone()
-    on_cpu.defrost()
-    on_cpu.MODEL.DEVICE = "cpu"
-    on_cpu.freeze()
-    with torch.random.fork_rng(devices=[]):
-        model = build_model(on_cpu)
-        if eval_only:
-            load_evaluated_weights(model, on_cpu, resume=resume)
-        else:
-            _check_optimizer(on_cpu, model)
-            MimicEvaluator(on_cpu)  # raises at a wrong MODEL.QMIMIC.DIAGNOSTICS.EVAL_IMAGES
+    _check_proposals(cfg, eval_only)
+    rehearsal = Rehearsal(cfg, num_processes, trainer)
+    with without_a_trace():
+        model = rehearsal.build()
+    if eval_only:
+        load_evaluated_weights(model, cfg, resume=resume)
+    else:
+        with without_a_trace():
+            rehearsal.optimize(model)
             model.train()  # a MimicStudent builds its teacher, and audits the weights
-            warn_of_unused_teacher(cfg, model)
-            build_checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    # Last, since looking for the embedded data makes them.
+        _check_norms(cfg, model, num_processes)
+        warn_of_unused_teacher(cfg, model)
+        build_checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    # After the model, since looking for the embedded data makes them.
     check_datasets(cfg, model_classes(cfg, model), eval_only=eval_only)
+    with without_a_trace():
+        if not eval_only:
+            rehearsal.train(model)
+        rehearsal.evaluate(model)
 
 
 def _scaled(cfg: CfgNode, num_processes: int) -> CfgNode:
@@ -103,22 +119,55 @@ def _check_choice(key: str, value: str, options: Sequence[str]) -> None:
         raise ValueError(f"{key} is {value!r}; choose one of {list(options)}")
 
 
-def _check_optimizer(cfg: CfgNode, model: nn.Module) -> None:
+def _check_device(cfg: CfgNode) -> None:
+    name = cfg.MODEL.DEVICE
     try:
-        scheduler = Trainer.build_lr_scheduler(cfg, Trainer.build_optimizer(cfg, model))
-        # behind the last step, where fvcore's schedule of NUM_DECAYS steps has no value
-        scheduler.last_epoch = cfg.SOLVER.MAX_ITER - 1
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that no optimizer stepped before it
-            scheduler.step()
-    except Exception as error:  # fvcore and PyTorch assert, divide and raise, and name no key
-        node = cfg.SOLVER
+        device = torch.device(name)
+        if device.type != "cuda":
+            torch.zeros(1, device=device).item()  # "meta" has no values
+        elif (device.index or 0) >= torch.cuda.device_count():  # counting occupies no GPU, a tensor would
+            raise RuntimeError(f"this machine has {torch.cuda.device_count()} CUDA device(s) that PyTorch sees")
+    except Exception as error:  # each kind of device raises its own
         raise ValueError(
-            f"SOLVER gives no optimizer and schedule: {type(error).__name__}: {error}. Correct "
-            f"SOLVER.OPTIMIZER {node.OPTIMIZER!r}, LR_SCHEDULER_NAME {node.LR_SCHEDULER_NAME!r}, BASE_LR "
-            f"{node.BASE_LR}, BASE_LR_END {node.BASE_LR_END}, STEPS {node.STEPS}, MAX_ITER {node.MAX_ITER} "
-            "or the WARMUP_ and CLIP_GRADIENTS keys"
+            f"MODEL.DEVICE is {name!r}, which cannot be used: {type(error).__name__}: {str(error).splitlines()[0]}. "
+            "Give 'cpu' or 'cuda'"
         ) from error
+
+
+def _check_proposals(cfg: CfgNode, eval_only: bool) -> None:
+    """Detectron2 reads these files by pickle, which runs code that they hold; so a reader that runs none is first."""
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals":
+            raise ValueError(
+                "MODEL.PROPOSAL_GENERATOR.NAME is 'PrecomputedProposals' and MODEL.LOAD_PROPOSALS is False; set it to "
+                "True, and name a file for each data set in DATASETS.PROPOSAL_FILES_TRAIN and _TEST"
+            )
+        return
+    for part in ("TEST",) if eval_only else ("TRAIN", "TEST"):
+        key, names = f"DATASETS.PROPOSAL_FILES_{part}", cfg.DATASETS[part]
+        files = cfg.DATASETS[f"PROPOSAL_FILES_{part}"]
+        if len(files) != len(names):
+            raise ValueError(
+                f"{key} is {files}, and MODEL.LOAD_PROPOSALS is True; give one file for each of DATASETS.{part} {names}"
+            )
+        for path in files:
+            proposals = read_mapping(local_path(path, key), path, key)
+            if "boxes" not in proposals or not {"ids", "indexes"} & set(proposals):
+                raise ValueError(
+                    f"{key} names {path!r}, which holds {sorted(proposals)}; a file of proposals is a pickled dict of "
+                    "ids, boxes, objectness_logits and bbox_mode"
+                )
+
+
+def _check_norms(cfg: CfgNode, model: nn.Module, num_processes: int) -> None:
+    if num_processes > 1 and cfg.MODEL.DEVICE.startswith("cpu"):
+        for name, module in model.named_modules():
+            if isinstance(module, nn.SyncBatchNorm):
+                keys = [key for key, value in flat_keys(cfg).items() if value == "SyncBN"]
+                raise ValueError(
+                    f"{', '.join(keys)} is 'SyncBN' (layer {name}), which PyTorch has for GPUs only, and "
+                    f"{num_processes} processes are to train on the CPU; set it to 'BN'"
+                )
 
 
 def _check_registered(cfg: CfgNode, eval_only: bool) -> None:

@@ -117,8 +117,8 @@ class MimicStudent(nn.Module):
             takes_gradients = gradient_period > 0 or isinstance(mimic_loss.weight, BalancedWeight)
             separates = takes_gradients and len(mimic_loss.student_features) > 1
             self._record.watch_backbone(self.backbone, separates=separates)
-        for name in self.head_names:
-            getattr(self, name)._register_load_state_dict_pre_hook(self._note_loaded_heads)
+        for head in self._heads().values():
+            head._register_load_state_dict_pre_hook(self._note_loaded_heads)
 
     @staticmethod
     def mimic_arguments(cfg: CfgNode, backbone: Backbone) -> Dict:
@@ -195,6 +195,11 @@ class MimicStudent(nn.Module):
             self._teacher.to(self.device)
         return module
 
+    def _heads(self) -> Dict[str, nn.Module]:
+        """Those of ``head_names`` that there are; with precomputed proposals there is no proposal generator."""
+        heads = {name: getattr(self, name) for name in self.head_names}
+        return {name: head for name, head in heads.items() if head is not None}
+
     def _prepare_training(self) -> None:
         if self._build_teacher is None:
             if not self._has_warned:
@@ -210,7 +215,7 @@ class MimicStudent(nn.Module):
                     "and can be now; build the model again to train it"
                 )
             if self._load_heads is not None and not self._has_loaded_heads:
-                self._load_heads({name: getattr(self, name) for name in self.head_names})
+                self._load_heads(self._heads())
                 self._has_loaded_heads = True
             self._teacher = teacher
 

@@ -5,7 +5,8 @@ from typing import List, Optional
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.modeling.roi_heads import Res5ROIHeads
+from detectron2.modeling.proposal_generator.rrpn import RRPN
+from detectron2.modeling.roi_heads import Res5ROIHeads, RROIHeads
 from detectron2.structures import Boxes
 from torch import Tensor
 
@@ -38,14 +39,24 @@ class QuantMimicRCNN(MimicStudent, QuantRCNN):
             ValueError: as these do, or the RoI heads keep the regions that the mimic is to look at.
         """
         super().__init__(**kwargs)
-        keeps_regions = isinstance(self.roi_heads, Res5ROIHeads)
-        if self._build_teacher is not None and "sampled" in sources_of(self.roi_source) and keeps_regions:
+        if self._build_teacher is not None:
+            self._check_regions()
+        if self.mimic_loss is not None:
+            self._record.watch_roi_heads(self.roi_heads)
+
+    def _check_regions(self) -> None:
+        if isinstance(self.proposal_generator, RRPN) or isinstance(self.roi_heads, RROIHeads):
+            raise ValueError(
+                "MODEL.PROPOSAL_GENERATOR.NAME or MODEL.ROI_HEADS.NAME gives rotated boxes "
+                f"({type(self.proposal_generator).__name__}, {type(self.roi_heads).__name__}), and the mimic pools "
+                "upright ones; set them to 'RPN' and 'StandardROIHeads', or train without a teacher: "
+                "MODEL.QMIMIC.TEACHER.CONFIG_FILE ''"
+            )
+        if "sampled" in sources_of(self.roi_source) and isinstance(self.roi_heads, Res5ROIHeads):
             raise ValueError(
                 'MODEL.QMIMIC.MIMIC.ROI_SOURCE is "sampled", but Res5ROIHeads keeps its sampled proposals to '
                 'itself; set it to "proposals" or "ground_truth"'
             )
-        if self.mimic_loss is not None:
-            self._record.watch_roi_heads(self.roi_heads)
 
     @classmethod
     def from_config(cls, cfg: CfgNode):

@@ -18,6 +18,7 @@ __all__ = [
     "PLACEMENTS",
     "TrunkAdapter",
     "build_trunk_adapter",
+    "check_proposal_levels",
     "is_in_trunk",
     "trained_trunk_channels",
     "trunk_channels",
@@ -166,3 +167,22 @@ def build_trunk_adapter(cfg: CfgNode, bottom_up: Backbone) -> TrunkAdapter:
     channels = trunk_channels(cfg)
     check_features(list(channels), bottom_up.output_shape(), "MODEL.QMIMIC.MIMIC.IN_FEATURES")
     return TrunkAdapter(bottom_up, channels, cfg.MODEL.QMIMIC.MIMIC.ADAPTER)
+
+
+def check_proposal_levels(cfg: CfgNode, backbone: TrunkAdapter) -> None:
+    """
+    One RPN head reads all its maps, so they must be equally wide; Detectron2 asserts it and names no key.
+
+    Raises:
+        ValueError: some of them have an adapter and others of another width have none.
+    """
+    shapes, adapted = backbone.output_shape(), list(backbone.adapters)
+    read = [] if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals" else cfg.MODEL.RPN.IN_FEATURES
+    widths = {name: shapes[name].channels for name in read if name in shapes}
+    if len(set(widths.values())) > 1:
+        every = adapted + [name for name in widths if name not in adapted]
+        raise ValueError(
+            "MODEL.QMIMIC.MIMIC.ADAPTER_PLACEMENT is 'trunk', and the maps of MODEL.RPN.IN_FEATURES would have "
+            f"{widths} channels, since only {adapted} have an adapter; set MODEL.QMIMIC.MIMIC.IN_FEATURES {every}, or "
+            "give MODEL.FPN.OUT_CHANNELS the teacher's width"
+        )
