@@ -5,7 +5,6 @@ Everything a run needs is looked at once, in the launching process: values, data
 weights and the teacher's files. What only construction can tell is told by constructing and throwing away.
 """
 
-import difflib
 from typing import Iterable, Sequence, Type
 
 import torch
@@ -28,6 +27,7 @@ from qmimic_d2.engine.trainer import (
     load_evaluated_weights,
 )
 from qmimic_d2.modeling.mimic_student import warn_of_unused_teacher
+from qmimic_d2.near_names import near_names
 
 __all__ = ["check_run"]
 
@@ -181,7 +181,7 @@ def _check_registered(cfg: CfgNode, eval_only: bool) -> None:
 
 
 def _unknown_dataset(key: str, name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=5, cutoff=0.4)
+    near = near_names(name, known, count=5, cutoff=0.4)
     hint = f"near names are {near}" if near else f"registered are {sorted(known)}"
     return (
         f"{key} names {name!r}, which is not registered; {hint}. Register your own with "
