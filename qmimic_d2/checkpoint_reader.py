@@ -10,7 +10,7 @@ import pickle
 import re
 from collections import OrderedDict
 from contextlib import suppress
-from typing import Any, Dict, Mapping, Sequence, Tuple, Union
+from typing import Any, Dict, Mapping, Sequence
 
 import numpy as np
 import torch

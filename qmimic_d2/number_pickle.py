@@ -302,13 +302,13 @@ def _torch_names(budget: Budget) -> Dict[str, Name]:
 
 def _number(dtype: Any) -> np.dtype:
     if not isinstance(dtype, _Dtype):
-        raise refused(f"a {type(dtype).__name__} where a dtype is needed")
+        raise refused(f"a {type(dtype).__name__.strip('_')} where a dtype is needed")
     return dtype.number
 
 
 def _as_bytes(raw: Any, budget: Budget) -> bytes:
     if not isinstance(raw, (bytes, bytearray, str)):
-        raise refused(f"a {type(raw).__name__} where bytes are needed")
+        raise refused(f"a {type(raw).__name__.strip('_')} where bytes are needed")
     budget.take(len(raw))
     # Python 2 wrote bytes as its str, which is read as latin-1 text of the same code points.
     return raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
