@@ -5,6 +5,7 @@ import stat
 
 import pytest
 
+from qmimic_d2.json_file import read_json, write_json
 from qmimic_d2.whole_file import remove_leftovers, whole_file
 
 
@@ -96,3 +97,31 @@ def test_leftovers_are_hidden_end_unlike_the_file_and_can_be_removed(tmp_path):
         assert os.path.basename(partial).startswith(".") and partial.endswith(".pth") == keeps_ending
     remove_leftovers(str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == sorted(kept)
+
+
+class TestReadJson:
+    def test_what_was_written_is_read(self, tmp_path):
+        content = {"a": [1, 2.5, None, "text"], "b": {"c": True}}
+        write_json(str(tmp_path / "a.json"), content)
+        assert read_json(str(tmp_path / "a.json")) == content
+
+    @pytest.mark.parametrize(
+        "damaged, reason",
+        [
+            (b"", "Expecting value"),
+            (b"{", "Expecting property name"),
+            (b"\xff", "can't decode byte"),
+            (b"[" * 100_000, "nested too deeply"),
+            (b"1e309", "1e309 is beyond a float's range"),
+            (b"[1" + b"0" * 400 + b"]", "beyond a float's range"),
+            (b"NaN", "NaN is beyond"),
+        ],
+    )
+    def test_a_damaged_file_is_named(self, tmp_path, damaged, reason):
+        path = tmp_path / "a.json"
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError) as error:
+            read_json(str(path))
+        message = str(error.value)
+        assert message.startswith(f"{str(path)!r} is no JSON file that can be read: ") and reason in message
+        assert "\n" not in message
