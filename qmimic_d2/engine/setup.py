@@ -24,8 +24,8 @@ from detectron2.utils.logger import setup_logger
 from qmimic_d2.checkpoint import DivergedError
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.config_files import find_config_file
-from qmimic_d2.engine.resuming import damaged_config, saved_config
-from qmimic_d2.folder_lock import FolderInUseError, alone_in, hold_folder
+from qmimic_d2.engine.resuming import damaged_config, is_local, saved_config
+from qmimic_d2.folder_lock import FolderInUseError, hold_folder
 from qmimic_d2.json_file import write_text
 from qmimic_d2.modeling.teacher_config import load_teacher_config
 from qmimic_d2.modeling.trunk_adapter import is_in_trunk, trunk_channels
@@ -34,7 +34,6 @@ from qmimic_d2.whole_file import remove_leftovers
 
 __all__ = [
     "argument_parser",
-    "check_free",
     "describe_error",
     "launch_processes",
     "load_config",
@@ -170,7 +169,7 @@ def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     cfg.defrost()
     cfg.SEED = comm.all_gather(cfg.SEED)[0]
     cfg.freeze()
-    if comm.is_main_process() and _is_local(cfg.OUTPUT_DIR):
+    if comm.is_main_process() and is_local(cfg.OUTPUT_DIR):
         hold_folder(cfg.OUTPUT_DIR)
         remove_leftovers(cfg.OUTPUT_DIR)
     comm.synchronize()
@@ -192,22 +191,6 @@ def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
         for name, text in _run_files(cfg).items():
             write_text(os.path.join(cfg.OUTPUT_DIR, name), text)
     return cfg
-
-
-def check_free(cfg: CfgNode) -> None:
-    """
-    Raises where another process writes into OUTPUT_DIR; asked in the launching process, before anything is written.
-
-    Raises:
-        FolderInUseError: names the process.
-    """
-    if _is_local(cfg.OUTPUT_DIR) and os.path.isdir(cfg.OUTPUT_DIR):
-        with alone_in(cfg.OUTPUT_DIR):
-            pass
-
-
-def _is_local(folder: str) -> bool:
-    return bool(folder) and "://" not in folder
 
 
 def launch_processes(
