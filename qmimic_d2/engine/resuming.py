@@ -179,7 +179,7 @@ def _check_optimizer(
         raise ValueError(
             f"{source} has groups of {sizes} trained parameters, and the config makes groups of {own_sizes}. Set what "
             "decides them as it was: SOLVER.BIAS_LR_FACTOR, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, what is frozen "
-            f"(MODEL.BACKBONE.FREEZE_AT) and the model's parts, {afresh}"
+            f"(the FREEZE_AT keys) and the model's parts, {afresh}"
         )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     order = [index for group in groups for index in group["params"]]

@@ -167,7 +167,7 @@ class Trainer(DefaultTrainer):
             raise DivergedError(f"the training has diverged: {text}. {self.checkpointer.advice()}") from error
 
     def train(self) -> Optional[Dict]:
-        """As :meth:`DefaultTrainer.train`; a resumed training of which all is done but its last checkpoint writes it."""
+        """As :meth:`DefaultTrainer.train`; a resumed training that lacks its last checkpoint alone writes it."""
         if self.start_iter == self.max_iter and self.start_iter and comm.is_main_process():
             self._complete_final_checkpoint()
         log = logging.getLogger("detectron2.engine.train_loop")
