@@ -224,7 +224,10 @@ class SafeCheckpointer(DetectionCheckpointer):
         """What to do after a divergence: the last finite checkpoint, and how to go on from it."""
         settings = "a smaller SOLVER.BASE_LR or with SOLVER.CLIP_GRADIENTS.ENABLED True"
         if self.save_dir and self.has_checkpoint():
-            return f"The last finite checkpoint is {self.get_checkpoint_file()!r}: go on with --resume and {settings}"
+            return (
+                f"The last finite checkpoint is {self.get_checkpoint_file()!r}: go on with --resume and {settings}. "
+                f"Where that diverges again, write the name of an earlier one into {self._tag()!r}"
+            )
         return f"There is no earlier checkpoint: train again with {settings}"
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
