@@ -12,7 +12,7 @@ from helpers import RESNET_C4, randomize, seeded_model, write_teacher
 from tiny_coco import write_images
 from tiny_training import Run, registered_data, training_cfg, write_builtin_data, write_coco
 
-from qmimic_d2.engine import check_run, describe_error, load_config
+from qmimic_d2.engine import Trainer, check_run, describe_error, load_config
 
 TEACHER = "MODEL.QMIMIC.TEACHER"
 QUANTIZER = "MODEL.QMIMIC.QUANTIZER"
@@ -416,7 +416,10 @@ class TestEvaluation:
 class TestResume:
     def test_a_checkpoint_that_no_longer_fits(self, student, tmp_path):
         cfg = load_config(student)
-        torch.save({"model": seeded_model(cfg).state_dict(), "iteration": 3}, tmp_path / "model_0000003.pth")
+        model = seeded_model(cfg)
+        inner = {"iteration": 3, "optimizer": Trainer.build_optimizer(cfg, model).state_dict()}
+        trainer = {"iteration": 3, "hooks": {"LRScheduler": {"last_epoch": 4}}, "_trainer": inner}
+        torch.save({"model": model.state_dict(), "trainer": trainer, "iteration": 3}, tmp_path / "model_0000003.pth")
         (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
         check(student, "OUTPUT_DIR", tmp_path, resume=True)
         before = files(tmp_path)

@@ -65,9 +65,9 @@ def check_run(cfg: CfgNode, num_processes: int, *, eval_only: bool = False, resu
             MimicEvaluator(on_cpu)  # raises at a wrong MODEL.QMIMIC.DIAGNOSTICS.EVAL_IMAGES
             model.train()  # a MimicStudent builds its teacher, and audits the weights
             warn_of_unused_teacher(cfg, model)
+            build_checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
             if resume:
                 check_resuming(cfg, Trainer.build_optimizer(on_cpu, model))
-            build_checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     # Last, since looking for the embedded data makes them.
     check_datasets(cfg, model_classes(cfg, model), eval_only=eval_only)
 
