@@ -18,6 +18,7 @@ INSTALL_REQUIRES = [
     "pycocotools",
     "fvcore",
     "iopath",
+    "portalocker>=2.3",  # the lock of a training's OUTPUT_DIR
     "yacs",
     "scipy",  # reads WIDER FACE's ground truth, MATLAB files
     "scikit-learn",  # its 1,797 embedded digits are the images of the Digits configs

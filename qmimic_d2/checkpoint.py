@@ -11,155 +11,63 @@ Detectron2's own checkpointer leaves random weights behind after an empty path o
 teacher then trains a student quietly. Here these are errors, raised before the first iteration.
 """
 
-import copy
-import hashlib
 import logging
 import os
-from contextlib import contextmanager, suppress
-from typing import (
-    IO,
-    Any,
-    Callable,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Sequence,
-    Tuple,
-    Union,
-)
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 from urllib.parse import urlparse
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import Tensor, nn
 
 from qmimic_d2.checkpoint_reader import (
     UnsafeCheckpointError,
-    entries_below,
     flat_state,
-    listing,
     local_path,
     read_checkpoint,
     read_mapping,
     subject,
 )
+from qmimic_d2.weights_audit import (
+    advice,
+    load_audited,
+    log_loaded,
+    non_finite_entries,
+    problems,
+    weights_digest,
+    without_counters,
+    wrong_dtypes,
+)
+from qmimic_d2.whole_file import whole_file
 
 __all__ = [
+    "DivergedError",
     "SafeCheckpointer",
     "UnsafeCheckpointError",
     "load_audited",
     "read_checkpoint",
+    "tensors_in",
     "weights_digest",
 ]
 
 logger = logging.getLogger(__name__)
 
 
-def load_audited(
-    module: nn.Module, state: Mapping[str, Tensor], *, prefix: str, source: str, key: str = ""
-) -> str:
-    """
-    Fill ``module`` from the entries of ``state`` below ``prefix``: completely, or not at all.
-
-    ``num_batches_tracked`` may be absent or extra: it is a counter that no output depends on. What a module
-    fills by its own rule (Detectron2's ``FrozenBatchNorm2d`` takes the identity for statistics that old
-    files lack) is accepted with a warning that lists it.
-
-    Args:
-        module: e.g. the teacher's backbone.
-        state: the whole model's entries, see :func:`read_checkpoint`.
-        prefix: where the module stands in that model, e.g. ``"backbone."``; ``""`` for the model itself.
-        source: where ``state`` came from, for the log and for error messages.
-        key: the config key that names the source, for error messages.
-
-    Returns:
-        :func:`weights_digest` of the module as loaded. One INFO line gives it with the source and counts.
-
-    Raises:
-        ValueError: parameters or buffers that ``state`` does not fill, shapes that differ, entries below
-            ``prefix`` that the module does not have, or NaN and infinite values; all listed. The module is
-            then unchanged.
-    """
-    prefix = prefix if not prefix or prefix.endswith(".") else prefix + "."
-    entries = entries_below(state, prefix)
-    own = module.state_dict()
-    shapes = [
-        (prefix + name, tuple(entries[name].shape), tuple(own[name].shape))
-        for name in sorted(entries)
-        if name in own and entries[name].shape != own[name].shape
-    ]
-    non_finite = [
-        prefix + name
-        for name, tensor in sorted(entries.items())
-        if name in own and tensor.is_floating_point() and not torch.isfinite(tensor).all()
-    ]
-    for name, _, _ in shapes:
-        del entries[name[len(prefix) :]]
-
-    # Only load_state_dict knows what modules accept by their own rules: it is asked, and undone if need be.
-    before = copy.deepcopy(own)
-    try:
-        result = module.load_state_dict(entries, strict=False)
-    except RuntimeError as error:
-        module.load_state_dict(before)
-        raise ValueError(f"{subject(key, source)} does not load into {type(module).__name__}.") from error
-    differing = {name for name, _, _ in shapes}
-    missing = [n for n in _without_counters(prefix + n for n in result.missing_keys) if n not in differing]
-    unexpected = _without_counters(prefix + n for n in result.unexpected_keys)
-    problems = _problems(missing, shapes, unexpected, non_finite)
-    if problems:
-        module.load_state_dict(before)
-        if not entries and not shapes and state:
-            problems += f"\n  no name begins with {prefix!r}; names are such as {sorted(state)[:3]}"
-        raise ValueError(
-            f"{subject(key, source)} does not fit {type(module).__name__} at {prefix!r}:{problems}\n"
-            "Give the weights of the architecture that the config builds, or correct the config."
-        )
-
-    own_rule = _without_counters(set(own) - set(entries))
-    if own_rule:
-        logger.warning("Not in %s, left to the modules' own defaults:%s", source, listing(own_rule))
-    digest = weights_digest(module)
-    _log_loaded({n: own[n] for n in _without_counters(entries)}, type(module).__name__, source, digest)
-    return digest
-
-
-def weights_digest(weights: Union[nn.Module, Mapping[str, Tensor]]) -> str:
-    """
-    The first 12 hexadecimal digits of a sha256 over names (sorted), dtypes, shapes and bytes.
-
-    It depends on neither device, memory layout nor the order of entries. ``num_batches_tracked`` does not
-    count: checkpoints of one and the same model have it or not.
-
-    Args:
-        weights: a state dict, or a module, whose ``state_dict()`` is taken.
-
-    Raises:
-        ValueError: an entry is not a tensor.
-    """
-    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    digest = hashlib.sha256()
-    for name in _without_counters(state):
-        tensor = state[name]
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"weights_digest takes tensors; {name!r} is a {type(tensor).__name__}.")
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:12]
+class DivergedError(FloatingPointError):
+    """A training whose loss, weights or optimizer state are no finite numbers any more."""
 
 
 class SafeCheckpointer(DetectionCheckpointer):
     """
-    Detectron2's checkpointer with four differences.
+    Detectron2's checkpointer with five differences.
 
     * Files are read without executing code, by the rules of :func:`read_checkpoint`.
     * A missing file, and one that fills nothing, are errors. Initial weights may fill a part of the model (a
       backbone from ImageNet); resuming and evaluation need all of it.
     * A checkpoint appears under its name, and in ``last_checkpoint``, only once it is completely written and
       has been read back, so one that a kill interrupts is never taken for complete.
+    * Weights and optimizer state with NaN or infinite values are neither written nor read.
     * Names of other projects are converted on the fly, and names that only training has can be ignored.
 
     Attributes:
@@ -183,6 +91,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.name_converters = tuple(name_converters)
         self.ignored_prefixes = tuple(ignored_prefixes)
+        # A constant of the model's own may be infinite, such as an attention mask.
+        self._constants = {name for name, tensor in _broken_tensors(self.model.state_dict())}
         self._complete = False
         self._key = ""
 
@@ -203,8 +113,9 @@ class SafeCheckpointer(DetectionCheckpointer):
 
         Raises:
             FileNotFoundError, UnsafeCheckpointError: as :func:`read_checkpoint`.
-            ValueError: likewise; also if the file fills nothing or, with ``complete``, not everything. The
-                model may then be filled in part.
+            ValueError: likewise; also if the file fills nothing or, with ``complete``, not everything, or if it
+                has NaN or infinite values or another kind of number. The model is then as it was, or filled in
+                part where only ``complete`` was not met.
         """
         if path or complete:
             local_path(urlparse(path)._replace(query="").geturl(), key)
@@ -221,37 +132,77 @@ class SafeCheckpointer(DetectionCheckpointer):
         return self.load(path, checkpointables=[], complete=True, key=key)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
-        """As fvcore's; a checkpoint that is resumed from must fill the whole model."""
-        if resume and self.has_checkpoint():
-            tag = os.path.join(self.save_dir, "last_checkpoint")
-            return self.load(self.get_checkpoint_file(), complete=True, key=tag)
-        return self.load(path, checkpointables=[])
+        """
+        As fvcore's; a checkpoint that is resumed from must fill the whole model and hold every checkpointable.
+
+        Raises:
+            ValueError: as :meth:`load` and :meth:`get_checkpoint_file`; or the checkpoint holds weights alone.
+        """
+        if not (resume and self.has_checkpoint()):
+            return self.load(path, checkpointables=[])
+        tag, last = self._tag(), self.get_checkpoint_file()
+        if self.checkpointables:
+            check_resumed_state(read_mapping(local_path(last, tag), last, tag), self.checkpointables, last, tag)
+        return self.load(last, complete=True, key=tag)
+
+    def get_checkpoint_file(self) -> str:
+        """
+        As fvcore's.
+
+        Raises:
+            ValueError: ``last_checkpoint`` is empty or holds no name of a file in its folder.
+        """
+        if "://" in self.save_dir:
+            return super().get_checkpoint_file()
+        if not os.path.exists(self._tag()):
+            return ""
+        try:
+            with open(self._tag(), encoding="utf-8") as file:
+                name = file.read(4096).strip()
+        except (OSError, UnicodeDecodeError) as error:
+            name = f"nothing that can be read ({type(error).__name__})"
+            is_name = False
+        else:
+            is_name = bool(name) and name == os.path.basename(name) and name.isprintable()
+        if not is_name:
+            known = sorted(each for each in os.listdir(self.save_dir) if each.endswith(".pth"))
+            raise ValueError(
+                f"{self._tag()!r} holds {name!r}, and should hold the name of the checkpoint to resume from. Write one "
+                f"of {known} into it, or start without --resume in another OUTPUT_DIR."
+            )
+        return os.path.join(self.save_dir, name)
+
+    def _tag(self) -> str:
+        return os.path.join(self.save_dir, "last_checkpoint")
 
     def save(self, name: str, **kwargs: Any) -> None:
         """
         As fvcore's, and atomic in a local folder; an address (``scheme://``) is left to its path handler.
 
         Raises:
+            DivergedError: the model or a checkpointable has NaN or infinite values. Nothing was written, and
+                ``last_checkpoint`` names the last finite checkpoint.
             ValueError: ``name`` holds a folder, or a state holds objects that could not be read back safely.
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        if "://" in self.save_dir:
-            super().save(name, **kwargs)
-            return
         basename = f"{name}.pth"
         target = os.path.join(self.save_dir, basename)
-        if os.path.basename(target) != basename:
-            raise ValueError(f"A checkpoint's name cannot hold a folder, got {name!r}; set save_dir instead.")
         data = {"model": self.model.state_dict()}
         data.update({key: each.state_dict() for key, each in self.checkpointables.items()})
         data.update(kwargs)
+        self._check_finite(data, target)
+        if "://" in self.save_dir:
+            super().save(name, **kwargs)
+            return
+        if os.path.basename(target) != basename:
+            raise ValueError(f"A checkpoint's name cannot hold a folder, got {name!r}; set save_dir instead.")
         logger.info("Saving checkpoint to %s", target)
-        with _replacing(target, "wb") as file:
-            torch.save(data, file)
-            file.flush()
+        with whole_file(target, keeps_ending=False) as partial:
+            with open(partial, "wb") as file:
+                torch.save(data, file)
             try:
-                read_mapping(file.name, target, "")
+                read_mapping(partial, target, "")
             except UnsafeCheckpointError as error:
                 raise ValueError(
                     f"{target} was not written, as it could not be resumed from: {error} Let state_dict() of "
@@ -259,12 +210,32 @@ class SafeCheckpointer(DetectionCheckpointer):
                 ) from error
         self.tag_last_checkpoint(basename)
 
+    def _check_finite(self, data: Mapping[str, Any], target: str) -> None:
+        broken = [name for name, _ in _broken_tensors(data["model"]) if name not in self._constants]
+        rest = {key: value for key, value in data.items() if key != "model"}
+        broken += [name for name, _ in _broken_tensors(rest)]
+        if broken:
+            raise DivergedError(
+                f"{target} is not written: the training has diverged, and {len(broken)} of its tensors have NaN or "
+                f"infinite values, {', '.join(broken[:3])}{' and others' if len(broken) > 3 else ''}. {self.advice()}"
+            )
+
+    def advice(self) -> str:
+        """What to do after a divergence: the last finite checkpoint, and how to go on from it."""
+        settings = "a smaller SOLVER.BASE_LR or with SOLVER.CLIP_GRADIENTS.ENABLED True"
+        if self.save_dir and self.has_checkpoint():
+            return (
+                f"The last finite checkpoint is {self.get_checkpoint_file()!r}: go on with --resume and {settings}. "
+                f"Where that diverges again, write the name of an earlier one into {self._tag()!r}"
+            )
+        return f"There is no earlier checkpoint: train again with {settings}"
+
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """As fvcore's, and atomic in a local folder."""
         if "://" in self.save_dir:
             super().tag_last_checkpoint(last_filename_basename)
             return
-        with _replacing(os.path.join(self.save_dir, "last_checkpoint"), "w") as file:
+        with whole_file(self._tag(), keeps_ending=False) as partial, open(partial, "w", encoding="utf-8") as file:
             file.write(last_filename_basename)
 
     def _torch_load(self, f: str) -> Dict[str, Any]:
@@ -294,26 +265,82 @@ class SafeCheckpointer(DetectionCheckpointer):
         state = checkpoint["model"]
         for name in [n for n in state if n.startswith(self.ignored_prefixes) and n not in own]:
             del state[name]
+        if checkpoint.pop("matching_heuristics", False):  # as Detectron2 would do below, after the audit
+            is_caffe2 = checkpoint.get("__author__") == "Caffe2"
+            state = checkpoint["model"] = align_and_update_state_dicts(own, state, c2_conversion=is_caffe2)
+        source = self._parsed_url_during_load.geturl()
+        self._audit(state, own, source)
         incompatible = super()._load_model(checkpoint)
 
-        source = self._parsed_url_during_load.geturl()
         shapes = incompatible.incorrect_shapes
         differing = {name for name, _, _ in shapes}
-        missing = _without_counters(set(incompatible.missing_keys) - differing)
-        filled = _without_counters(set(own) - differing - set(missing))
+        missing = without_counters(set(incompatible.missing_keys) - differing)
+        filled = without_counters(set(own) - differing - set(missing))
         # FrozenBatchNorm2d fills its statistics itself when a file has none, so they do not show a match.
         fills_nothing = all(name.endswith(("running_mean", "running_var")) for name in filled)
         if fills_nothing or (self._complete and (missing or shapes)):
             extent = "nothing" if fills_nothing else "only a part"
             raise ValueError(
                 f"{subject(self._key, source)} fills {extent} of {type(self.model).__name__}:"
-                f"{_problems(missing, shapes, _without_counters(incompatible.unexpected_keys), [])}\n"
+                f"{problems(missing, shapes, without_counters(incompatible.unexpected_keys), [])}\n"
                 "Give the weights of the architecture that the config builds, or correct the config."
             )
-        _log_loaded(
+        log_loaded(
             {n: own[n] for n in filled}, type(self.model).__name__, source, weights_digest(self.model)
         )
         return incompatible
+
+    def _audit(self, state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
+        """Refuses values that would fill the model and make nothing of it, before they do."""
+        non_finite, dtypes = non_finite_entries(state, own), wrong_dtypes(state, own)
+        if non_finite or dtypes:
+            raise ValueError(
+                f"{subject(self._key, source)} cannot fill {type(self.model).__name__}:"
+                f"{problems([], [], [], non_finite, dtypes)}\n{advice(non_finite, dtypes)}"
+            )
+
+
+def check_resumed_state(content: Mapping[str, Any], parts: Iterable[str], path: str, key: str) -> None:
+    """
+    What a training resumes besides the model: it must be there, and finite.
+
+    Args:
+        content: of the checkpoint.
+        parts: its entries that are resumed, such as "trainer".
+        path, key: of the checkpoint, for error messages.
+
+    Raises:
+        ValueError: a part is missing, or a tensor in it has NaN or infinite values.
+    """
+    missing = sorted(part for part in parts if not isinstance(content.get(part), Mapping))
+    if missing:
+        raise ValueError(
+            f"{subject(key, path)} holds weights without the state of a training ({', '.join(missing)}: optimizer, "
+            "schedule, iteration), so nothing can be resumed from it. Begin a training from these weights, without "
+            f"--resume: MODEL.WEIGHTS {path!r} and another OUTPUT_DIR."
+        )
+    broken = [name for name, _ in _broken_tensors({part: content[part] for part in parts})]
+    if broken:
+        raise ValueError(
+            f"{subject(key, path)} cannot be resumed from:{problems([], [], [], broken)}\n{advice(broken, [])}"
+        )
+
+
+def tensors_in(content: Any, name: str = "") -> Iterator[Tuple[str, Tensor]]:
+    """Every tensor in nested dicts, lists and tuples, with the path to it."""
+    if isinstance(content, Tensor):
+        yield name, content
+    elif isinstance(content, (Mapping, list, tuple)):
+        items = content.items() if isinstance(content, Mapping) else enumerate(content)
+        for key, value in items:
+            yield from tensors_in(value, f"{name}.{key}" if name else str(key))
+
+
+def _broken_tensors(content: Any) -> Iterator[Tuple[str, Tensor]]:
+    """The tensors with NaN or infinite values."""
+    for name, tensor in tensors_in(content):
+        if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
+            yield name, tensor
 
 
 def _zoo_layout(content: Dict[str, Any]) -> Dict[str, Any]:
@@ -331,50 +358,3 @@ def _zoo_layout(content: Dict[str, Any]) -> Dict[str, Any]:
     blobs = content.get("blobs", content)  # Caffe2: detectors have "blobs", ImageNet models do not
     blobs = {name: value for name, value in blobs.items() if not name.endswith("_momentum")}
     return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
-
-
-def _without_counters(names: Iterable[str]) -> List[str]:
-    """Sorted, without BatchNorm's count of batches: not every checkpoint has it, no output needs it."""
-    return sorted(name for name in names if name.rpartition(".")[2] != "num_batches_tracked")
-
-
-def _problems(
-    missing: Sequence[str],
-    shapes: Sequence[Tuple[str, Tuple[int, ...], Tuple[int, ...]]],
-    unexpected: Sequence[str],
-    non_finite: Sequence[str],
-) -> str:
-    """What does not fit, one paragraph per kind; ``shapes`` as (name, in the checkpoint, in the model)."""
-    differing = [
-        f"{name}: {given} in the checkpoint, {needed} in the model" for name, given, needed in shapes
-    ]
-    kinds = (
-        ("missing in the checkpoint", missing),
-        ("of another shape", differing),
-        ("unknown to the model", unexpected),
-        ("with NaN or infinite values", non_finite),
-    )
-    return "".join(f"\n  {len(items)} {kind}:{listing(items)}" for kind, items in kinds if items)
-
-
-def _log_loaded(filled: Mapping[str, Tensor], model: str, source: str, digest: str) -> None:
-    values = sum(tensor.numel() for tensor in filled.values())
-    logger.info(
-        "Filled %d tensors (%d values) of %s from %s, digest %s", len(filled), values, model, source, digest
-    )
-
-
-@contextmanager
-def _replacing(target: str, mode: str) -> Iterator[IO[Any]]:
-    """A file that replaces ``target`` when the block ends; a block that raises leaves ``target`` alone."""
-    partial = target + ".partial"  # does not end in .pth, so a leftover is never listed as a checkpoint
-    try:
-        with open(partial, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.remove(partial)
-        raise

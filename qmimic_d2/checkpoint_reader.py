@@ -1,12 +1,8 @@
 """
-Checkpoints read without executing code.
+Checkpoints as flat dicts of tensors, read without executing code.
 
-A pickle is a program: it names callables, and the ordinary unpickler imports and calls them. torch has a
-restricted unpickler for its own files (``weights_only``). Detectron2's model zoo has ``.pkl`` files of
-numpy arrays, and the one for these stands here. Admitting numpy's own callables would not do:
-``numpy.ndarray((1,), "O", buffer)`` takes bytes of the file for pointers to objects. So the few names that
-a pickled array consists of are answered by stand-ins, which build arrays of numbers from bytes of the
-right length; every other name is refused before it is imported.
+:mod:`qmimic_d2.checkpoint_files` reads the file. Here stand the address that it comes from, the errors that name it,
+and the layouts of state dicts.
 """
 
 import os
@@ -14,102 +10,19 @@ import pickle
 import re
 from collections import OrderedDict
 from contextlib import suppress
-from typing import Any, Dict, Mapping, Sequence, Tuple, Union
+from typing import Any, Dict, Mapping, Sequence
 
 import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
+from qmimic_d2.checkpoint_files import read_content
+
 __all__ = ["UnsafeCheckpointError", "read_checkpoint"]
 
-_ZIP_MAGIC = b"PK\x03\x04"
 _MAX_LISTED = 20
-# How torch.load(weights_only=True), in its wordings since 2.1, and _WeightsUnpickler name what they refuse.
-_REFUSED_GLOBAL = re.compile(r"(?:GLOBAL|Unsupported class) (\S+)")
-_NUMBER_KINDS = "biufc"  # bool, signed and unsigned integer, float, complex
-
-
-class _Dtype:
-    """Stands in for ``numpy.dtype``."""
-
-    def __init__(self, spec: str, align: bool = False, copy: bool = False) -> None:
-        if not isinstance(spec, str) or np.dtype(spec).kind not in _NUMBER_KINDS:
-            raise pickle.UnpicklingError(f"GLOBAL numpy.dtype({spec!r}) is not admitted")
-        self.number = np.dtype(spec)
-
-    def __setstate__(self, state: Sequence[Any]) -> None:
-        self.number = self.number.newbyteorder(state[1])
-
-
-class _Array(np.ndarray):
-    """Stands in for ``numpy.ndarray`` as it is unpickled: first empty, then filled by ``__setstate__``."""
-
-    def __setstate__(self, state: Sequence[Any]) -> None:
-        _version, shape, dtype, is_fortran, raw = state
-        super().__setstate__((1, shape, _number(dtype), is_fortran, _as_bytes(raw)))
-
-
-def _number(dtype: _Dtype) -> np.dtype:
-    if not isinstance(dtype, _Dtype):
-        raise pickle.UnpicklingError(f"a {type(dtype).__name__} where a dtype is needed")
-    return dtype.number
-
-
-def _as_bytes(raw: Union[bytes, str]) -> bytes:
-    # Python 2 wrote bytes as its str, which encoding="latin1" turns into text of the same code points.
-    return raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
-
-
-def _reconstruct(_subtype: type, _shape: Tuple[int, ...], _typecode: bytes) -> _Array:
-    return _Array((0,), dtype=np.int8)
-
-
-def _frombuffer(
-    raw: Union[bytes, bytearray], dtype: _Dtype, shape: Tuple[int, ...], order: str
-) -> np.ndarray:
-    return np.frombuffer(raw, dtype=_number(dtype)).reshape(shape, order=order)
-
-
-def _scalar(dtype: _Dtype, raw: Union[bytes, str]) -> np.generic:
-    return np.frombuffer(_as_bytes(raw), dtype=_number(dtype))[0]
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """The one use that pickle makes of ``_codecs.encode``: bytes that are not empty, in protocols below 3."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"GLOBAL _codecs.encode to {encoding!r} is not admitted")
-    return text.encode("latin1")
-
-
-def _empty_bytes() -> bytes:
-    """The one use that pickle makes of ``bytes``, in protocols below 3."""
-    return b""
-
-
-_ADMITTED: Dict[Tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("_codecs", "encode"): _encode,
-    ("numpy", "dtype"): _Dtype,
-    # Only ever an argument of _reconstruct, so it need not be callable.
-    ("numpy", "ndarray"): "numpy.ndarray",
-}
-for _core in ("numpy.core", "numpy._core"):  # numpy 1 and numpy 2
-    _ADMITTED[_core + ".multiarray", "_reconstruct"] = _reconstruct
-    _ADMITTED[_core + ".multiarray", "scalar"] = _scalar
-    _ADMITTED[_core + ".numeric", "_frombuffer"] = _frombuffer
-for _builtins in ("builtins", "__builtin__"):  # Python 3 and Python 2
-    _ADMITTED[_builtins, "bytes"] = _empty_bytes
-    _ADMITTED[_builtins, "set"] = set
-    _ADMITTED[_builtins, "frozenset"] = frozenset
-
-
-class _WeightsUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ADMITTED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is not admitted") from None
+_REFUSED_NAME = re.compile(r"GLOBAL (.+) is not admitted")
 
 
 class UnsafeCheckpointError(ValueError):
@@ -120,9 +33,8 @@ def read_checkpoint(path: str, key: str = "") -> Dict[str, Tensor]:
     """
     Read a model's weights without executing code.
 
-    ``.pkl`` files (Detectron2's model zoo) go through an unpickler that admits numpy arrays of numbers and
-    plain containers only; every other file, and a ``.pkl`` that is a torch archive, through
-    ``torch.load(weights_only=True)``.
+    A file of ``torch.save`` may have any name; a plain pickle of NumPy arrays (Detectron2's model zoo) ends in
+    ``.pkl``. Memory is bounded by the file's size; see :func:`qmimic_d2.checkpoint_files.read_content`.
 
     Args:
         path: a local file, or an address that Detectron2's ``PathManager`` resolves (``detectron2://``,
@@ -178,15 +90,10 @@ def local_path(path: str, key: str) -> str:
 def read_mapping(local: str, path: str, key: str) -> Mapping[str, Any]:
     """The dict in the file ``local``, as saved; ``path`` and ``key`` are for error messages."""
     try:
-        with open(local, "rb") as file:
-            is_pickle = local.endswith(".pkl") and file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC
-            file.seek(0)
-            if is_pickle:
-                content = _WeightsUnpickler(file, encoding="latin1").load()
-            else:
-                content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes can make an unpickler raise anything
-        refused = _REFUSED_GLOBAL.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        content = read_content(local)
+    except Exception as error:  # damaged bytes can make a reader raise anything
+        is_ours = isinstance(error, pickle.UnpicklingError)
+        refused = _REFUSED_NAME.search(str(error)) if is_ours else None
         if refused:
             raise UnsafeCheckpointError(
                 f"{subject(key, path)} holds {refused.group(1)}, which is no tensor, array of numbers or "
@@ -194,7 +101,8 @@ def read_mapping(local: str, path: str, key: str) -> Mapping[str, Any]:
             ) from error
         raise ValueError(
             f"{subject(key, path)} is unreadable or cut short ({os.path.getsize(local)} bytes in {local!r}; "
-            f"{type(error).__name__}). Get a complete copy, or give another checkpoint."
+            f"{f'it has {error}' if is_ours else type(error).__name__}). Get a complete copy, or give another "
+            "checkpoint."
         ) from error
     if not isinstance(content, Mapping):
         raise ValueError(
@@ -210,10 +118,8 @@ def flat_state(entries: Any, path: str, key: str) -> Dict[str, Tensor]:
     others = []
     for name, value in entries.items():
         if isinstance(value, (np.ndarray, np.generic)):
-            # A copy in native byte order: torch takes no other, and arrays from a pickle may be read-only.
-            array = np.array(value, dtype=value.dtype.newbyteorder("="), order="C")
             with suppress(TypeError):  # torch has not every dtype of numpy; listed below
-                value = torch.from_numpy(array)
+                value = torch.from_numpy(np.asarray(value))
         if not isinstance(name, str) or not isinstance(value, Tensor):
             others.append(f"{name}: {type(value).__name__}")
             continue
@@ -245,5 +151,10 @@ def entries_below(state: Mapping[str, Tensor], prefix: str) -> Dict[str, Tensor]
 
 def listing(items: Sequence[str]) -> str:
     """One indented line per item, the first 20 of them, for error messages."""
-    shown = "".join(f"\n    {item}" for item in items[:_MAX_LISTED])
+    shown = "".join(f"\n    {_printable(item)}" for item in items[:_MAX_LISTED])
     return shown + (f"\n    and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else "")
+
+
+def _printable(text: str) -> str:
+    """Names come from files; one with a line break or a terminal's escape is shown escaped."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode()

@@ -25,6 +25,7 @@ from tiny_training import (
 )
 
 from qmimic_d2.engine import Trainer, argument_parser, launch_processes
+from qmimic_d2.folder_lock import FolderInUseError, alone_in
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +228,55 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
         scale = gradient.abs().max()
         assert scale > 0.0, name
         torch.testing.assert_close(two[name] / scale, gradient / scale, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_second_training_in_the_folder_is_refused(project, tmp_path):
+    output = tmp_path / "output"
+    with train_net(project, output, "SOLVER.MAX_ITER", 100000, "SOLVER.CHECKPOINT_PERIOD", 1) as first:
+        first.wait_for(output / "last_checkpoint")
+        before = (output / "config.yaml").read_text()
+        for flags in (("--resume",), ("--resume", "--num-processes=2", "--dist-url=auto")):
+            with train_net(project, output, *flags, "SOLVER.MAX_ITER", 5) as second:
+                assert second.finish() == 1
+                printed = second.texts()[1]
+        assert "FolderInUseError: another process is at work in" in printed and "Traceback" not in printed
+        assert (output / "config.yaml").read_text() == before
+        first.send(signal.SIGKILL)
+        first.finish()
+    finished(project, output, "--resume", "SOLVER.MAX_ITER", last_iteration(output) + 2)
+
+
+def test_a_killed_launcher_takes_its_processes_along(project, tmp_path):
+    """The first of them holds the folder's lock, and writes a checkpoint in every iteration."""
+    output = tmp_path / "output"
+    endless = ("SOLVER.MAX_ITER", 100000, "SOLVER.CHECKPOINT_PERIOD", 1)
+    with train_net(project, output, "--num-processes=2", "--dist-url=auto", *endless) as process:
+        process.wait_for(output / "last_checkpoint")
+        process.send(signal.SIGKILL)
+        assert process.finish() == -signal.SIGKILL
+        wait_until_free(output)
+        reached = last_iteration(output)
+    finished(project, output, "--resume", "SOLVER.MAX_ITER", reached + 2)
+    assert last_iteration(output) == reached + 1
+
+
+def wait_until_free(output):
+    for _ in range(1000):
+        try:
+            with alone_in(str(output)):
+                return
+        except FolderInUseError:
+            time.sleep(0.05)
+    raise AssertionError("somebody still writes")
+
+
+def test_a_divergence_ends_in_one_message(project, tmp_path):
+    output = tmp_path / "output"
+    options = ("SOLVER.MAX_ITER", 20, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.WARMUP_ITERS", 0, "SOLVER.STEPS", "(2,)")
+    with train_net(project, output, "--num-processes=2", "--dist-url=auto", *options, "SOLVER.GAMMA", 1e30) as process:
+        assert process.finish() == 1, process.texts()
+        printed = process.texts()[1]
+    last = (output / "last_checkpoint").read_text()
+    assert "DivergedError: " in printed and "Traceback" not in printed
+    assert f"The last finite checkpoint is {str(output / last)!r}: go on with --resume and a smaller" in printed
+    assert torch.load(output / last, weights_only=True)["iteration"] in (1, 2)

@@ -1,6 +1,7 @@
 """From arguments to a config and to processes: what is looked up, drawn, saved and passed on."""
 
 import argparse
+import builtins
 import logging
 import os
 import shutil
@@ -16,6 +17,7 @@ from detectron2.utils import comm
 from helpers import write_teacher
 from tiny_training import Recorder, registered_data, training_cfg
 
+from qmimic_d2.checkpoint import DivergedError
 from qmimic_d2.config_files import get_config_file
 from qmimic_d2.engine import (
     Trainer,
@@ -27,6 +29,7 @@ from qmimic_d2.engine import (
     set_up_process,
 )
 from qmimic_d2.engine.setup import _signals_passed_on
+from qmimic_d2.folder_lock import FolderInUseError, alone_in
 
 TEACHER = "MODEL.QMIMIC.TEACHER"
 LOGGERS = ("detectron2", "fvcore", "qmimic_d2")
@@ -226,6 +229,49 @@ class TestSetUpProcess:
         assert cfg.SEED == 7 and cfg.is_frozen()
 
 
+    def test_another_writer_is_refused_before_anything_is_written(self, student, tmp_path, own_logging):
+        output = tmp_path / "output"
+        output.mkdir()
+        for flags in ((), ("--eval-only",)):
+            cfg = load_config(str(student), eval_only=bool(flags))
+            with alone_in(str(output)), pytest.raises(FolderInUseError, match="at work in .*output .process [0-9]+ on"):
+                set_up_process(cfg, arguments(*flags))
+        assert os.listdir(output) == [".lock"]
+
+    def test_the_folder_is_held_until_the_process_ends_and_leftovers_go(self, student, tmp_path, own_logging):
+        output = tmp_path / "output"
+        output.mkdir()
+        (output / "model_0000001.pth.partial").touch()
+        (output / ".model_0000001.123.0123abcd.part").touch()
+        cfg = load_config(str(student))
+        set_up_process(cfg, arguments())
+        assert not [name for name in os.listdir(output) if "part" in name]
+        with pytest.raises(FolderInUseError), alone_in(str(output)):
+            pass
+        set_up_process(cfg, arguments("--resume"))
+
+    def test_other_processes_hold_nothing(self, student, tmp_path, own_logging, monkeypatch):
+        monkeypatch.setattr(comm, "get_rank", lambda: 1)
+        monkeypatch.setattr(comm, "is_main_process", lambda: False)
+        set_up_process(load_config(str(student)), arguments())
+        with alone_in(str(tmp_path / "output")):
+            pass
+
+    def test_a_config_is_never_half_written(self, student, tmp_path, own_logging, monkeypatch):
+        """Neither file is opened under its own name."""
+        output, opened = tmp_path / "output", []
+        stock = builtins.open
+
+        def noted(path, mode="r", *args, **kwargs):
+            opened.append((os.path.basename(str(path)), mode))
+            return stock(path, mode, *args, **kwargs)
+
+        monkeypatch.setattr(builtins, "open", noted)
+        set_up_process(load_config(str(student)), arguments())
+        assert (output / "config.yaml").exists() and (output / "teacher_config.yaml").exists()
+        assert not [name for name, mode in opened if name.endswith("config.yaml") and "r" not in mode]
+
+
 def first_losses(cfg, count=3):
     torch.manual_seed(cfg.SEED)
     recorder = Recorder()
@@ -317,6 +363,28 @@ class TestLaunch:
         monkeypatch.setattr("qmimic_d2.engine.setup.launch", launched)
         with pytest.raises(torch.multiprocessing.ProcessExitedException):
             launch_processes(print, arguments("--num-processes", 2), ())
+
+    @pytest.mark.parametrize("kind", [DivergedError, FolderInUseError])
+    def test_what_a_person_can_mend_ends_in_one_message(self, monkeypatch, capfd, kind):
+        def fails():
+            raise kind("go on with --resume")
+
+        with pytest.raises(SystemExit) as stopped:
+            launch_processes(fails, arguments(), ())
+        assert stopped.value.code == f"{kind.__name__}: go on with --resume"
+        # in a child, which says it and whose status says that it did
+        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+        with pytest.raises(SystemExit) as stopped:
+            launch_processes(fails, arguments(), ())
+        assert capfd.readouterr().err == f"{kind.__name__}: go on with --resume\n"
+
+        def launched(*args, **kwargs):
+            raise torch.multiprocessing.ProcessExitedException("died", 0, 11, stopped.value.code)
+
+        monkeypatch.setattr("qmimic_d2.engine.setup.launch", launched)
+        with pytest.raises(SystemExit) as launcher:
+            launch_processes(print, arguments("--num-processes", 2), ())
+        assert launcher.value.code == 1
 
     def test_without_children_nothing_is_sent(self):
         received = []

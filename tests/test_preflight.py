@@ -13,7 +13,7 @@ from refusals import check, files, refusal
 from tiny_coco import write_images
 from tiny_training import Run, registered_data, training_cfg, write_builtin_data, write_coco
 
-from qmimic_d2.engine import load_config
+from qmimic_d2.engine import Trainer, load_config
 
 TEACHER = "MODEL.QMIMIC.TEACHER"
 QUANTIZER = "MODEL.QMIMIC.QUANTIZER"
@@ -397,7 +397,10 @@ class TestEvaluation:
 class TestResume:
     def test_a_checkpoint_that_no_longer_fits(self, student, tmp_path):
         cfg = load_config(student)
-        torch.save({"model": seeded_model(cfg).state_dict(), "iteration": 3}, tmp_path / "model_0000003.pth")
+        model = seeded_model(cfg)
+        inner = {"iteration": 3, "optimizer": Trainer.build_optimizer(cfg, model).state_dict()}
+        trainer = {"iteration": 3, "hooks": {"LRScheduler": {"last_epoch": 4}}, "_trainer": inner}
+        torch.save({"model": model.state_dict(), "trainer": trainer, "iteration": 3}, tmp_path / "model_0000003.pth")
         (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
         check(student, "OUTPUT_DIR", tmp_path, resume=True)
         before = files(tmp_path)

@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import shutil
 from collections import OrderedDict
 
 import numpy as np
@@ -15,6 +16,7 @@ from module_state import assert_same, randomized, snapshot
 from torch import nn
 
 from qmimic_d2.checkpoint import SafeCheckpointer, UnsafeCheckpointError, weights_digest
+from qmimic_d2.whole_file import remove_leftovers, whole_file
 
 
 class Detector(nn.Module):
@@ -108,10 +110,17 @@ def test_interrupted_before_the_tag(tmp_path, monkeypatch):
 
 def test_leftover_of_a_kill_is_no_checkpoint(tmp_path):
     """What SIGKILL leaves behind: the temporary file, cut short."""
-    (tmp_path / "model_1.pth.partial").write_bytes(b"PK\x03\x04")
+    (tmp_path / "model_1.pth.partial").write_bytes(b"PK\x03\x04")  # as earlier versions named it
+    with pytest.raises(KeyboardInterrupt), whole_file(str(tmp_path / "model_1.pth"), keeps_ending=False) as partial:
+        shutil.copy(tmp_path / "model_1.pth.partial", partial)
+        shutil.copy(partial, tmp_path / "kept")
+        raise KeyboardInterrupt
+    os.rename(tmp_path / "kept", partial)
     checkpointer = SafeCheckpointer(Detector(), str(tmp_path))
     assert not checkpointer.has_checkpoint() and checkpointer.get_all_checkpoint_files() == []
     checkpointer.save("model_1")
+    assert len(os.listdir(tmp_path)) == 4
+    remove_leftovers(str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_1.pth"]
 
 

@@ -1,10 +1,14 @@
 """The runner of the demo and of the evidence: order, records, continuing, failure."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 
 import pytest
+from tiny_training import ROOT
 
 import task_runner
 from task_runner import Task, run_tasks
@@ -116,6 +120,39 @@ def test_progress_of_a_training(tmp_path):
     assert task_runner._progress(task) == "0/100"
     metrics.write_text('{"iteration": 99}\n')
     assert task_runner._progress(task) == "evaluating"
+    for damaged in ("{}x\n", "[]\n", '{"iteration": 1e999}\n', '{"iteration": null}\n', "[" * 100_000 + "\n"):
+        metrics.write_text(damaged)
+        assert task_runner._progress(task) == ""
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "[]", '{"seconds": 1e309}', "[" * 100_000, "null"])
+def test_a_damaged_record_counts_for_nothing(tmp_path, damaged):
+    out = tmp_path / "out"
+    task = Task("one", appending(out, "one"))
+    run_tasks([task], str(tmp_path), 1, {})
+    (tmp_path / "logs" / "one.json").write_text(damaged)
+    run_tasks([task], str(tmp_path), 1, {})
+    run_tasks([task], str(tmp_path), 1, {})
+    assert lines(out) == ["one", "one"]
+
+
+def test_a_killed_runner_takes_its_tasks_along(tmp_path):
+    """The named pipe ends when the task, which holds its other end, has ended."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    code = f"import time; file = open({str(pipe)!r}, 'w'); print('started', file=file, flush=True); time.sleep(600)"
+    script = (
+        "import sys; sys.path[:0] = sys.argv[2:]\n"
+        "from task_runner import Task, run_tasks\n"
+        f"run_tasks([Task('one', [sys.executable, '-c', {code!r}])], sys.argv[1], 1, {{}})\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "records"), str(ROOT), str(ROOT / "tools")]
+    runner = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    with open(pipe) as file:
+        assert file.readline() == "started\n"
+        runner.kill()
+        assert file.read() == ""
+    assert runner.wait() == -signal.SIGKILL
 
 
 def test_keeping_going_leaves_out_what_needs_a_failed_task(tmp_path, capsys):

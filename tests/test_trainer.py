@@ -24,6 +24,7 @@ from qmimic_d2.engine.hooks import (
     SaveOnInterrupt,
     SeedEachIteration,
 )
+from qmimic_d2.engine.metrics_file import WriteMetrics
 from qmimic_d2.engine.mimic_summary import MimicSummary
 from qmimic_d2.evaluation import PascalVOCEvaluator
 
@@ -249,10 +250,12 @@ class TestHooks:
             ResumableLossNormalizer,
             hooks.IterationTimer,
             hooks.LRScheduler,
+            WriteMetrics,
             hooks.PeriodicCheckpointer,
             SaveOnInterrupt,
             hooks.EvalHook,
             ResumableBestCheckpointer,
+            WriteMetrics,
             hooks.PeriodicWriter,
             MimicSummary,
         ]

@@ -1,10 +1,11 @@
 """Files that are there completely or not at all."""
 
 import os
+import stat
 
 import pytest
 
-from qmimic_d2.whole_file import whole_file
+from qmimic_d2.whole_file import remove_leftovers, whole_file
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path):
@@ -52,3 +53,46 @@ def test_two_processes_do_not_write_into_each_others(tmp_path, monkeypatch):
         assert target.read_text() == "second"
     assert target.read_text() == "first"
     assert os.listdir(tmp_path) == ["maps.pth"]
+
+
+def test_one_process_writes_one_file_twice_at_a_time(tmp_path):
+    with whole_file(str(tmp_path / "a.json")) as first, whole_file(str(tmp_path / "a.json")) as second:
+        assert first != second
+        for path in (first, second):
+            with open(path, "w") as file:
+                file.write(path)
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_content_and_name_are_on_the_disk_in_turn(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(descriptor):
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def replaced(source, target):
+        done.append("name")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.chdir(tmp_path)
+    for path in ("a.json", str(tmp_path / "b.json")):
+        with whole_file(path) as partial, open(partial, "w") as file:
+            file.write("x")
+    assert done == ["file", "name", "folder"] * 2
+
+
+def test_leftovers_are_hidden_end_unlike_the_file_and_can_be_removed(tmp_path):
+    kept = ["model.pth", ".part", ".x.part", ".lock", "a.part", "last_checkpoint"]
+    for name in kept:
+        (tmp_path / name).touch()
+    for keeps_ending in (True, False):
+        with pytest.raises(KeyError), whole_file(str(tmp_path / "model.pth"), keeps_ending=keeps_ending) as partial:
+            raise KeyError
+        open(partial, "w").close()  # as after SIGKILL
+        assert os.path.basename(partial).startswith(".") and partial.endswith(".pth") == keeps_ending
+    remove_leftovers(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)

@@ -26,6 +26,7 @@ REQUIREMENTS = (
     ("pycocotools", "pycocotools", ""),
     ("fvcore", "fvcore", ""),
     ("iopath", "iopath", ""),
+    ("portalocker", "portalocker>=2.3", ""),
     ("yacs", "yacs", ""),
     ("scipy", "scipy", ""),
     ("sklearn", "scikit-learn", ""),

@@ -11,12 +11,13 @@ import sys
 import textwrap
 import time
 from dataclasses import dataclass, field
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Set, Union
+from typing import Callable, Dict, List, Optional, Sequence, Set, Union
 
-import portalocker
 from detectron2.config import CfgNode
 
-from qmimic_d2.json_file import write_json
+from qmimic_d2.folder_lock import FolderInUseError, alone_in
+from qmimic_d2.json_file import read_json, write_json
+from qmimic_d2.orphans import start_tied
 
 __all__ = ["Task", "run_tasks"]
 
@@ -104,24 +105,13 @@ def run_tasks(
     """
     logs = os.path.join(folder, "logs")
     os.makedirs(logs, exist_ok=True)
-    with _alone_in(folder):
+    with contextlib.ExitStack() as stack:
+        try:
+            # Two runners in one folder would run the same task twice, into the same files.
+            stack.enter_context(alone_in(folder))
+        except FolderInUseError as error:
+            raise SystemExit(str(error)) from error
         return _run(tasks, logs, jobs, environment, keeps_going)
-
-
-@contextlib.contextmanager
-def _alone_in(folder: str) -> Iterator[None]:
-    """Two runners in one folder would run the same task twice, into the same files."""
-    lock = portalocker.Lock(os.path.join(folder, ".lock"), mode="a", timeout=0)
-    try:
-        lock.acquire()
-    except portalocker.LockException as error:
-        raise SystemExit(
-            f"another process is at work in {folder}; wait for its end, or give another folder"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _run(
@@ -187,15 +177,16 @@ class _Record:
     def __init__(self, path: str, task: Task):
         self._path = path
         self._digest = task.digest
-        known = {}
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                known = json.load(file)
-        if known.get("digest") != task.digest:
+        try:
+            known = read_json(path)
+        except (OSError, ValueError):
+            known = {}  # there is none, or it is damaged: the task is run again
+        if not isinstance(known, dict) or known.get("digest") != task.digest:
             known = {}  # another config: what it made counts for nothing
         self.was_started = bool(known)
-        self.is_done = known.get("done", False)
-        self.seconds = known.get("seconds", 0.0)
+        self.is_done = known.get("done") is True
+        seconds = known.get("seconds")
+        self.seconds = seconds if isinstance(seconds, float) else 0.0
 
     def forget(self) -> None:
         self.was_started, self.is_done, self.seconds = False, False, 0.0
@@ -220,7 +211,7 @@ def _start(task: Task, record: _Record, logs: str, environment: Dict[str, str]) 
     # what is shown should be the result alone, without other packages' warnings
     output_path = os.path.join(logs, f"{task.name}.txt") if task.shows_output else log_path
     with open(log_path, "a", encoding="utf-8") as log, open(output_path, "a", encoding="utf-8") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=log, env={**os.environ, **environment})
+        process = start_tied(command, stdout=output, stderr=log, env={**os.environ, **environment})
     return _Running(task, process, log_path, output_path)
 
 
@@ -292,11 +283,13 @@ def _progress(task: Task) -> str:
     path = os.path.join(task.output_dir, "metrics.json") if task.output_dir else ""
     if not task.max_iter or not os.path.isfile(path):
         return ""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         lines = file.readlines()
-    row = json.loads(lines[-1]) if lines and lines[-1].endswith("\n") else {}
-    iteration = int(row.get("iteration", -1)) + 1
+    try:
+        row = json.loads(lines[-1]) if lines and lines[-1].endswith("\n") else {}
+        iteration, left = int(row.get("iteration", -1)) + 1, float(row.get("eta_seconds", 0.0))
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):  # a damaged line
+        return ""
     if iteration >= task.max_iter:
         return "evaluating"
-    left = row.get("eta_seconds", 0.0)
     return f"{iteration}/{task.max_iter}" + (f", {left:.0f} s left" if left else "")

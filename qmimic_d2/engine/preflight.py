@@ -19,6 +19,7 @@ from qmimic_d2.engine.data_order import SAMPLERS
 from qmimic_d2.engine.key_values import check_values, flat_keys
 from qmimic_d2.engine.output_folder import check_output_dir
 from qmimic_d2.engine.rehearsal import Rehearsal, without_a_trace
+from qmimic_d2.engine.resuming import check_resuming
 from qmimic_d2.engine.trainer import (
     OPTIMIZERS,
     Trainer,
@@ -77,6 +78,8 @@ def check_run(
         _check_norms(cfg, model, num_processes)
         warn_of_unused_teacher(cfg, model)
         build_checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        if resume:
+            check_resuming(cfg, trainer.build_optimizer(cfg, model))
     # After the model, since looking for the embedded data makes them.
     check_datasets(cfg, model_classes(cfg, model), eval_only=eval_only)
     with without_a_trace():

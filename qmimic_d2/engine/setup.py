@@ -7,24 +7,31 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
-import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from qmimic_d2.checkpoint import DivergedError
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.config_files import find_config_file
+from qmimic_d2.engine.resuming import damaged_config, is_local, saved_config
+from qmimic_d2.folder_lock import FolderInUseError, hold_folder
 from qmimic_d2.json_file import write_text
 from qmimic_d2.modeling.teacher_config import load_teacher_config
 from qmimic_d2.modeling.trunk_adapter import is_in_trunk, trained_trunk_channels, trunk_channels
 from qmimic_d2.near_names import near_names
+from qmimic_d2.orphans import die_with_parent
+from qmimic_d2.whole_file import remove_leftovers
 from qmimic_d2.yaml_config import config_keys, describe_mismatch, merge_config
 
 __all__ = [
@@ -37,6 +44,8 @@ __all__ = [
 ]
 
 _TEACHER_COPY = "teacher_config"
+# Status of a process that has said already what went wrong.
+_SAID = 65
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -173,29 +182,39 @@ def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     """
     Logging, seeds, and for a training the output folder with its ``config.yaml``.
 
-    That file repeats the run by itself: the teacher's config is copied beside it
-    (``teacher_config.yaml``) and its weights are named by absolute path.
+    That file repeats the run by itself: the teacher's config is copied next to it
+    (``teacher_config.yaml``) and its weights are named by absolute path. The first process holds the lock of
+    OUTPUT_DIR until it ends; an evaluation does too, since it writes there.
 
     Returns:
         The config with the SEED of the first process: where the user gave none, each machine drew its own.
+
+    Raises:
+        FolderInUseError: another process writes into OUTPUT_DIR.
     """
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SEED = comm.all_gather(cfg.SEED)[0]
     cfg.freeze()
+    if comm.is_main_process() and is_local(cfg.OUTPUT_DIR):
+        hold_folder(cfg.OUTPUT_DIR)
+        remove_leftovers(cfg.OUTPUT_DIR)
+    comm.synchronize()
     rank = comm.get_rank()
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="qmimic_d2")
+    # Detectron2's default_setup does the same, but writes config.yaml in place: a kill would leave half of it.
+    for name in ("qmimic_d2", "fvcore", "detectron2"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
+    seed_all_rng(cfg.SEED + rank)
     if args.eval_only:
-        # Detectron2's set-up would overwrite the training's config.yaml.
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="fvcore")
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank)
-        seed_all_rng(cfg.SEED + rank)
         return cfg
-    if args.config_file:  # Detectron2's set-up prints it, and looks in the working directory alone
-        args = argparse.Namespace(**vars(args))
-        args.config_file = find_config_file(args.config_file, "--config-file")
-    default_setup(cfg, args)
+    logger = logging.getLogger(__name__)
+    logger.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
+    logger.info("Environment info:\n%s", collect_env_info())
+    logger.info("Command line arguments: %s", args)
+    logger.info("Running with full config:\n%s", cfg.dump())
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     if comm.is_main_process() and cfg.OUTPUT_DIR:
+        PathManager.mkdirs(cfg.OUTPUT_DIR)
         for name, text in _run_files(cfg).items():
             write_text(os.path.join(cfg.OUTPUT_DIR, name), text)
     return cfg
@@ -228,7 +247,9 @@ def launch_processes(
                 dist_url=args.dist_url,
                 args=(main, main_args),
             )
-        except torch.multiprocessing.ProcessExitedException:
+        except torch.multiprocessing.ProcessExitedException as error:
+            if error.exit_code == _SAID:
+                raise SystemExit(1) from None
             if not received:
                 raise
     if received:
@@ -237,13 +258,22 @@ def launch_processes(
 
 def _main_of_process(main: Callable[..., object], main_args: Tuple[object, ...]) -> None:
     """
-    Runs ``main`` and leaves the process group, if there is one.
+    Runs ``main`` and leaves the process group, if there is one. What a person can mend ends in one message.
 
     Detectron2's launcher lets a process end inside its group. The threads of gloo then race with the interpreter's
     end, and now and then a process that had finished its work was counted as crashed (SIGABRT).
     """
-    main(*main_args)
-    if comm.get_world_size() > 1:
+    is_child = comm.get_world_size() > 1
+    if is_child:
+        die_with_parent()
+    try:
+        main(*main_args)
+    except (DivergedError, FolderInUseError) as error:
+        if not is_child:
+            raise SystemExit(describe_error(error)) from error
+        sys.stderr.write(describe_error(error) + "\n")
+        raise SystemExit(_SAID) from error
+    if is_child:
         gc.collect()  # a DistributedDataParallel in a reference cycle holds the group
         comm.synchronize()
         torch.distributed.destroy_process_group()
@@ -271,11 +301,10 @@ def _signals_passed_on(received: List[int]) -> Iterator[None]:
 
 
 def _earlier_seed(output_dir: str) -> Optional[int]:
-    path = os.path.join(output_dir, "config.yaml")
-    if not os.path.isfile(path):
-        return None
-    with open(path, encoding="utf-8") as file:
-        seed = yaml.safe_load(file).get("SEED", -1)
+    saved = saved_config(output_dir)
+    seed = saved.get("SEED", -1) if saved else -1
+    if type(seed) is not int:
+        raise damaged_config(output_dir, f"SEED is {seed!r}")
     return seed if seed >= 0 else None
 
 

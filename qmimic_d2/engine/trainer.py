@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 import weakref
-from typing import Dict, List, Optional
+from typing import Callable, Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode
@@ -21,10 +21,12 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, JSONWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qmimic_d2.checkpoint import SafeCheckpointer
+from qmimic_d2.checkpoint import DivergedError, SafeCheckpointer
+from qmimic_d2.checkpoint_reader import read_mapping
 from qmimic_d2.data.loading import build_coco_evaluator, repaired
 from qmimic_d2.data.mapper import FileNamingMapper, ImageMapper
 from qmimic_d2.engine.data_order import build_resumable_train_loader, resumable_sampler
@@ -34,8 +36,10 @@ from qmimic_d2.engine.hooks import (
     SaveOnInterrupt,
     SeedEachIteration,
 )
+from qmimic_d2.engine.metrics_file import MetricsWriter, WriteMetrics, has_row
 from qmimic_d2.engine.mimic_evaluator import add_mimic_hook
 from qmimic_d2.engine.mimic_summary import MimicSummary
+from qmimic_d2.engine.resuming import apply_solver, check_trainer_state, current_settings
 from qmimic_d2.evaluation import PascalVOCEvaluator, WiderFaceEvaluator
 from qmimic_d2.json_file import write_json
 from qmimic_d2.modeling.backbone.imagenet_names import converted_imagenet_weights
@@ -44,14 +48,18 @@ __all__ = ["Trainer", "build_checkpointer", "build_evaluator", "load_evaluated_w
 
 OPTIMIZERS = ("SGD", "AdamW")
 
+_EVALUATION = (hooks.EvalHook, hooks.BestCheckpointer)
+
 
 class Trainer(DefaultTrainer):
     """
     Trains any model of a config and evaluates it as its data sets ask.
 
     Differences from :class:`DefaultTrainer`: a resumed training repeats the uninterrupted one
-    (order of images and random numbers), a signal saves first, checkpoints are written whole or not at
-    all and read without running code, CPU processes may share a training, and ``SOLVER.OPTIMIZER``.
+    (order of images and random numbers) and makes up for the evaluation and the last checkpoint that a kill
+    has cut off; a signal saves first; checkpoints are written whole or not at all and read without running
+    code; a diverged training ends and leaves the last finite checkpoint; CPU processes may share a training;
+    and ``SOLVER.OPTIMIZER``.
     Methods are overridden as there: ``build_train_loader`` for images of another mapper, and so on.
     """
 
@@ -82,6 +90,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer = build_checkpointer(
             model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
+        self._metrics: Optional[MetricsWriter] = None
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -104,8 +113,86 @@ class Trainer(DefaultTrainer):
                 "order begins anew"
             )
 
+    def load_state_dict(self, state_dict: Dict) -> None:
+        """
+        As :meth:`DefaultTrainer.load_state_dict`; the optimizer's settings are those of the config.
+
+        Raises:
+            ValueError: the state does not belong to this training; see :func:`check_trainer_state`.
+        """
+        check_trainer_state(state_dict, self.optimizer, self.max_iter, f"OUTPUT_DIR {self.cfg.OUTPUT_DIR!r}")
+        settings = current_settings(self.optimizer)
+        inner = dict(state_dict["_trainer"])
+        if isinstance(self._trainer, AMPTrainer):  # mixed precision may begin in the middle
+            inner.setdefault("grad_scaler", self._trainer.grad_scaler.state_dict())
+        super().load_state_dict({**state_dict, "_trainer": inner})
+        apply_solver(self.optimizer, settings)
+        self.scheduler.base_lrs = [group["initial_lr"] for group in settings]
+        if self.scheduler.last_epoch < self.max_iter:
+            for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr()):
+                group["lr"] = rate
+
+    def before_train(self) -> None:
+        """As :meth:`DefaultTrainer.before_train`; then the evaluation that a kill has cut off."""
+        super().before_train()
+        if not self._evaluation_is_missing():
+            return
+        logging.getLogger(__name__).info("Evaluating after iteration %d, as the stop prevented", self.iter - 1)
+        self.iter = self.storage.iter = self.start_iter - 1
+        for hook in self._hooks:
+            if isinstance(hook, (*_EVALUATION, SaveOnInterrupt, WriteMetrics)):
+                hook.after_step()
+        self.iter = self.storage.iter = self.start_iter
+
+    def _evaluation_is_missing(self) -> bool:
+        done = self.start_iter
+        if not self._is_evaluation_due(done, self.max_iter):
+            return False
+        path = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
+        # The first process decides: it has written the file.
+        return comm.all_gather(not has_row(path, done - 1, self._best_metric()))[0]
+
+    def run_step(self) -> None:
+        """
+        As :meth:`DefaultTrainer.run_step`.
+
+        Raises:
+            DivergedError: a loss is no finite number; says how to go on.
+        """
+        try:
+            super().run_step()
+        except FloatingPointError as error:
+            # Detectron2 looks at the losses before the step, so the last checkpoint may already be the best one.
+            text = " ".join(str(error).split())
+            raise DivergedError(f"the training has diverged: {text}. {self.checkpointer.advice()}") from error
+
+    def train(self) -> Optional[Dict]:
+        """As :meth:`DefaultTrainer.train`; a resumed training that lacks its last checkpoint alone writes it."""
+        if self.start_iter == self.max_iter and self.start_iter and comm.is_main_process():
+            self._complete_final_checkpoint()
+        log = logging.getLogger("detectron2.engine.train_loop")
+        log.addFilter(_is_no_divergence)  # which its message describes; a traceback adds nothing
+        try:
+            return super().train()
+        finally:
+            log.removeFilter(_is_no_divergence)
+
+    def _complete_final_checkpoint(self) -> None:
+        """Writes ``model_final.pth`` where a kill came before it; a longer training may have left an earlier one."""
+        path = os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth")
+        try:
+            done = read_mapping(path, path, "").get("iteration")
+        except (OSError, ValueError):
+            done = None
+        if done != self.max_iter - 1:
+            self.checkpointer.save("model_final", iteration=self.max_iter - 1)
+
     def after_train(self) -> None:
         """As :meth:`DefaultTrainer.after_train`; data-loader workers end here, not when the process does."""
+        # Where nothing was left to do, the loop counts one too far.
+        self.iter = min(self.iter, self.max_iter)
+        if self.iter < self.max_iter:  # after a failure in the last iteration, Detectron2 would evaluate
+            self._hooks = [hook for hook in self._hooks if not isinstance(hook, _EVALUATION)]
         try:
             super().after_train()
         finally:
@@ -121,25 +208,50 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> List[Optional[HookBase]]:
         """
-        Detectron2's hooks and this project's: what saves on a signal before the evaluation; behind it the
-        comparison of student and teacher, and the best checkpoint.
+        Detectron2's hooks and this project's: what saves on a signal before the evaluation; after it the
+        comparison of student and teacher, and the best checkpoint. metrics.json is written before a checkpoint
+        and after an evaluation.
         """
         built = [SeedEachIteration(self.cfg.SEED), ResumableLossNormalizer(self.model)]
         for hook in super().build_hooks():
+            if isinstance(hook, hooks.PeriodicCheckpointer):
+                built.append(self._write_metrics(self._is_checkpoint_due))
             if isinstance(hook, hooks.EvalHook):
                 built.append(SaveOnInterrupt())
             built.append(hook)
             if isinstance(hook, hooks.EvalHook) and comm.is_main_process():
-                built.append(self._build_best_checkpointer())
+                built += [self._build_best_checkpointer(), self._write_metrics(self._is_evaluation_due)]
         return [*add_mimic_hook(built, self.cfg, self.model), MimicSummary(self.cfg)]
 
+    def build_writers(self) -> List[EventWriter]:
+        """As :meth:`DefaultTrainer.build_writers`; metrics.json loses no row when a training is resumed."""
+        writers = super().build_writers()
+        for index, writer in enumerate(writers):
+            if isinstance(writer, JSONWriter):
+                writer.close()
+                self._metrics = writers[index] = MetricsWriter(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
+        return writers
+
+    def _write_metrics(self, is_due: Callable[[int, int], bool]) -> Optional[HookBase]:
+        return WriteMetrics(self._metrics, is_due) if self._metrics is not None else None
+
+    def _is_checkpoint_due(self, done: int, max_iter: int) -> bool:
+        return done % self.cfg.SOLVER.CHECKPOINT_PERIOD == 0 or done >= max_iter
+
+    def _is_evaluation_due(self, done: int, max_iter: int) -> bool:
+        period = self.cfg.TEST.EVAL_PERIOD
+        return period > 0 and bool(self.cfg.DATASETS.TEST) and 0 < done < max_iter and done % period == 0
+
     def _build_best_checkpointer(self) -> Optional[HookBase]:
-        period, names = self.cfg.TEST.EVAL_PERIOD, self.cfg.DATASETS.TEST
-        if period <= 0 or not names:
+        period = self.cfg.TEST.EVAL_PERIOD
+        if period <= 0 or not self.cfg.DATASETS.TEST:
             return None
+        return ResumableBestCheckpointer(period, self.checkpointer, self._best_metric())
+
+    def _best_metric(self) -> str:
+        names = self.cfg.DATASETS.TEST
         # with several test sets Detectron2 puts the set's name in front
-        metric = f"{names[0]}/bbox/AP" if len(names) > 1 else "bbox/AP"
-        return ResumableBestCheckpointer(period, self.checkpointer, metric)
+        return f"{names[0]}/bbox/AP" if len(names) > 1 else "bbox/AP"
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> Dict:
@@ -185,6 +297,10 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """See :func:`build_evaluator`."""
         return build_evaluator(cfg, dataset_name)
+
+
+def _is_no_divergence(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], DivergedError))
 
 
 def _share_buffers(model: nn.Module) -> None:

@@ -1,0 +1,229 @@
+"""
+What ``--resume`` goes on from, and with which settings.
+
+A checkpoint holds the optimizer with the settings that it had. Detectron2 takes them up again and passes over what the
+config says now. Here the config counts: :func:`apply_solver` gives the resumed optimizer its values, and
+:func:`check_resuming` refuses what cannot be continued, before anything is written.
+"""
+
+import logging
+import os
+import reprlib
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+from urllib.parse import urlparse
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+from torch import nn
+
+from qmimic_d2.checkpoint import SafeCheckpointer, check_resumed_state, tensors_in
+from qmimic_d2.checkpoint_reader import local_path, read_mapping, subject
+from qmimic_d2.folder_lock import alone_in
+
+__all__ = [
+    "apply_solver",
+    "check_output_folder",
+    "check_resuming",
+    "check_trainer_state",
+    "current_settings",
+    "damaged_config",
+    "is_local",
+    "saved_config",
+]
+
+logger = logging.getLogger(__name__)
+
+# By what their state holds, for a message; other optimizers of a subclass are only compared by these keys.
+_HYPERPARAMETERS = {"SGD": "momentum", "AdamW": "betas"}
+
+
+def check_output_folder(folder: str) -> None:
+    """
+    Looks at OUTPUT_DIR before anything is written.
+
+    Raises:
+        ValueError: OUTPUT_DIR has characters with which a checkpoint in it could not be found again.
+        FolderInUseError: another process writes there; names it.
+    """
+    if not is_local(folder):
+        return
+    odd = sorted({each for each in folder if not each.isprintable() or each in "?#"})
+    # Detectron2 reads a checkpoint's path as an address, in which these mean something else or are dropped.
+    if odd or urlparse(folder).geturl() != folder:
+        raise ValueError(
+            f"OUTPUT_DIR is {folder!r}, in which {odd or 'a part'} would be read as that of an address; choose a "
+            "name of letters, digits, '-', '_' and '.'"
+        )
+    if os.path.isdir(folder):
+        with alone_in(folder):
+            pass
+
+
+def is_local(folder: str) -> bool:
+    """Whether OUTPUT_DIR is a folder of this machine: neither empty nor an address."""
+    return bool(folder) and "://" not in folder
+
+
+def saved_config(folder: str) -> Optional[Mapping[str, Any]]:
+    """
+    What ``config.yaml`` of an earlier run in a folder holds; None where there is none.
+
+    Raises:
+        ValueError: the file is damaged; see :func:`damaged_config`.
+    """
+    path = os.path.join(folder, "config.yaml")
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise damaged_config(folder, type(error).__name__) from error
+    if not isinstance(content, dict):
+        raise damaged_config(folder, f"{os.path.getsize(path)} bytes without any key")
+    return content
+
+
+def damaged_config(folder: str, reason: str) -> ValueError:
+    """The error of a ``config.yaml`` that cannot be what a run has written."""
+    path = os.path.join(folder, "config.yaml")
+    return ValueError(
+        f"{path!r} is damaged ({reason}), and --resume compares its settings with the new ones. Put the file back, or "
+        "delete it and give the run's SEED with --resume"
+    )
+
+
+def check_resuming(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> None:
+    """
+    Raises where a resumed training could not continue the one in OUTPUT_DIR; there may be none.
+
+    Args:
+        cfg: of the run.
+        optimizer: as the config builds it, on the model as it is trained.
+
+    Raises:
+        ValueError: ``config.yaml`` or the last checkpoint is damaged, the checkpoint has no state of a training, or
+            the config asks for what cannot be continued: another optimizer, other groups of parameters, fewer
+            iterations than are done. Names the file or the key, and the fix.
+    """
+    checkpointer = SafeCheckpointer(nn.Module(), cfg.OUTPUT_DIR, save_to_disk=False)
+    if not checkpointer.has_checkpoint():
+        return
+    tag, last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"), checkpointer.get_checkpoint_file()
+    content = read_mapping(local_path(last, tag), last, tag)
+    check_resumed_state(content, ["trainer"], last, tag)
+    source = subject(tag, last)
+    check_trainer_state(content["trainer"], optimizer, cfg.SOLVER.MAX_ITER, source)
+    saved = saved_config(cfg.OUTPUT_DIR)
+    changes = _changes(saved.get("SOLVER"), cfg.SOLVER) if saved else []
+    if changes:
+        iteration = content["trainer"]["iteration"] + 1
+        logger.warning("From iteration %d on, SOLVER is another than so far: %s", iteration, "; ".join(changes))
+
+
+def check_trainer_state(
+    state: Mapping[str, Any], optimizer: torch.optim.Optimizer, max_iter: int, source: str
+) -> None:
+    """
+    Raises where a trainer's state does not belong to an optimizer.
+
+    Args:
+        state: of a Detectron2 trainer.
+        optimizer: that would be resumed.
+        max_iter: length of the training.
+        source: of the state, for error messages.
+
+    Raises:
+        ValueError: names what does not fit, and the fix.
+    """
+    iteration, hooks = state.get("iteration"), state.get("hooks")
+    inner = state.get("_trainer")
+    saved = inner.get("optimizer") if isinstance(inner, Mapping) else None
+    schedule = hooks.get("LRScheduler") if isinstance(hooks, Mapping) else None
+    groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
+    if (
+        type(iteration) is not int
+        or iteration < 0
+        or not isinstance(schedule, Mapping)
+        or schedule.get("last_epoch") not in (iteration, iteration + 1)
+        or not isinstance(saved.get("state") if groups else None, Mapping)
+        or not isinstance(groups, list)
+        or not all(isinstance(each, Mapping) and isinstance(each.get("params"), list) for each in groups)
+    ):
+        raise ValueError(
+            f"{source} has a damaged state of the training (optimizer, schedule or iteration). Write the name of an "
+            "earlier checkpoint into last_checkpoint, or begin a training from its weights without --resume"
+        )
+    if iteration >= max_iter:
+        raise ValueError(
+            f"SOLVER.MAX_ITER is {max_iter}, and {source} is of iteration {iteration}: {iteration + 1} iterations are "
+            f"done. Set SOLVER.MAX_ITER to {iteration + 1} or more, or begin another training without --resume"
+        )
+    _check_optimizer(groups, saved["state"], optimizer, source)
+
+
+def _check_optimizer(
+    groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any], optimizer: torch.optim.Optimizer, source: str
+) -> None:
+    afresh = "or begin a training from its weights without --resume, in another OUTPUT_DIR"
+    for name, key in _HYPERPARAMETERS.items():
+        if (key in groups[0]) != (key in optimizer.param_groups[0]):
+            kinds = [each for each, own in _HYPERPARAMETERS.items() if own in groups[0]] or ["another optimizer"]
+            raise ValueError(
+                f"SOLVER.OPTIMIZER is not that of {source}, which is {kinds[0]!r}: the state of one optimizer means "
+                f"nothing to another. Set it to {kinds[0]!r}, {afresh}"
+            )
+    sizes, own_sizes = ([len(group["params"]) for group in each] for each in (groups, optimizer.param_groups))
+    if sizes != own_sizes:
+        raise ValueError(
+            f"{source} has groups of {sizes} trained parameters, and the config makes groups of {own_sizes}. Set what "
+            "decides them as it was: SOLVER.BIAS_LR_FACTOR, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, what is frozen "
+            f"(the FREEZE_AT keys) and the model's parts, {afresh}"
+        )
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    order = [index for group in groups for index in group["params"]]
+    wrong = []
+    for index, parameter in zip(order, parameters):
+        for name, tensor in tensors_in(state.get(index, {})):
+            if tensor.dim() and tensor.shape != parameter.shape:
+                wrong.append(f"state {index}.{name} of shape {tuple(tensor.shape)} for {tuple(parameter.shape)}")
+            elif tensor.dim() and not tensor.is_floating_point():
+                wrong.append(f"state {index}.{name} of {tensor.dtype}")
+    if wrong:
+        raise ValueError(
+            f"{source} has an optimizer of another model: {', '.join(wrong[:3])}. Correct the model, {afresh}"
+        )
+
+
+def apply_solver(optimizer: torch.optim.Optimizer, settings: Sequence[Mapping[str, Any]]) -> None:
+    """
+    Gives a resumed optimizer the settings of the config in place of those of the checkpoint.
+
+    Args:
+        optimizer: that has loaded its state.
+        settings: its groups before it did. Their parameters and current learning rates are passed over; ``initial_lr``
+            is the one that the schedule multiplies.
+    """
+    for group, new in zip(optimizer.param_groups, settings):
+        group.update({key: value for key, value in new.items() if key not in ("params", "lr")})
+
+
+def _changes(before: Any, after: CfgNode, prefix: str = "SOLVER.") -> List[str]:
+    """Keys whose value is another, as "KEY before -> after"."""
+    if not isinstance(before, Mapping):
+        return []
+    changes: List[str] = []
+    for key, value in after.items():
+        if key not in before:
+            continue
+        if isinstance(value, CfgNode):
+            changes += _changes(before[key], value, f"{prefix}{key}.")
+        elif before[key] != (list(value) if isinstance(value, tuple) else value):  # YAML has no tuples
+            changes.append(f"{prefix}{key} {reprlib.repr(before[key])} -> {reprlib.repr(value)}")
+    return changes
+
+
+def current_settings(optimizer: torch.optim.Optimizer) -> List[Dict[str, Any]]:
+    """A copy of the groups' settings, without their parameters."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]

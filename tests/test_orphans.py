@@ -1,0 +1,63 @@
+"""Children of a process that was killed."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from tiny_training import ROOT
+
+from qmimic_d2 import orphans
+
+SLEEP = "print('started', flush=True); import time; time.sleep(600)"
+
+TIED = f"""
+import sys, time
+import orphans
+if sys.argv[1] == "portable":
+    orphans._request_of_the_kernel = lambda parent: None
+process = orphans.start_tied([sys.executable, "-c", {SLEEP!r}])
+time.sleep(600)
+"""
+
+SPAWNED = f"""
+import multiprocessing, sys, time
+import orphans
+
+def child(kind):
+    if kind == "portable":
+        orphans._request_of_the_kernel = lambda parent: None
+    orphans.die_with_parent()
+    exec({SLEEP!r})
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=child, args=(sys.argv[1],))
+    process.start()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("kind", ["native", "portable"])
+@pytest.mark.parametrize("script", [TIED, SPAWNED], ids=["tied", "spawned"])
+def test_they_end_with_it(tmp_path, script, kind):
+    """The pipe ends when every process that holds it has ended."""
+    path = tmp_path / "parent.py"
+    path.write_text(script)
+    command = [sys.executable, str(path), kind]
+    package = {"PYTHONPATH": str(ROOT / "qmimic_d2")}  # the module alone, which starts at once
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, env=package, text=True)
+    try:
+        assert parent.stdout.readline() == "started\n"
+    finally:
+        parent.kill()
+    rest, _ = parent.communicate(timeout=60)
+    assert rest == "" and parent.returncode == -signal.SIGKILL
+
+
+def test_a_tied_command_that_ends_is_any_other():
+    process = orphans.start_tied([sys.executable, "-c", "print('done'); raise SystemExit(3)"], stdout=subprocess.PIPE)
+    assert process.communicate(timeout=60)[0] == b"done\n" and process.returncode == 3
+
+
+def test_a_process_of_its_own_lives_on():
+    orphans.die_with_parent()  # multiprocessing did not start it
