@@ -25,7 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.dirname(sys.path[0]))
 
 from qmimic_d2.json_file import write_json  # noqa: E402
-from storm_lib.baseline import Baseline, write_baseline, write_run  # noqa: E402
+from storm_lib.baseline import write_baseline, write_run  # noqa: E402
 from storm_lib.cases import find_cases, plan_cases  # noqa: E402
 from storm_lib.kills import plan_jobs, run_kills  # noqa: E402
 from storm_lib.mutations import run_mutations  # noqa: E402
@@ -44,19 +44,17 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     results: List[Result] = []
+    stopped = False
     try:
-        results = _run(args, folder)
+        _run(args, folder, results)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        if not args.output:
-            shutil.rmtree(folder, ignore_errors=True)
-        return 130
+        stopped = True
     seconds = time.monotonic() - began
     print("\n" + kinds_table(results))
     if args.json:
         write_json(args.json, to_json(results, args.seed, seconds, _versions()))
     failed = [each for each in results if each.outcome == "FAILED"]
-    if args.write_docs:
+    if args.write_docs and not stopped:
         write_block(DOCS, figures_text(results, _command(args), seconds, _versions()))
     for each in failed:
         print(f"\n{each.id}: {each.reason}\n  {_command(args)} --case {each.id}")
@@ -65,7 +63,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     if failed:
         print(f"what the failed cases left stands in {folder}")
     elif not args.output:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    if stopped:
+        print("stopped before its end", file=sys.stderr)
+        return 130
     return 1 if failed else 0
 
 
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(args: argparse.Namespace, folder: Path) -> List[Result]:
+def _run(args: argparse.Namespace, folder: Path, results: List[Result]) -> None:
     jobs = plan_jobs(args.seed, args.kills) if "kills" in args.only else []
     cases = plan_cases(args.mutations, args.seed) if "mutations" in args.only else []
     if args.case:
@@ -91,15 +92,13 @@ def _run(args: argparse.Namespace, folder: Path) -> List[Result]:
         cases = find_cases(args.case)
         if not jobs and not cases:
             sys.exit(f"--case is {args.case!r}; the storm of --seed {args.seed} has no such case")
-    baseline: Baseline = write_baseline(folder / "baseline")
-    results: List[Result] = []
+    baseline = write_baseline(folder / "baseline")
     if cases:
         _say("a training and an export, which the mutated files begin with")
         write_run(baseline)
-        results += run_mutations(baseline, folder / "mutations", args.seed, cases, args.at_once, _say)
+        run_mutations(baseline, folder / "mutations", args.seed, cases, args.at_once, _say, results)
     if jobs:
-        results += run_kills(baseline, folder / "kills", args.seed, jobs, args.at_once, _say)
-    return results
+        run_kills(baseline, folder / "kills", args.seed, jobs, args.at_once, _say, results)
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -13,7 +13,7 @@ __all__ = ["Outcome", "judge"]
 # A message may list the first of many faults; a flood is none.
 _MAX_LINES = 60
 # Lines of loggers ("[11/25 21:00:55 d2.engine]: ..." and "WARNING ..."), of warnings, and of progress bars.
-_LOG = re.compile(r"^(\x1b\[[0-9;]*m)*(\[\d\d/\d\d \d\d:\d\d:\d\d|WARNING |INFO |.*Warning: |\s+warnings\.warn)")
+_LOG = re.compile(r"^(\x1b\[[0-9;]*m)*(\[\d\d/\d\d \d\d:\d\d:\d\d|[WIE]\d{4} \d\d:|WARNING |INFO |.*Warning: |\s+warnings\.warn)")
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Outcome:
         signal: that ended the command; 0 for none.
         timed_out: it was killed because it did not end.
         seconds: that it took.
-        peak_mib: memory beyond what its process began with.
+        peak_mib: of the process, its libraries included.
     """
 
     status: int

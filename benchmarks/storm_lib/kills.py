@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Sequence, Tuple
 from storm_lib.baseline import Baseline
 from storm_lib.comparison import compare_runs
 from storm_lib.moments import MAX_ITER, MOMENTS, Moment, Watch
-from storm_lib.processes import Stopped, Training, wait_until_gone
+from storm_lib.processes import ROOT, Stopped, Training, wait_until_gone
 from storm_lib.results import Result
 
 __all__ = ["KillJob", "plan_jobs", "run_kills"]
@@ -80,17 +80,39 @@ def plan_jobs(seed: int, kills: int) -> List[KillJob]:
 
 
 def run_kills(
-    baseline: Baseline, folder: Path, seed: int, jobs: Sequence[KillJob], at_once: int, say: Callable[[str], None]
-) -> List[Result]:
-    """Runs the jobs, ``at_once`` of them at a time, after one uninterrupted training for each number of processes."""
+    baseline: Baseline,
+    folder: Path,
+    seed: int,
+    jobs: Sequence[KillJob],
+    at_once: int,
+    say: Callable[[str], None],
+    results: List[Result],
+    script: Path = ROOT / "train_net.py",
+) -> None:
+    """
+    Runs the jobs, ``at_once`` of them at a time, after one uninterrupted training for each number of processes.
+
+    Args:
+        baseline: data and config.
+        folder: that the trainings write to; those of jobs that failed are kept.
+        seed: of the storm.
+        jobs: see :func:`plan_jobs`.
+        at_once: jobs at a time.
+        say: takes lines about the progress.
+        results: one is added for each job.
+        script: that trains.
+
+    Raises:
+        RuntimeError: an uninterrupted training fails.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    storm = _Storm(baseline, folder, seed, say)
+    storm = _Storm(baseline, folder, seed, say, script)
     pool = ThreadPoolExecutor(at_once)
     try:
         references = sorted({job.processes for job in jobs})
         for processes in pool.map(storm.run_reference, references):
             say(f"the uninterrupted training of {processes} process(es) has ended")
-        return list(pool.map(storm.run_job, jobs))
+        results += pool.map(storm.run_job, jobs)
     finally:
         storm.stop.set()
         pool.shutdown(wait=True)
@@ -102,6 +124,7 @@ class _Storm:
     folder: Path
     seed: int
     say: Callable[[str], None]
+    script: Path
     stop: threading.Event = field(default_factory=threading.Event)
     seconds: Dict[int, float] = field(default_factory=dict)
 
@@ -146,9 +169,8 @@ class _Storm:
     def _kill_and_resume(self, job: KillJob, place: Path) -> Tuple[List[str], List[str]]:
         rng = random.Random(f"{self.seed}/{job.id}")
         kills: List[str] = []
-        # A moment that had passed before it was seen is made up for by a random one, for as long as there is time left.
-        for name, whole_group in zip(job.moments, job.whole_group):
-            with self._start(place, job, resume=bool(kills)) as training:
+        for number, (name, whole_group) in enumerate(zip(job.moments, job.whole_group)):
+            with self._start(place, job, resume=number > 0) as training:
                 moment = Moment(name, rng, self.seconds[job.processes])
                 watch = Watch(place / "output", training.text_file)
                 while not training.has_ended and not moment.has_come(watch):
@@ -202,6 +224,7 @@ class _Storm:
             record=place / f"{name}.jsonl",
             datasets=[self.baseline.dataset],
             text_file=place / f"{name}.txt",
+            script=self.script,
         )
 
     def _status(self, training: Training) -> int:

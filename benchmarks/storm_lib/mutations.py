@@ -83,9 +83,15 @@ class Worker:
 
 
 def run_mutations(
-    baseline: Baseline, folder: Path, seed: int, cases: Sequence[Case], at_once: int, say: Callable[[str], None]
-) -> List[Result]:
-    """Runs the cases, ``at_once`` of them at a time. Folders of cases that failed are kept."""
+    baseline: Baseline,
+    folder: Path,
+    seed: int,
+    cases: Sequence[Case],
+    at_once: int,
+    say: Callable[[str], None],
+    results: List[Result],
+) -> None:
+    """Runs the cases, ``at_once`` of them at a time, and adds to ``results``. Folders of failed cases are kept."""
     stop = threading.Event()
     with contextlib.ExitStack() as stack:
         workers: "queue.Queue[Worker]" = queue.Queue()
@@ -107,17 +113,18 @@ def run_mutations(
         pool = ThreadPoolExecutor(at_once)
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         stack.callback(stop.set)
-        results = []
-        for result in pool.map(run, cases):
+        for number, result in enumerate(pool.map(run, cases), 1):
             results.append(result)
-            if len(results) % 25 == 0:
-                say(f"{len(results)} of {len(cases)} mutated files")
-        return results
+            if number % 25 == 0:
+                say(f"{number} of {len(cases)} mutated files")
 
 
 def _run_case(worker: Worker, baseline: Baseline, folder: Path, seed: int, case: Case) -> Result:
     shutil.rmtree(folder, ignore_errors=True)
-    command, marker = make_command(case, baseline, folder, seed)
+    try:
+        command, marker = make_command(case, baseline, folder, seed)
+    except Exception as error:  # one kind that cannot be made does not end the storm
+        return Result(case.id, case.kind, "FAILED", f"the storm could not make its file: {error!r}")
     outcome = worker.run(command, folder)
     verdict, reason = judge(command, outcome, folder, marker)
     if verdict != "FAILED":

@@ -24,7 +24,7 @@ class Result:
         reason: why it failed; "" otherwise.
         seconds: that it took.
         kills: that were done.
-        peak_mib: memory of a mutation's process beyond what it began with.
+        peak_mib: memory of a mutation's process, its libraries included.
     """
 
     id: str
