@@ -25,13 +25,13 @@ from storm_lib.results import Result, figures_text, kinds_table, write_block  # 
 
 sys.path.remove(str(ROOT / "benchmarks"))
 
-# So much memory, in MiB, and so many seconds has a command of these tests.
-MEMORY_MIB, SECONDS = 2048, 8.0
+# So many seconds has a command of these tests.
+SECONDS = 8.0
 
 
 @pytest.fixture(scope="module")
 def worker():
-    with Worker(MEMORY_MIB, SECONDS) as started:
+    with Worker(SECONDS) as started:
         yield started
 
 

@@ -35,6 +35,7 @@ class Command:
         must: "refuse", "handle", or "either".
         record: a JSON file that has to be there and whole where the command ends with status 0, or with 1 and a record.
         record_names: texts that the record has to hold.
+        memory_mib: address space that it may take beyond what its process has already.
         datasets: (name, annotations, images) of COCO data sets to register.
         voc: (name, folder, split) of Pascal VOC data sets to register, with the digits' classes.
     """
@@ -45,6 +46,7 @@ class Command:
     must: str = "either"
     record: str = ""
     record_names: List[str] = field(default_factory=list)
+    memory_mib: int = 3072
     datasets: List[Sequence[str]] = field(default_factory=list)
     voc: List[Sequence[str]] = field(default_factory=list)
 

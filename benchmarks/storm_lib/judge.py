@@ -12,8 +12,11 @@ __all__ = ["Outcome", "judge"]
 
 # A message may list the first of many faults; a flood is none.
 _MAX_LINES = 60
+_SHOWN_NAMES = 3
 # Lines of loggers ("[11/25 21:00:55 d2.engine]: ..." and "WARNING ..."), of warnings, and of progress bars.
-_LOG = re.compile(r"^(\x1b\[[0-9;]*m)*(\[\d\d/\d\d \d\d:\d\d:\d\d|[WIE]\d{4} \d\d:|WARNING |INFO |.*Warning: |\s+warnings\.warn)")
+_LOG = re.compile(
+    r"^(\x1b\[[0-9;]*m)*(\[\d\d/\d\d \d\d:\d\d:\d\d|[WIE]\d{4} \d\d:|WARNING |INFO |.*Warning: |\s+warnings\.warn)"
+)
 
 
 @dataclass
@@ -97,7 +100,7 @@ def _message_fault(command: Command, outcome: Outcome, stderr: str) -> Optional[
         return f"a message of {len(message)} lines"
     text = "\n".join(message)
     if not any(name in text for name in command.names):
-        return f"the message names none of {command.names}: {_last(stderr)}"
+        return f"the message names none of {command.names[:_SHOWN_NAMES]}: {_last(stderr)}"
     return None
 
 
@@ -106,5 +109,6 @@ def _read(path: Path) -> str:
 
 
 def _last(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    """The last line that says something."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not _LOG.match(line)]
     return lines[-1][:300] if lines else "no message"

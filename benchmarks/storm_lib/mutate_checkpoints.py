@@ -161,7 +161,9 @@ def _register_huge(name: str, opcodes: bytes) -> None:
     def huge(scene: Scene) -> Command:
         path = scene.folder / "mutated.pkl"
         path.write_bytes(b"\x80\x04" + opcodes + b".")
-        return scene.evaluate(path, must="refuse")
+        command = scene.evaluate(path, must="refuse")
+        command.memory_mib = 1024
+        return command
 
 
 for _name, _opcodes in _HUGE.items():
@@ -188,14 +190,18 @@ def _rewrite(source: Path, target: Path, replaced: Dict[str, bytes], bomb: str =
 def _bomb_of_data(scene: Scene) -> Command:
     path = scene.folder / "mutated.pth"
     _rewrite(scene.baseline.weights, path, {}, bomb="data/0")
-    return scene.evaluate(path)
+    command = scene.evaluate(path)
+    command.memory_mib = 2048
+    return command
 
 
 @mutation("checkpoint: .pth with a zip bomb for its pickle")
 def _bomb_of_pickle(scene: Scene) -> Command:
     path = scene.folder / "mutated.pth"
     _rewrite(scene.baseline.weights, path, {}, bomb="data.pkl")
-    return scene.evaluate(path, must="refuse")
+    command = scene.evaluate(path, must="refuse")
+    command.memory_mib = 2048
+    return command
 
 
 _FILES = {

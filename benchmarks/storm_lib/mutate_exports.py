@@ -188,7 +188,7 @@ def _register_form(name: str, file: str, content: bytes, must: str) -> None:
 _register_form(
     "YAML that runs code", "config.yaml", b'SEED: !!python/object/apply:os.system ["touch MARKER"]', "refuse"
 )
-_register_form("weights of no byte", "model.pth", b"", "refuse")
+_register_form("weights of no byte", "model.pth", b"", "either")  # config.yaml may name others
 _register_form("labels of no byte", "labels.json", b"", "either")
 _register_form("labels of noise", "labels.json", bytes(range(256)), "either")
 _register_form("labels nested 100,000 times", "labels.json", b"[" * 100_000, "either")

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import struct
 import zlib
 from pathlib import Path
@@ -64,23 +63,28 @@ for _how in ("truncated", "bit flips", "noise"):
     _register_damage(_how)
 
 
+def _is_readable(path: Path) -> bool:
+    try:
+        return path.is_file() or path.is_fifo() or path.is_char_device()
+    except OSError:  # a loop of links
+        return False
+
+
 def _register_image(name: str, file: str, write: Callable[[Path], Any]) -> None:
     @mutation(f"image: {name}")
     def image(scene: Scene) -> Command:
         path = scene.folder / "input" / file
         path.parent.mkdir()
         write(path)
-        return _job(scene, path)
+        command = _job(scene, path)
+        if not _is_readable(path):
+            # An argument that is no file may also be refused by name, before the job begins.
+            command.must, command.names = "either", [str(path)]
+        return command
 
 
 def _saved(mode: str, size: Any, **options: Any) -> Callable[[Path], None]:
     return lambda path: Image.new(mode, size).save(path, **options)
-
-
-def _socket(path: Path) -> None:
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(str(path))
-    server.close()
 
 
 for _name, _file, _write in (

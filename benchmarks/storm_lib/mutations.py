@@ -32,14 +32,13 @@ from storm_lib.results import Result
 
 __all__ = ["Worker", "run_mutations"]
 
-MEMORY_MIB = 3072
 SECONDS = 90.0
 
 
 class Worker:
     """A forking process; leaving the block ends it and the command it runs."""
 
-    def __init__(self, memory_mib: int = MEMORY_MIB, seconds: float = SECONDS):
+    def __init__(self, seconds: float = SECONDS):
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")]),
@@ -47,7 +46,7 @@ class Worker:
         }
         script = Path(__file__).resolve().parent / "worker.py"
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script), str(memory_mib), str(seconds)],
+            [sys.executable, "-W", "ignore", str(script), str(seconds)],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -1,5 +1,5 @@
 """
-A process that has imported everything and forks a child for each command: ``python worker.py MEMORY_MIB SECONDS``.
+A process that has imported everything and forks a child for each command: ``python worker.py SECONDS``.
 
 It reads one JSON per line: the fields of a :class:`storm_lib.cases.Command` and the folder of the case. It answers with
 one JSON per line: :class:`storm_lib.judge.Outcome`. A child's stdout and stderr go to files in the folder.
@@ -22,13 +22,13 @@ _ROOT = Path(__file__).resolve().parents[2]
 _children = []
 
 
-def main(memory_mib: int, seconds: float) -> None:
+def main(seconds: float) -> None:
     _import_everything()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     print(json.dumps({"ready": os.getpid()}), flush=True)
     for line in sys.stdin:
-        print(json.dumps(_run(json.loads(line), memory_mib, seconds)), flush=True)
+        print(json.dumps(_run(json.loads(line), seconds)), flush=True)
 
 
 def _import_everything() -> None:
@@ -61,11 +61,11 @@ def _kill(child: int) -> None:
         os.kill(child, signal.SIGKILL)
 
 
-def _run(command: Dict[str, Any], memory_mib: int, seconds: float) -> Dict[str, Any]:
+def _run(command: Dict[str, Any], seconds: float) -> Dict[str, Any]:
     began = time.monotonic()
     child = os.fork()
     if child == 0:
-        _become(command, memory_mib)
+        _become(command)
     _children[:] = [child]
     timed_out = False
     while True:
@@ -89,7 +89,7 @@ def _run(command: Dict[str, Any], memory_mib: int, seconds: float) -> Dict[str, 
     }
 
 
-def _become(command: Dict[str, Any], memory_mib: int) -> None:
+def _become(command: Dict[str, Any]) -> None:
     """The child: runs the command as the interpreter would, and never returns."""
     status = 70
     try:
@@ -101,7 +101,7 @@ def _become(command: Dict[str, Any], memory_mib: int) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for name, number in (("stdout", 1), ("stderr", 2)):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
-        _limit_memory(memory_mib)
+        _limit_memory(command["memory_mib"])
         status = _status_of(command)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -152,4 +152,4 @@ def _register(command: Dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]))
+    main(float(sys.argv[1]))
