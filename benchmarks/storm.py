@@ -33,6 +33,7 @@ from storm_lib.results import Result, figures_text, kinds_table, to_json, write_
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "reliability.md"
 PARTS = ("kills", "mutations")
+_KILLS, _MUTATIONS = 24, 500
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -73,8 +74,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1, help="of everything random (default: %(default)s)")
-    parser.add_argument("--kills", type=int, default=24, metavar="N", help="default: %(default)s")
-    parser.add_argument("--mutations", type=int, default=500, metavar="N", help="default: %(default)s")
+    parser.add_argument("--kills", type=int, default=_KILLS, metavar="N", help="default: %(default)s")
+    parser.add_argument("--mutations", type=int, default=_MUTATIONS, metavar="N", help="default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="leave out the other part")
     parser.add_argument("--case", default="", metavar="ID", help="repeat this case alone, and keep its files")
     parser.add_argument("--at-once", type=int, default=2, metavar="N", help="cases at a time (default: %(default)s)")
@@ -102,7 +103,8 @@ def _run(args: argparse.Namespace, folder: Path, results: List[Result]) -> None:
 
 
 def _command(args: argparse.Namespace) -> str:
-    return f"OMP_NUM_THREADS=1 python benchmarks/storm.py --seed {args.seed}"
+    kills = f" --kills {args.kills}" if args.kills != _KILLS else ""
+    return f"OMP_NUM_THREADS=1 python benchmarks/storm.py --seed {args.seed}{kills}"
 
 
 def _versions():

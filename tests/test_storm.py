@@ -307,15 +307,8 @@ class TestResults:
 
 def start(folder, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        str(ROOT / "benchmarks" / "storm.py"),
-        "--output",
-        str(folder),
-        *arguments,
-    ]
+    script = str(ROOT / "benchmarks" / "storm.py")
+    command = [sys.executable, "-W", "ignore", script, "--output", str(folder), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
 

@@ -51,7 +51,7 @@ class KillJob:
 
     @property
     def id(self) -> str:
-        return f"kill-{self.number}"
+        return f"second-writer-{self.processes}" if self.has_second_writer else f"kill-{self.number}"
 
     @property
     def kind(self) -> str:

@@ -60,7 +60,7 @@ for _name, _change, _must in (
     ("bool", lambda tensor: tensor > 0, "refuse"),
     ("complex numbers", lambda tensor: tensor.to(torch.complex64), "refuse"),
     ("float16", lambda tensor: tensor.half(), "either"),
-    ("another shape", lambda tensor: tensor.flatten(), "refuse"),
+    ("another shape", lambda tensor: tensor[None], "refuse"),
 ):
     _register_values(_name, _change, _must)
 
