@@ -27,8 +27,8 @@ class Watch:
         return time.monotonic() - self._began
 
     def is_writing(self) -> bool:
-        """A file with a temporary name is there."""
-        return any("partial" in name or "tmp" in name for name in self._names())
+        """A checkpoint, or its tag, has a temporary name."""
+        return any(".part" in name and ("pth" in name or "checkpoint" in name) for name in self._names())
 
     def has_new_tag(self) -> bool:
         return self._content("last_checkpoint") not in (self._tag, b"")
