@@ -2,7 +2,7 @@
 """
 A seeded storm: kills trainings and resumes them, and gives damaged and hostile files to every command.
 
-    OMP_NUM_THREADS=1 python benchmarks/storm.py [--seed 1] [--kills 24] [--mutations 400] [--only kills mutations]
+    OMP_NUM_THREADS=1 python benchmarks/storm.py [--seed 1] [--kills 24] [--mutations 500] [--only kills mutations]
     OMP_NUM_THREADS=1 python benchmarks/storm.py --seed 1 --case ID
 
 A training that was killed is resumed to its end; losses, metrics and weights must be those of an uninterrupted one. A
@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kills", type=int, default=_KILLS, metavar="N", help="default: %(default)s")
     parser.add_argument("--mutations", type=int, default=_MUTATIONS, metavar="N", help="default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="leave out the other part")
+    parser.add_argument("--kinds", nargs="+", default=[], metavar="TEXT", help="mutations whose kind begins so, alone")
     parser.add_argument("--case", default="", metavar="ID", help="repeat this case alone, and keep its files")
     parser.add_argument("--at-once", type=int, default=2, metavar="N", help="cases at a time (default: %(default)s)")
     parser.add_argument("--output", default="", metavar="DIR", help="a new folder to work in (default: temporary)")
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace, folder: Path, results: List[Result]) -> None:
     jobs = plan_jobs(args.seed, args.kills) if "kills" in args.only else []
     cases = plan_cases(args.mutations, args.seed) if "mutations" in args.only else []
+    cases = [each for each in cases if not args.kinds or each.kind.startswith(tuple(args.kinds))]
     if args.case:
         jobs = [each for each in plan_jobs(args.seed, args.kills) if each.id == args.case]
         cases = find_cases(args.case)
