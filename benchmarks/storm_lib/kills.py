@@ -24,6 +24,7 @@ PERIODS = ("SOLVER.CHECKPOINT_PERIOD", 5, "TEST.EVAL_PERIOD", 15, "SOLVER.MAX_IT
 # (data-loader workers, processes)
 _SHAPES = ((0, 1), (2, 1), (0, 2), (2, 2))
 _KILLS_PER_JOB = 3
+_SHOWN = 3
 # A training, and the end of what a kill of the main process leaves.
 _SECONDS, _SECONDS_TO_GO, _SECONDS_TO_REFUSE = 400.0, 30.0, 90.0
 
@@ -154,13 +155,14 @@ class _Storm:
                 reference / "output", reference / "steps.jsonl", place / "output", place / "steps.jsonl"
             )
         detail = ", ".join(kills) or "the first training goes on"
-        self.say(f"{job.id} ({job.kind}; {detail}): {'; '.join(problems) if problems else 'equal'}")
+        outcome = "FAILED" if problems else "refused" if job.has_second_writer else "equal"
+        self.say(f"{job.id} ({job.kind}; {detail}): {'; '.join(problems) or outcome}")
         if not problems:
             shutil.rmtree(place)
         return Result(
             job.id,
             job.kind,
-            "FAILED" if problems else "equal" if kills else "refused",
+            outcome,
             "; ".join(problems),
             time.monotonic() - began,
             kills=len(kills),
@@ -187,7 +189,9 @@ class _Storm:
                 kills.append(f"{name} ({'group' if whole_group else 'main process'})")
                 left = wait_until_gone(training.mark, _SECONDS_TO_GO)
                 if left:
-                    return kills, [f"{_SECONDS_TO_GO:.0f} s after the kill at '{name}' still run: {left}"]
+                    return kills, [
+                        f"{_SECONDS_TO_GO:.0f} s after the kill at '{name}' still run {len(left)} processes: {left[:_SHOWN]}"
+                    ]
         with self._start(place, job, resume=True) as training:
             status = self._status(training)
             if status != 0:

@@ -83,7 +83,7 @@ _CHANGES = {
     "a box that is null": (_one("bbox", None), "refuse"),
     "a box of NaN": (_one("bbox", [float("nan")] * 4), "refuse"),
     "a box of infinity": (_one("bbox", [0.0, 0.0, float("inf"), 9.0]), "refuse"),
-    "a box of text": (_one("bbox", ["1", "2", "3", "4"]), "refuse"),
+    "a box of text": (_one("bbox", ["1", "2", "3", "4"]), "either"),
     "a box of three numbers": (_one("bbox", [1.0, 2.0, 3.0]), "refuse"),
     "a box that is a dict": (_one("bbox", {"x": 1}), "refuse"),
     "a box of negative size": (_one("bbox", [50.0, 50.0, -20.0, -20.0]), "either"),
@@ -95,7 +95,7 @@ _CHANGES = {
     "an annotation without iscrowd": (_without("annotations", "iscrowd"), "either"),
     "an annotation without area": (_without("annotations", "area"), "either"),
     "an unknown category": (_one("category_id", 999), "refuse"),
-    "a category that is text": (_one("category_id", "1"), "refuse"),
+    "a category that is text": (_one("category_id", "1"), "either"),
     "an unknown image": (_one("image_id", 999_999), "either"),
     "two exports joined, image ids twice": (_merged, "refuse"),
     "an image twice": (_repeated("images"), "refuse"),
@@ -109,8 +109,8 @@ _CHANGES = {
     "no info": (lambda scene, content: content.pop("info", None), "handle"),
     "nothing but crowds": (_every("annotations", lambda each: each.update(iscrowd=1)), "refuse"),
     "a size that is not the image's": (_image("width", 77), "refuse"),
-    "a size of 0": (_image("height", 0), "refuse"),
-    "a size that is text": (_image("height", "128"), "refuse"),
+    "a size of 0": (_image("height", 0), "either"),
+    "a size that is text": (_image("height", "128"), "either"),
     "an image file that is not there": (_image("file_name", "nowhere.jpg"), "refuse"),
     "file names with backslashes": (
         _every("images", lambda each: each.update(file_name="sub\\" + each["file_name"])), "refuse"
