@@ -182,7 +182,7 @@ class TestKills:
             ("rows", "metrics.json has no row of iteration 39"),
             ("weights", "model_final.pth differs from the uninterrupted one in 1 entries: ['/model/weight']"),
             ("status", "--resume ended with status 1: ValueError: no way back"),
-            ("orphan", "1 s after the kill at 'after a checkpoint's tag' still run"),
+            ("orphan", "1 s after the kill at 'after a checkpoint's tag' 1 processes still run"),
         ],
     )
     def test_what_fails(self, fake_storm, wrong, reason):

@@ -189,9 +189,8 @@ class _Storm:
                 kills.append(f"{name} ({'group' if whole_group else 'main process'})")
                 left = wait_until_gone(training.mark, _SECONDS_TO_GO)
                 if left:
-                    return kills, [
-                        f"{_SECONDS_TO_GO:.0f} s after the kill at '{name}' still run {len(left)} processes: {left[:_SHOWN]}"
-                    ]
+                    late = f"{_SECONDS_TO_GO:.0f} s after the kill at '{name}'"
+                    return kills, [f"{late} {len(left)} processes still run: {left[:_SHOWN]}"]
         with self._start(place, job, resume=True) as training:
             status = self._status(training)
             if status != 0:
