@@ -13,13 +13,13 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 from urllib.parse import urlparse
 
 import torch
-import yaml
 from detectron2.config import CfgNode
 from torch import nn
 
 from qmimic_d2.checkpoint import SafeCheckpointer, check_resumed_state, tensors_in
 from qmimic_d2.checkpoint_reader import local_path, read_mapping, subject
 from qmimic_d2.folder_lock import alone_in
+from qmimic_d2.yaml_file import read_yaml
 
 __all__ = [
     "apply_solver",
@@ -76,10 +76,9 @@ def saved_config(folder: str) -> Optional[Mapping[str, Any]]:
     if not os.path.isfile(path):
         return None
     try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise damaged_config(folder, type(error).__name__) from error
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise damaged_config(folder, type(error.__cause__ or error).__name__) from error
     if not isinstance(content, dict):
         raise damaged_config(folder, f"{os.path.getsize(path)} bytes without any key")
     return content
