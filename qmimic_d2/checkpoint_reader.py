@@ -116,6 +116,9 @@ def flat_state(entries: Any, path: str, key: str) -> Dict[str, Tensor]:
     """Arrays become tensors, and a common prefix "module." goes; an entry of another kind is an error."""
     state: Dict[str, Tensor] = OrderedDict()
     others = []
+    if not isinstance(entries, Mapping):
+        others.append(f"the whole entry: {type(entries).__name__}")
+        entries = {}
     for name, value in entries.items():
         if isinstance(value, (np.ndarray, np.generic)):
             with suppress(TypeError):  # torch has not every dtype of numpy; listed below

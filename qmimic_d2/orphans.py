@@ -9,7 +9,7 @@ import sys
 import threading
 from typing import Any, Callable, Optional, Sequence
 
-__all__ = ["die_with_parent", "start_tied"]
+__all__ = ["die_with_parent", "start_tied", "tie_worker"]
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -44,6 +44,15 @@ def die_with_parent() -> None:
     request = _request_of_the_kernel(parent.pid)
     if request is not None:
         request()
+
+
+def tie_worker(worker_id: int) -> None:
+    """
+    As ``worker_init_fn`` of a data loader: the worker ends with the process that started it.
+
+    PyTorch's own watchdog asks for its parent too late where that one is killed while the worker is still importing.
+    """
+    die_with_parent()
 
 
 def start_tied(command: Sequence[str], **options: Any) -> subprocess.Popen:

@@ -12,6 +12,7 @@ import torch
 from detectron2.utils.file_io import PathHandler, PathManager
 from torch import nn
 
+from qmimic_d2.checkpoint import SafeCheckpointer
 from qmimic_d2.checkpoint_reader import UnsafeCheckpointError, read_checkpoint
 
 KEY = "MODEL.QMIMIC.TEACHER.WEIGHTS"
@@ -331,3 +332,15 @@ def test_long_lists_are_cut(tmp_path):
         read_checkpoint(str(tmp_path / "model.pth"))
     assert "entry19" in str(error.value) and "entry20" not in str(error.value)
     assert "and 5 more" in str(error.value)
+
+
+@pytest.mark.parametrize("model", [None, "weights", 3, [1.0]])
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_a_model_entry_that_is_no_dict(tmp_path, model, suffix):
+    path = tmp_path / f"model{suffix}"
+    save = torch.save if suffix == ".pth" else (lambda content, target: target.write_bytes(pickle.dumps(content)))
+    save({"model": model, "iteration": 3}, path)
+    for read in (read_checkpoint, SafeCheckpointer(nn.Linear(2, 2)).load):
+        with pytest.raises(ValueError, match="is no flat dict of names and tensors") as refused:
+            read(str(path))
+        assert str(path) in str(refused.value)

@@ -5,9 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from tiny_training import ROOT
+from tiny_training import ROOT, registered_data, training_cfg
 
 from qmimic_d2 import orphans
+from qmimic_d2.analysis.calibration import build_calibration_loader
+from qmimic_d2.engine.average_precision import APEvaluation
+from qmimic_d2.engine.trainer import Trainer
 
 SLEEP = "print('started', flush=True); import time; time.sleep(600)"
 
@@ -61,3 +64,14 @@ def test_a_tied_command_that_ends_is_any_other():
 
 def test_a_process_of_its_own_lives_on():
     orphans.die_with_parent()  # multiprocessing did not start it
+
+
+def test_workers_of_every_loader_end_with_the_process_that_started_them(tmp_path):
+    with registered_data(tmp_path) as name:
+        cfg = training_cfg(tmp_path, name, evaluate=True)
+        loaders = [
+            Trainer.build_test_loader(cfg, name),
+            APEvaluation(cfg, name)._loader,
+            build_calibration_loader(cfg, [name], 1)[0],
+        ]
+    assert [each.worker_init_fn for each in loaders] == [orphans.tie_worker] * 3

@@ -111,3 +111,12 @@ def test_a_name_that_the_run_needs_is_taken(tmp_path, name, make):
     with pytest.raises(ValueError) as refused:
         check_output_dir(str(tmp_path))
     assert "OUTPUT_DIR" in str(refused.value) and str(tmp_path / name) in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31mred", "two\nlines", "\x07"])
+def test_characters_that_act_on_a_terminal(tmp_path, name):
+    path = str(tmp_path / name)
+    with pytest.raises(ValueError) as refused:
+        check_output_dir(path)
+    assert str(refused.value).startswith(f"OUTPUT_DIR is {path!r}") and str(refused.value).isprintable()
+    assert list(tmp_path.iterdir()) == []

@@ -27,6 +27,7 @@ from qmimic_d2.data.loading import load_dataset_dicts
 from qmimic_d2.data.mapper import FileNamingMapper, ImageMapper
 from qmimic_d2.modeling.quantizer import Quantizer
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer, attached_quantizer, check_features
+from qmimic_d2.orphans import tie_worker
 
 __all__ = [
     "LEAST_AP",
@@ -86,6 +87,7 @@ def build_calibration_loader(
         mapper=FileNamingMapper(ImageMapper(cfg, is_train=False)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
+    loader.worker_init_fn = tie_worker
     return loader, len(dicts)
 
 

@@ -15,6 +15,7 @@ from qmimic_d2.data.loading import load_dataset_dicts
 from qmimic_d2.data.mapper import FileNamingMapper, ImageMapper
 from qmimic_d2.engine.data_checks import check_evaluated_classes
 from qmimic_d2.engine.trainer import build_evaluator
+from qmimic_d2.orphans import tie_worker
 
 __all__ = ["APEvaluation"]
 
@@ -70,6 +71,7 @@ class APEvaluation:
             mapper=FileNamingMapper(mapper or ImageMapper(cfg, is_train=False)),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
+        self._loader.worker_init_fn = tie_worker
 
     @property
     def is_subset(self) -> bool:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from qmimic_d2.data.loading import load_dataset_dicts
 from qmimic_d2.data.mapper import FileNamingMapper, ImageMapper
 from qmimic_d2.engine.randomness import mixed_seed, own_randomness
+from qmimic_d2.orphans import tie_worker
 
 __all__ = ["SAMPLERS", "ResumableSampler", "build_resumable_train_loader", "resumable_sampler"]
 
@@ -148,6 +149,7 @@ def _outlive_signals(worker_id: int) -> None:
 
     Without its data the step under way could not be finished, and no checkpoint would be saved.
     """
+    tie_worker(worker_id)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The training process ends a worker that hangs by SIGTERM, so that one may not be ignored for good.
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_WORKER_GRACE_SECONDS))

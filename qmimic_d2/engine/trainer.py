@@ -43,6 +43,7 @@ from qmimic_d2.engine.resuming import apply_solver, check_trainer_state, current
 from qmimic_d2.evaluation import PascalVOCEvaluator, WiderFaceEvaluator
 from qmimic_d2.json_file import write_json
 from qmimic_d2.modeling.backbone.imagenet_names import converted_imagenet_weights
+from qmimic_d2.orphans import tie_worker
 
 __all__ = ["Trainer", "build_checkpointer", "build_evaluator", "load_evaluated_weights"]
 
@@ -276,7 +277,9 @@ class Trainer(DefaultTrainer):
         """As :meth:`DefaultTrainer.build_test_loader`, with repaired data; an image that cannot be read is named."""
         mapper = FileNamingMapper(ImageMapper(cfg, is_train=False))
         with repaired([dataset_name]):
-            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+            loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        loader.worker_init_fn = tie_worker
+        return loader
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

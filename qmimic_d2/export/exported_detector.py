@@ -7,7 +7,7 @@ from typing import Any, List, Sequence
 import numpy as np
 
 from qmimic_d2.export.description import ModelDescription
-from qmimic_d2.export.preprocessing import Detections, InputSpec
+from qmimic_d2.export.preprocessing import NOT_FINITE, Detections, InputSpec
 from qmimic_d2.image_file import as_bgr_image
 
 __all__ = ["ExportedDetector", "one_line"]
@@ -69,7 +69,7 @@ class ExportedDetector(abc.ABC):
             Detections in pixels of the image, by falling score.
 
         Raises:
-            ValueError: another shape or dtype; the network cannot run, or gives what is no detection.
+            ValueError: another shape or dtype; the network cannot run, or gives what is no detection; names the file.
         """
         pixels, placement = self.input_spec.prepare(as_bgr_image(image))
         return placement.restore(*self._checked(self._outputs(pixels)))
@@ -87,6 +87,8 @@ class ExportedDetector(abc.ABC):
         if shapes != [(count, 4), (count,), (count,)]:
             raise ValueError(f"{self._path!r} gives outputs of shapes {shapes}, not boxes, scores and classes")
         boxes, scores, classes = outputs
+        if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+            raise ValueError(f"{self._path!r}: {NOT_FINITE}")
         known = len(self.description.classes)
         if count and not (0 <= classes.min() and classes.max() < known):
             raise ValueError(
