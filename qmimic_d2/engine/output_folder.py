@@ -33,8 +33,8 @@ def check_output_dir(output_dir: str) -> None:
         raise ValueError(f"OUTPUT_DIR is {output_dir!r}; name a folder to write to")
     if not output_dir.isprintable():
         raise ValueError(
-            f"OUTPUT_DIR is {output_dir!r}, which holds characters that no terminal shows, such as a null or an escape; "
-            "leave them out"
+            f"OUTPUT_DIR is {output_dir!r}, which holds characters that no terminal shows, such as a null or an "
+            "escape; leave them out"
         )
     if "://" in output_dir:
         raise ValueError(f"OUTPUT_DIR is {output_dir!r}, which is an address; name a folder of this machine")
