@@ -27,9 +27,14 @@ def alone_in(folder: str) -> Iterator[None]:
     """
     Holds the folder's lock while the block runs.
 
+    A folder that this process holds until its end is its own: nothing is locked again.
+
     Raises:
         FolderInUseError: another process, or another block of this one, holds it; names the process.
     """
+    if os.path.realpath(folder) in _held:
+        yield
+        return
     file = _locked(folder)
     try:
         yield

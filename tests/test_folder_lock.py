@@ -37,6 +37,11 @@ def test_a_process_may_hold_it_twice(tmp_path, monkeypatch):
     hold_folder(str(folder))
     monkeypatch.chdir(tmp_path)
     hold_folder(os.path.join("a", "b"))
+    with alone_in(str(folder)):  # a second run of the same process
+        pass
+    with pytest.raises(FolderInUseError), alone_in(str(tmp_path)):
+        with alone_in(str(tmp_path)):
+            pass
 
 
 def test_a_killed_holder_lets_go_though_a_forked_child_lives(tmp_path):

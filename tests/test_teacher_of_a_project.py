@@ -123,8 +123,7 @@ def test_a_lazy_config_takes_no_function(tmp_path, project):
         load_teacher_config(tiny_cfg(CONFIG_FILE, str(tmp_path / "lazy.py"), ADD_CONFIG, "a_project:add_keys"))
 
 
-def test_a_run_with_it_repeats_itself(teacher, project, tmp_path, monkeypatch):
-    monkeypatch.setattr("qmimic_d2.engine.setup.default_setup", lambda cfg, args: None)
+def test_a_run_with_it_repeats_itself(teacher, project, tmp_path):
     options = with_text(teacher, "MODEL: {BACKBONE: {NAME: build_project_backbone}}\n")
     cfg = tiny_cfg(*options, ADD_CONFIG, "a_project:add_keys", "OUTPUT_DIR", str(tmp_path / "output"))
     (tmp_path / "output").mkdir()
