@@ -26,7 +26,8 @@ _SHAPES = ((0, 1), (2, 1), (0, 2), (2, 2))
 _KILLS_PER_JOB = 3
 _SHOWN = 3
 # A training, and the end of what a kill of the main process leaves.
-_SECONDS, _SECONDS_TO_GO, _SECONDS_TO_REFUSE = 400.0, 30.0, 90.0
+# A data-loader worker that is just starting ends when its imports are done: half a minute on a busy machine.
+_SECONDS, _SECONDS_TO_GO, _SECONDS_TO_REFUSE = 400.0, 90.0, 90.0
 
 
 @dataclass(frozen=True)
