@@ -11,8 +11,8 @@ from typing import Any, Dict, List
 
 import numpy as np
 
+from miniature_lib.painting import PaintedImage, covered_share, paint_images, publish
 from qmimic_d2.data.digits_render import DigitsSpec
-from qmimic_d2.data.miniature import PaintedImage, covered_share, paint_images, publish
 from qmimic_d2.data.wider_face import FOLDER, GROUND_TRUTH
 from qmimic_d2.data.wider_face_annotations import ATTRIBUTES, WiderFaceRecord, format_annotations
 
