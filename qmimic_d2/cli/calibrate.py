@@ -29,12 +29,12 @@ from qmimic_d2.engine.average_precision import APEvaluation
 from qmimic_d2.json_file import check_writable, write_json
 from qmimic_d2.modeling import QUANTIZER_REGISTRY, build_quantizer
 from qmimic_d2.modeling.head_features import head_features
-from qmimic_d2.modeling.quantizer import Quantizer
+from qmimic_d2.modeling.quantizer import CodeQuantizer
 from qmimic_d2.modeling.quantizer_hook import check_features
 from qmimic_d2.near_names import near_names
 
-# Every registered dictionary; a clamp rounds to no codes, so there is nothing to calibrate.
-QUANTIZERS = [name[: -len("Quantizer")] for name, _ in QUANTIZER_REGISTRY if name != "ClampQuantizer"]
+# Every registered dictionary. A clamp has no codes to calibrate.
+QUANTIZERS = [name[: -len("Quantizer")] for name, kind in QUANTIZER_REGISTRY if issubclass(kind, CodeQuantizer)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,7 +169,7 @@ def _check_registered(names: Sequence[str], flag: str) -> None:
             )
 
 
-def _quantizer(args: argparse.Namespace, cfg: CfgNode, stride: float) -> Quantizer:
+def _quantizer(args: argparse.Namespace, cfg: CfgNode, stride: float) -> CodeQuantizer:
     cfg = cfg.clone()
     cfg.defrost()
     node = cfg.MODEL.QMIMIC.QUANTIZER
@@ -197,7 +197,7 @@ def _evaluate(
     evaluation: APEvaluation,
     model: nn.Module,
     features: Sequence[str],
-    quantizers: Sequence[Quantizer],
+    quantizers: Sequence[CodeQuantizer],
     report: Dict[str, Any],
 ) -> None:
     """Completes the report by the AP in full precision and with each of the quantizers."""
