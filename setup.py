@@ -15,6 +15,7 @@ INSTALL_REQUIRES = [
     "torchvision>=0.16",
     "numpy",
     "opencv-python",
+    "Pillow>=7.1",
     "pycocotools",
     "fvcore",
     "iopath",

@@ -29,7 +29,12 @@ from typing import BinaryIO, Set, Tuple, Union
 
 import numpy as np
 
-__all__ = ["UnusableImageError", "as_bgr_image", "image_size", "open_image", "read_bgr_image"]
+try:
+    from PIL import Image
+except ImportError as error:
+    raise ImportError("images are read and resized by Pillow, which is not installed: pip install Pillow") from error
+
+__all__ = ["Image", "UnusableImageError", "as_bgr_image", "image_size", "open_image", "read_bgr_image"]
 
 _DTYPES = (np.uint8, np.uint16, np.int32, np.float32)
 _EXIF_ORIENTATION = 0x0112
@@ -59,10 +64,6 @@ def as_bgr_image(image: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: another shape or dtype, no pixel, or values that no rule covers.
     """
-    return _as_bgr_image(image, "an array")
-
-
-def _as_bgr_image(image: np.ndarray, name: str) -> np.ndarray:
     is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))
     is_grey = image.ndim == 2 or image.shape[-1] == 1
     dtypes = _DTYPES if is_grey else _DTYPES[:2]
@@ -72,7 +73,7 @@ def _as_bgr_image(image: np.ndarray, name: str) -> np.ndarray:
             f"int32 or float32, not {image.shape} in {image.dtype}"
         )
     if image.dtype != np.uint8:
-        image = _eight_bits(image, name) if is_grey else (image >> 8).astype(np.uint8)
+        image = _eight_bits(image, "an array") if is_grey else (image >> 8).astype(np.uint8)
     if image.ndim == 2:
         image = image[:, :, None]
     if image.shape[2] == 1:
@@ -85,19 +86,12 @@ def read_bgr_image(path: str) -> np.ndarray:
     Reads an image: turned once as its EXIF data or TIFF tags say, three channels, an alpha channel dropped, the first
     frame of several, more than 8 bits scaled as the module says.
 
-    Pillow decodes it, as in training. Where that is not installed, OpenCV does. Its decoders may differ by a grey level
-    here and there, and it has its own ways with CMYK and LAB.
-
     Returns:
         shape (H, W, 3), BGR, uint8.
 
     Raises:
         UnusableImageError: it cannot be opened or decoded, or is too large; says why.
     """
-    try:
-        import PIL  # noqa: F401
-    except ImportError:
-        return _read_with_opencv(path)
     image = open_image(path, path)
     try:
         return np.asarray(image.convert("RGB"))[:, :, ::-1]
@@ -116,8 +110,6 @@ def open_image(source: Union[str, BinaryIO], name: str):
     Raises:
         UnusableImageError: as :func:`read_bgr_image`.
     """
-    from PIL import Image
-
     try:
         with Image.open(source) as image:
             image.load()  # turns a TIFF, in recent versions of Pillow: what is left to be turned is known after it
@@ -134,8 +126,6 @@ def image_size(source: Union[str, BinaryIO]) -> Tuple[int, int]:
     Raises:
         UnusableImageError: the header is no image's, or the image is too large.
     """
-    from PIL import Image
-
     try:
         with Image.open(source) as image:
             size = image.size
@@ -156,8 +146,6 @@ def _orientation(image) -> int:
 
 def _upright(image, header):
     """Turns an image as the EXIF data of ``header`` say; what Detectron2 does."""
-    from PIL import Image
-
     methods = {
         2: Image.FLIP_LEFT_RIGHT,
         3: Image.ROTATE_180,
@@ -214,20 +202,3 @@ def _unusable(error: Exception) -> UnusableImageError:
     if isinstance(error, UnusableImageError):
         return error
     return UnusableImageError(f"it cannot be read: {type(error).__name__}: {error}")
-
-
-def _read_with_opencv(path: str) -> np.ndarray:
-    import cv2
-
-    try:
-        image = cv2.imread(path, cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR)
-    except cv2.error as error:  # more pixels than OpenCV allows
-        raise UnusableImageError(f"it cannot be read: {error}") from error
-    if image is None:
-        raise UnusableImageError("it cannot be read: OpenCV finds no image in it")
-    try:
-        return _as_bgr_image(image, path)
-    except UnusableImageError:
-        raise
-    except ValueError as error:
-        raise UnusableImageError(f"it cannot be read: {error}") from error

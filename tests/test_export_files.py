@@ -272,7 +272,7 @@ print(sorted(each for each in {absent} if each in sys.modules))
 @pytest.mark.parametrize(
     "form, name, absent",
     [
-        ("onnx", "OnnxDetector", ["torch", "torchvision", "detectron2", "fvcore", "PIL", "matplotlib", "onnx"]),
+        ("onnx", "OnnxDetector", ["torch", "torchvision", "detectron2", "fvcore", "matplotlib", "onnx"]),
         ("torchscript", "TorchScriptDetector", ["detectron2", "fvcore", "iopath", "pycocotools", "matplotlib"]),
     ],
 )

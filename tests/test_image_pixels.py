@@ -1,6 +1,4 @@
-"""One image has one set of pixels: in the loaders, the calibration, predict and without Pillow."""
-
-import sys
+"""One image has one set of pixels: in the loaders, the calibration and predict."""
 
 import numpy as np
 import pytest
@@ -30,14 +28,6 @@ def nothing_was_warned_of(monkeypatch):
     monkeypatch.setattr(image_file, "_warned", set())
 
 
-@pytest.fixture
-def without_pillow(monkeypatch):
-    def switch():
-        monkeypatch.setitem(sys.modules, "PIL", None)
-
-    return switch
-
-
 def saved(path, array, orientation=1, mode=None):
     image = Image.fromarray(array)
     image = image.convert(mode) if mode else image
@@ -64,7 +54,7 @@ SCALED = {
 
 
 @pytest.mark.parametrize("kind", SCALED)
-def test_more_bits_than_eight(tmp_path, caplog, kind, without_pillow):
+def test_more_bits_than_eight(tmp_path, caplog, kind):
     dtype, values, pixels, warning = SCALED[kind]
     paths = []
     for number in range(2):
@@ -76,8 +66,6 @@ def test_more_bits_than_eight(tmp_path, caplog, kind, without_pillow):
     assert len(kinds) == (1 if warning else 0), "a kind is warned of once"
     assert all(paths[0] in each for each in kinds)
     assert as_bgr_image(np.array([values], dtype))[0, :, 0].tolist() == pixels
-    without_pillow()
-    assert read_bgr_image(paths[0])[0].tolist() == [[each] * 3 for each in pixels]
 
 
 @pytest.mark.parametrize(
@@ -89,22 +77,17 @@ def test_more_bits_than_eight(tmp_path, caplog, kind, without_pillow):
         (np.float32, np.inf, "NaN"),
     ],
 )
-def test_values_that_no_rule_covers(tmp_path, dtype, value, words, without_pillow):
+def test_values_that_no_rule_covers(tmp_path, dtype, value, words):
     path = saved(tmp_path / "image.tif", np.array([[0, value]], dtype))
     with pytest.raises(UnusableImageError, match=words):
         read_bgr_image(path)
-    without_pillow()
-    with pytest.raises(UnusableImageError, match=words):
-        read_bgr_image(path)
 
 
-def test_colours_of_sixteen_bits_keep_the_upper_eight(tmp_path, without_pillow):
+def test_colours_of_sixteen_bits_keep_the_upper_eight(tmp_path):
     import cv2
 
     path = str(tmp_path / "deep.png")
     cv2.imwrite(path, COLOURS.astype(np.uint16) * 256 + 7)
-    assert (read_bgr_image(path) == COLOURS).all()
-    without_pillow()
     assert (read_bgr_image(path) == COLOURS).all()
 
 

@@ -21,12 +21,12 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from scipy.io import loadmat
 from torch import nn
 
-from qmimic_d2.__main__ import main
+import miniature
+from miniature_lib.painting import PaintedImage, covered_share, paint_images, publish
+from miniature_lib.pascal_voc import make_miniature_voc
+from miniature_lib.wider_face import make_miniature_wider_face
 from qmimic_d2.data import register_wider_face
 from qmimic_d2.data.digits_render import DigitsSpec
-from qmimic_d2.data.miniature import PaintedImage, covered_share, paint_images, publish
-from qmimic_d2.data.miniature_voc import make_miniature_voc
-from qmimic_d2.data.miniature_wider_face import make_miniature_wider_face
 from qmimic_d2.data.wider_face_annotations import ATTRIBUTES, parse_annotations
 from qmimic_d2.engine import build_evaluator
 from qmimic_d2.evaluation import SUBSETS, load_ground_truth
@@ -55,9 +55,10 @@ def catalogs(root, monkeypatch):
 
 def status_of(*arguments):
     try:
-        return main(["miniature", *map(str, arguments)])
+        miniature.main(list(map(str, arguments)))
     except SystemExit as stopped:
         return stopped.code
+    return 0
 
 
 class Oracle(nn.Module):
@@ -320,7 +321,7 @@ def test_number_of_images(images, tmp_path, capsys):
 
 
 def test_too_few_images_for_what_is_wanted(monkeypatch):
-    monkeypatch.setattr("qmimic_d2.data.miniature._ATTEMPTS", 2)
+    monkeypatch.setattr("miniature_lib.painting._ATTEMPTS", 2)
     spec = DigitsSpec("few", "val", 1)
     with pytest.raises(ValueError, match="1 images are too few for few"):
         paint_images(spec, lambda images: False)

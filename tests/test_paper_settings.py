@@ -15,9 +15,9 @@ from detectron2.data.datasets.builtin import register_all_pascal_voc
 from shipped_configs import FEW_REGIONS, PAPER, UntrainedTeachers, load
 from tiny_training import ROOT, Run
 
+from miniature_lib.pascal_voc import make_miniature_voc
+from miniature_lib.wider_face import make_miniature_wider_face
 from qmimic_d2.data import register_wider_face
-from qmimic_d2.data.miniature_voc import make_miniature_voc
-from qmimic_d2.data.miniature_wider_face import make_miniature_wider_face
 from qmimic_d2.engine import Trainer
 
 pytest.importorskip("sklearn")

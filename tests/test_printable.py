@@ -70,7 +70,7 @@ def test_a_pipe_whose_reader_is_gone():
 
 def test_arguments_are_repeated_without_escapes(capsys):
     assert status_of("\x1b[31mcommand") == 2
-    assert status_of("miniature", "--\x1b[31m") == 2
+    assert status_of("size", "--\x1b[31m") == 2
     assert "\x1b" not in capsys.readouterr().err
 
 

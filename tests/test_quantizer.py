@@ -11,6 +11,7 @@ from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.modeling.quantizer import (
     QUANTIZER_REGISTRY,
     ClampQuantizer,
+    CodeQuantizer,
     PowerOfTwoQuantizer,
     Quantizer,
     UniformQuantizer,
@@ -198,6 +199,14 @@ def test_powers_of_two_are_exact_to_the_largest(dtype, last):
     assert torch.equal(quantizer.codes(values), codes)
 
 
+def test_index_of_a_power_of_two():
+    quantizer = PowerOfTwoQuantizer()
+    for dtype in (torch.float32, torch.float64):
+        powers = torch.tensor([0.0, 1.0, 2.0, 4.0, 2.0**31, 2.0**126], dtype=dtype)
+        assert quantizer.codes(powers).tolist() == [0, 1, 2, 3, 32, 127]
+    assert quantizer.codes(torch.tensor([2.0**1000], dtype=torch.float64)).tolist() == [1001]
+
+
 def test_codes_of_an_empty_map():
     for quantizer in (UniformQuantizer(), PowerOfTwoQuantizer(1.0, 4, signed=True)):
         codes = quantizer.codes(torch.empty(0, 3))
@@ -284,9 +293,10 @@ def test_codes_outside_the_dictionary_are_refused(quantizer, codes, message):
 
 
 def test_a_clamp_has_no_codes():
-    for call in (ClampQuantizer().codes, ClampQuantizer().dequantize):
-        with pytest.raises(ValueError, match="QUANTIZER.NAME is Clamp.*use a UniformQuantizer"):
-            call(torch.tensor([1.0]))
+    clamp = ClampQuantizer()
+    assert isinstance(clamp, Quantizer) and not isinstance(clamp, (CodeQuantizer, UniformQuantizer))
+    assert not hasattr(clamp, "codes") and not hasattr(clamp, "dequantize")
+    assert all(isinstance(each(), CodeQuantizer) for each in CODE_QUANTIZERS)
 
 
 # ------------------------------------------------------------------------------------ config

@@ -25,7 +25,7 @@ from qmimic_d2.analysis.feature_statistics import (
 )
 from qmimic_d2.data.loading import load_dataset_dicts
 from qmimic_d2.data.mapper import FileNamingMapper, ImageMapper
-from qmimic_d2.modeling.quantizer import Quantizer
+from qmimic_d2.modeling.quantizer import CodeQuantizer, Quantizer
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer, attached_quantizer, check_features
 from qmimic_d2.orphans import tie_worker
 
@@ -115,7 +115,7 @@ def measure_codes(
     model: nn.Module,
     loader: Iterable[List[dict]],
     features: Sequence[str],
-    quantizers: Sequence[Quantizer],
+    quantizers: Sequence[CodeQuantizer],
 ) -> Dict[str, List[CodeStatistics]]:
     """
     As :func:`measure_features`, for what each of the quantizers makes of the features.

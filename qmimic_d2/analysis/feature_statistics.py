@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qmimic_d2.modeling.quantizer import Quantizer
+from qmimic_d2.modeling.quantizer import CodeQuantizer
 
 __all__ = ["CodeStatistics", "CodeUse", "FeatureDistribution", "FeatureStatistics"]
 
@@ -151,10 +151,10 @@ class CodeUse:
     Collects what one quantizer makes of one feature for its :class:`CodeStatistics`.
 
     Args:
-        quantizer: with codes, which a ``ClampQuantizer`` has not.
+        quantizer: with the codes that are counted.
     """
 
-    def __init__(self, quantizer: Quantizer):
+    def __init__(self, quantizer: CodeQuantizer):
         self._quantizer = quantizer
         self._used: Set[int] = set()
         self._num_values = self._num_zeros = self._num_saturated = 0

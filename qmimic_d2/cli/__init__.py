@@ -11,7 +11,6 @@ COMMANDS = (
     "calibrate",
     "eval_widerface",
     "export",
-    "miniature",
     "predict",
     "report",
     "size",

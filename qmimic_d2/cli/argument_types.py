@@ -4,7 +4,17 @@ import argparse
 import math
 from typing import Tuple
 
-__all__ = ["count", "image_size", "non_negative", "positive", "score", "side", "threads", "threads_or_default"]
+__all__ = [
+    "count",
+    "image_size",
+    "non_negative",
+    "positive",
+    "positive_number",
+    "score",
+    "side",
+    "threads",
+    "threads_or_default",
+]
 
 _LONGEST_SIDE = 65536
 _MOST_THREADS = 1024
@@ -56,6 +66,14 @@ def non_negative(text: str) -> float:
     value = _number(text)
     if not (math.isfinite(value) and value >= 0.0):
         raise argparse.ArgumentTypeError(f"{text!r}: give a finite number, 0 or more")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """A finite number above 0."""
+    value = _number(text)
+    if not (math.isfinite(value) and value > 0.0):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a finite number above 0")
     return value
 
 

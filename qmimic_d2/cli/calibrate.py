@@ -9,7 +9,6 @@ for a mistake in the arguments or the config.
 
 import argparse
 import itertools
-import math
 import sys
 from dataclasses import asdict
 from typing import Any, Dict, List, Optional, Sequence
@@ -21,6 +20,7 @@ from torch import nn
 
 from qmimic_d2 import analysis
 from qmimic_d2.analysis import FeatureStatistics
+from qmimic_d2.cli.argument_types import non_negative, positive, positive_number
 from qmimic_d2.cli.calibration_text import measurement_text, recommendation_text
 from qmimic_d2.cli.model_arguments import add_model_arguments, load_model_config, usage_errors, weights_key
 from qmimic_d2.cli.printable import printable, say
@@ -29,24 +29,24 @@ from qmimic_d2.engine.average_precision import APEvaluation
 from qmimic_d2.json_file import check_writable, write_json
 from qmimic_d2.modeling import QUANTIZER_REGISTRY, build_quantizer
 from qmimic_d2.modeling.head_features import head_features
-from qmimic_d2.modeling.quantizer import Quantizer
+from qmimic_d2.modeling.quantizer import CodeQuantizer
 from qmimic_d2.modeling.quantizer_hook import check_features
 from qmimic_d2.near_names import near_names
 
-# Every registered dictionary; a clamp rounds to no codes, so there is nothing to calibrate.
-QUANTIZERS = [name[: -len("Quantizer")] for name, _ in QUANTIZER_REGISTRY if name != "ClampQuantizer"]
+# Every registered dictionary. A clamp has no codes to calibrate.
+QUANTIZERS = [name[: -len("Quantizer")] for name, kind in QUANTIZER_REGISTRY if issubclass(kind, CodeQuantizer)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--num-images", type=_positive, default=100, metavar="K", help="images to measure on (default: %(default)s)"
+        "--num-images", type=positive, default=100, metavar="K", help="images to measure on (default: %(default)s)"
     )
     parser.add_argument(
         "--dataset", default="", metavar="NAME", help="registered set they come from (default: DATASETS.TRAIN)"
     )
     parser.add_argument(
         "--strides",
-        type=_stride,
+        type=positive_number,
         nargs="+",
         default=[],
         metavar="S",
@@ -71,14 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-ap-loss",
-        type=_loss,
+        type=non_negative,
         default=0.5,
         metavar="AP",
         help="recommend the largest stride that costs at most so many points of AP (default: %(default)s)",
     )
     parser.add_argument(
         "--max-relative-stride",
-        type=_stride,
+        type=positive_number,
         default=analysis.MAX_RELATIVE_STRIDE,
         metavar="S",
         help="recommend none above so many times the features' rms, since a student that is rounded too would learn "
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--eval-images",
-        type=_positive,
+        type=positive,
         default=0,
         metavar="N",
         help="evaluate on so many of the test images only (default: all)",
@@ -169,7 +169,7 @@ def _check_registered(names: Sequence[str], flag: str) -> None:
             )
 
 
-def _quantizer(args: argparse.Namespace, cfg: CfgNode, stride: float) -> Quantizer:
+def _quantizer(args: argparse.Namespace, cfg: CfgNode, stride: float) -> CodeQuantizer:
     cfg = cfg.clone()
     cfg.defrost()
     node = cfg.MODEL.QMIMIC.QUANTIZER
@@ -197,7 +197,7 @@ def _evaluate(
     evaluation: APEvaluation,
     model: nn.Module,
     features: Sequence[str],
-    quantizers: Sequence[Quantizer],
+    quantizers: Sequence[CodeQuantizer],
     report: Dict[str, Any],
 ) -> None:
     """Completes the report by the AP in full precision and with each of the quantizers."""
@@ -237,13 +237,6 @@ def _progress(text: str) -> None:
     say(text, sys.stderr)
 
 
-def _positive(text: str) -> int:
-    value = int(text) if text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of images; give a whole number, 1 or more")
-    return value
-
-
 def _num_codes(text: str) -> int:
     value = int(text) if text.isdigit() else 1
     if value == 1:
@@ -251,24 +244,3 @@ def _num_codes(text: str) -> int:
             f"{text!r} is no size of a dictionary; give 2 or more, zero included, or 0 for an unbounded one"
         )
     return value
-
-
-def _stride(text: str) -> float:
-    value = _float(text)
-    if not (math.isfinite(value) and value > 0.0):
-        raise argparse.ArgumentTypeError(f"{text!r} is no stride; give positive numbers, such as 0.25 0.5 1")
-    return value
-
-
-def _loss(text: str) -> float:
-    value = _float(text)
-    if not (math.isfinite(value) and value >= 0.0):
-        raise argparse.ArgumentTypeError(f"{text!r} is no loss of AP; give points of AP, 0 or more, such as 0.5")
-    return value
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan

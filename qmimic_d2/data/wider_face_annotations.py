@@ -13,9 +13,9 @@ invalid, occlusion, pose". An image without a face has the number 0 and yet one 
 
 import re
 from dataclasses import dataclass
-from typing import Iterable, Iterator, List, Tuple
+from typing import Iterator, List, Tuple
 
-__all__ = ["ATTRIBUTES", "WiderFaceRecord", "format_annotations", "parse_annotations"]
+__all__ = ["ATTRIBUTES", "WiderFaceRecord", "parse_annotations"]
 
 # In the order of the columns behind x, y, w, h.
 ATTRIBUTES = ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
@@ -104,12 +104,3 @@ def _parse_face(name: str, image: str, number: int, line: str) -> Tuple[int, ...
             f"numbers: x y w h {' '.join(ATTRIBUTES)}"
         )
     return face
-
-
-def format_annotations(records: Iterable[WiderFaceRecord]) -> str:
-    """The text of an annotation file, blank at the end of every line of numbers as in the official ones."""
-    lines = []
-    for record in records:
-        lines += [record.image, str(len(record.faces))]
-        lines += ["".join(f"{value} " for value in face) for face in record.faces or [(0,) * _NUM_COLUMNS]]
-    return "\n".join(lines) + "\n"

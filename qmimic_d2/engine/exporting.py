@@ -23,7 +23,7 @@ from qmimic_d2.export.onnx_int8 import Int8Trial, import_quantization, quantize_
 from qmimic_d2.export.student import CONFIG_NAME, StudentExport, export_student
 from qmimic_d2.export.torchscript_file import export_torchscript
 from qmimic_d2.json_file import write_text
-from qmimic_d2.modeling.quantizer import ClampQuantizer, UniformQuantizer
+from qmimic_d2.modeling.quantizer import UniformQuantizer
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 
 __all__ = ["FORMATS", "LABELS_NAME", "Exported", "Int8Settings", "Shipment", "check_output_folder", "check_packages"]
@@ -224,6 +224,6 @@ def _uniform_codes(model: nn.Module) -> Tuple[float, bool]:
     """Stride and sign of the codes of a model's uniform quantizer; 0.0 where there is none."""
     hook = attached_quantizer(model.backbone)
     quantizer = None if hook is None else hook.quantizer
-    if isinstance(quantizer, UniformQuantizer) and not isinstance(quantizer, ClampQuantizer):
+    if isinstance(quantizer, UniformQuantizer):
         return quantizer.stride, quantizer.signed
     return 0.0, False

@@ -19,7 +19,7 @@ from qmimic_d2.engine.randomness import own_randomness
 from qmimic_d2.json_file import write_json
 from qmimic_d2.modeling.feature_comparison import FeatureComparison, histogram_codes
 from qmimic_d2.modeling.mimic_student import MimicStudent, warn_of_unused_teacher
-from qmimic_d2.modeling.quantizer import Quantizer
+from qmimic_d2.modeling.quantizer import CodeQuantizer
 
 __all__ = ["MimicEvaluator", "add_mimic_hook"]
 
@@ -148,7 +148,7 @@ class MimicEvaluator:
         inputs = self._mapper(image)
         return model.compare([inputs], [inputs["instances"].gt_boxes.to(model.device)])
 
-    def _write(self, comparisons: Comparisons, num_images: int, quantizer: Quantizer) -> None:
+    def _write(self, comparisons: Comparisons, num_images: int, quantizer: CodeQuantizer) -> None:
         content = {
             "dataset": self._dataset_name,
             "num_images": num_images,
@@ -227,7 +227,7 @@ def _scalars(comparisons: Comparisons) -> Dict[str, float]:
     }
 
 
-def _level_content(comparison: FeatureComparison, quantizer: Quantizer) -> Dict[str, Any]:
+def _level_content(comparison: FeatureComparison, quantizer: CodeQuantizer) -> Dict[str, Any]:
     histogram = {
         "codes": histogram_codes(quantizer),
         "student": comparison.student_histogram.tolist(),

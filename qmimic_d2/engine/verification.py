@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.structures import Boxes, pairwise_iou
 from torch import nn
 
 from qmimic_d2.engine.average_precision import APEvaluation
@@ -74,7 +75,7 @@ class Difference:
 
 def difference(one: Detections, other: Detections) -> Difference:
     """Matches the detections of one image, N with M; each has one partner at most."""
-    overlap = _iou(one.boxes, other.boxes)
+    overlap = pairwise_iou(*(Boxes(torch.tensor(each.boxes)) for each in (one, other))).numpy()
     overlap[one.classes[:, None] != other.classes[None]] = 0.0
     free_one, free_other = np.ones(len(one), bool), np.ones(len(other), bool)
     boxes = scores = 0.0
@@ -90,16 +91,6 @@ def difference(one: Detections, other: Detections) -> Difference:
             scores = max(scores, float(abs(one.scores[i] - other.scores[j])))
     alone = np.concatenate([one.scores[free_one], other.scores[free_other]])
     return Difference(boxes, scores, matched, len(alone), float(alone.max(initial=0.0)))
-
-
-def _iou(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Boxes (N, 4) with boxes (M, 4): (N, M)."""
-    corner = np.maximum(one[:, None, :2], other[None, :, :2])
-    extent = (np.minimum(one[:, None, 2:], other[None, :, 2:]) - corner).clip(min=0)
-    shared = extent.prod(axis=2)
-    areas = [(each[:, 2:] - each[:, :2]).prod(axis=1) for each in (one, other)]
-    union = areas[0][:, None] + areas[1][None] - shared
-    return np.where(union > 0, shared / np.maximum(union, 1e-12), 0.0)
 
 
 @dataclass(frozen=True)

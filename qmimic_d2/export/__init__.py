@@ -1,7 +1,7 @@
 """
 From a trained student to a detector on a device.
 
-``OnnxDetector`` and what it stands on need numpy and onnxruntime; the rest, which makes the files, is
+``OnnxDetector`` and what it stands on need numpy, Pillow and onnxruntime; the rest, which makes the files, is
 imported when it is asked for, and needs torch and Detectron2.
 """
 

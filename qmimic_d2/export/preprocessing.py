@@ -1,5 +1,5 @@
 """
-What happens to an image before a network sees it, and to boxes afterwards: numpy alone.
+What happens to an image before a network sees it, and to boxes afterwards: numpy and Pillow alone.
 
 Every form of an exported detector, and the eager one, is fed by :meth:`InputSpec.prepare`, and none
 imports torch for it.
@@ -10,12 +10,12 @@ Shape letters:
     N: number of detections.
 """
 
-import functools
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, Dict, Mapping, Tuple
 
 import numpy as np
+
+from qmimic_d2.image_file import Image
 
 __all__ = ["NOT_FINITE", "Detections", "InputSpec", "Placement", "resize_bilinear"]
 
@@ -23,8 +23,6 @@ NOT_FINITE = (
     "the detector's outputs are NaN or infinite, so that it could find nothing; its training diverged, or the image "
     "holds values that it was never trained on"
 )
-# Fixed point in Pillow's Resample.c: weights have so many fractional bits.
-_WEIGHT_BITS = 22
 
 
 @dataclass(frozen=True)
@@ -197,12 +195,6 @@ def resize_bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     ``PIL.Image.resize`` with ``BILINEAR``: what Detectron2 resizes with.
 
-    Where an image shrinks, every output pixel averages all input pixels below it. Pillow does it where it
-    is installed, and numpy otherwise, in Pillow's fixed-point arithmetic (``Resample.c``,
-    https://github.com/python-pillow/Pillow/blob/11.0.0/src/libImaging/Resample.c). Along one axis both are
-    equal to the last bit; along both axes they may differ by one grey level, because the result of the first
-    pass is rounded, and which axis comes first depends on the version of Pillow.
-
     Args:
         image: shape (H, W, 3), uint8.
 
@@ -211,46 +203,4 @@ def resize_bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     if image.shape[:2] == (height, width):
         return image
-    try:
-        from PIL import Image
-    except ImportError:
-        return resize_bilinear_numpy(image, height, width)
     return np.asarray(Image.fromarray(image).resize((width, height), Image.BILINEAR))
-
-
-def resize_bilinear_numpy(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """:func:`resize_bilinear` without Pillow: rows first, then columns."""
-    if image.shape[1] != width:
-        image = _resample_rows(image.transpose(1, 0, 2), width).transpose(1, 0, 2)
-    return _resample_rows(image, height) if image.shape[0] != height else image
-
-
-def _resample_rows(image: np.ndarray, length: int) -> np.ndarray:
-    """The first axis brought to ``length``, rounded to uint8 as Pillow does between its two passes."""
-    indices, weights = _taps(image.shape[0], length)
-    total = np.full((length, *image.shape[1:]), 1 << (_WEIGHT_BITS - 1), np.int32)
-    for tap in range(indices.shape[1]):
-        total += image[indices[:, tap]].astype(np.int32) * weights[:, tap, None, None]
-    return (total >> _WEIGHT_BITS).clip(0, 255).astype(np.uint8)
-
-
-@functools.lru_cache(maxsize=64)
-def _taps(size: int, length: int) -> Tuple[np.ndarray, np.ndarray]:
-    """Which input pixels each output pixel averages, and their fixed-point weights. Both (length, taps)."""
-    scale = size / length
-    support = max(scale, 1.0)
-    count = math.ceil(support) * 2 + 1
-    indices, weights = np.zeros((length, count), np.int64), np.zeros((length, count), np.int32)
-    for position in range(length):
-        center = (position + 0.5) * scale
-        first = max(int(center - support + 0.5), 0)
-        last = min(int(center + support + 0.5), size)
-        distances = np.abs((np.arange(first, last) - center + 0.5) * (1.0 / support))
-        triangle = np.where(distances < 1.0, 1.0 - distances, 0.0)
-        total = 0.0
-        for each in triangle:  # summed in Pillow's order
-            total += each
-        triangle = triangle / total
-        indices[position, : last - first] = np.arange(first, last)
-        weights[position, : last - first] = (triangle * (1 << _WEIGHT_BITS) + 0.5).astype(np.int32)
-    return indices, weights

@@ -10,6 +10,7 @@ from qmimic_d2.modeling.quant_retinanet import QuantRetinaNet
 from qmimic_d2.modeling.quantizer import (
     QUANTIZER_REGISTRY,
     ClampQuantizer,
+    CodeQuantizer,
     PowerOfTwoQuantizer,
     UniformQuantizer,
     build_quantizer,
@@ -21,6 +22,7 @@ from qmimic_d2.modeling.teacher import FrozenTeacher
 __all__ = [
     "QUANTIZER_REGISTRY",
     "ClampQuantizer",
+    "CodeQuantizer",
     "FrozenTeacher",
     "PowerOfTwoQuantizer",
     "QuantFCOS",

@@ -6,13 +6,13 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from qmimic_d2.modeling.feature_comparison import FeatureComparison, histogram_indices
-from qmimic_d2.modeling.quantizer import Quantizer
+from qmimic_d2.modeling.quantizer import CodeQuantizer
 
 __all__ = ["write_comparison"]
 
 
 def write_comparison(
-    storage: EventStorage, comparison: FeatureComparison, quantizer: Quantizer, suffix: str = ""
+    storage: EventStorage, comparison: FeatureComparison, quantizer: CodeQuantizer, suffix: str = ""
 ) -> None:
     """
     Writes the figures of a comparison as ``qmimic/<figure><suffix>``, and the codes of both sides as the

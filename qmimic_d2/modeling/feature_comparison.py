@@ -19,7 +19,7 @@ from typing import Dict, List, Tuple
 import torch
 from torch import Tensor
 
-from qmimic_d2.modeling.quantizer import Quantizer
+from qmimic_d2.modeling.quantizer import CodeQuantizer
 
 __all__ = ["FIGURES", "LAST_BIN", "FeatureComparison", "compare_features", "histogram_codes", "histogram_indices"]
 
@@ -140,7 +140,7 @@ class FeatureComparison:
         return int((active == 0).sum()) / active.numel() if self.num_entries > 0 else math.nan
 
 
-def histogram_indices(quantizer: Quantizer) -> List[int]:
+def histogram_indices(quantizer: CodeQuantizer) -> List[int]:
     """
     Indices of the codes that a histogram's bins stand for, ascending.
 
@@ -152,20 +152,20 @@ def histogram_indices(quantizer: Quantizer) -> List[int]:
     return list(range(-last if quantizer.signed else 0, last + 1))
 
 
-def histogram_codes(quantizer: Quantizer) -> List[float]:
+def histogram_codes(quantizer: CodeQuantizer) -> List[float]:
     """The codes of :func:`histogram_indices`, in units of the feature."""
     return quantizer.dequantize(torch.tensor(histogram_indices(quantizer)), torch.float64).tolist()
 
 
 @torch.no_grad()
-def compare_features(student: Tensor, teacher: Tensor, quantizer: Quantizer) -> FeatureComparison:
+def compare_features(student: Tensor, teacher: Tensor, quantizer: CodeQuantizer) -> FeatureComparison:
     """
     Compares features entry by entry. Draws no random number and changes nothing.
 
     Args:
         student: r(f_s), before any quantizer, shape (M, C, *).
         teacher: f_t, same shape. Codes that lie on the dictionary keep it; others are put on it.
-        quantizer: the dictionary both are put on; one with codes, which a ``ClampQuantizer`` has not.
+        quantizer: both maps are put on its dictionary.
 
     Returns:
         Its tensors on the CPU. M = 0 is a comparison without entries, which adds nothing to others.
@@ -178,6 +178,8 @@ def compare_features(student: Tensor, teacher: Tensor, quantizer: Quantizer) -> 
             f"student and teacher have shapes {tuple(student.shape)} and {tuple(teacher.shape)}; the adapter "
             "brings the student's channels to the teacher's"
         )
+    if not isinstance(quantizer, CodeQuantizer):
+        raise ValueError(f"{quantizer} has no codes to compare; use a UniformQuantizer of its stride")
     num_rois, num_channels, num_bins = *student.shape[:2], math.prod(student.shape[2:])
     shape = (num_rois, num_channels, num_bins)
     student, teacher = (each.detach().float().reshape(shape) for each in (student, teacher))
@@ -189,7 +191,7 @@ def compare_features(student: Tensor, teacher: Tensor, quantizer: Quantizer) -> 
     return total
 
 
-def _compare(student: Tensor, teacher: Tensor, quantizer: Quantizer) -> FeatureComparison:
+def _compare(student: Tensor, teacher: Tensor, quantizer: CodeQuantizer) -> FeatureComparison:
     """:func:`compare_features` of features that fit into a core's cache, shape (M, C, bins)."""
     difference = student - teacher
     energies = [_dot(*pair) for pair in ((student, teacher), (student, student), (teacher, teacher))]
@@ -221,24 +223,24 @@ def _diverged(num_rois: int, num_channels: int, num_bins: int) -> FeatureCompari
     return FeatureComparison(num_rois, *numbers, *(torch.full((length,), math.nan) for length in lengths))
 
 
-def _around_threshold(features: Tensor, quantizer: Quantizer) -> Tuple[int, int]:
+def _around_threshold(features: Tensor, quantizer: CodeQuantizer) -> Tuple[int, int]:
     """Entries between 0 and the first code, and those of them near the threshold. In every dictionary it is s / 2."""
     distance = (features.abs() if quantizer.signed else features) - 0.5 * quantizer.stride
     distance.abs_()
     return tuple(int((distance < share * quantizer.stride).count_nonzero()) for share in (0.5, 0.1))
 
 
-def _num_saturated(codes: Tensor, quantizer: Quantizer) -> int:
+def _num_saturated(codes: Tensor, quantizer: CodeQuantizer) -> int:
     return 0 if quantizer.max_code is None else int((codes.abs() >= quantizer.max_code).count_nonzero())
 
 
-def _histogram(codes: Tensor, quantizer: Quantizer, num_bins: int) -> Tensor:
+def _histogram(codes: Tensor, quantizer: CodeQuantizer, num_bins: int) -> Tensor:
     last = _last_bin(quantizer)
     bins = codes.clamp(min=-last, max=last).flatten()
     return torch.bincount(bins + last if quantizer.signed else bins, minlength=num_bins).cpu()
 
 
-def _last_bin(quantizer: Quantizer) -> int:
+def _last_bin(quantizer: CodeQuantizer) -> int:
     return LAST_BIN if quantizer.max_code is None else min(quantizer.max_code, LAST_BIN)
 
 

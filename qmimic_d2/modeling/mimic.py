@@ -31,7 +31,7 @@ from qmimic_d2.modeling.adapter import build_adapter
 from qmimic_d2.modeling.comparison_events import write_comparison
 from qmimic_d2.modeling.feature_comparison import FeatureComparison, compare_features
 from qmimic_d2.modeling.image_counts import check_boxes, check_maps, named
-from qmimic_d2.modeling.quantizer import Quantizer, build_code_quantizer, build_quantizer
+from qmimic_d2.modeling.quantizer import CodeQuantizer, Quantizer, build_code_quantizer, build_quantizer
 from qmimic_d2.modeling.roi_pooling import LevelPooler
 
 __all__ = ["NORMALIZERS", "RoIMimicLoss"]
@@ -65,7 +65,7 @@ class RoIMimicLoss(nn.Module):
         normalize_by: str = "roi",
         student_quantizer: Optional[Quantizer] = None,
         teacher_quantizer: Optional[Quantizer] = None,
-        code_quantizer: Optional[Quantizer] = None,
+        code_quantizer: Optional[CodeQuantizer] = None,
     ):
         """
         Args:

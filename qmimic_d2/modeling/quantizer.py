@@ -26,11 +26,10 @@ from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from qmimic_d2.modeling.nearest_power import index_of_power, nearest_power_of_two_
-
 __all__ = [
     "QUANTIZER_REGISTRY",
     "ClampQuantizer",
+    "CodeQuantizer",
     "PowerOfTwoQuantizer",
     "Quantizer",
     "UniformQuantizer",
@@ -45,21 +44,12 @@ Registry of quantizers. ``MODEL.QMIMIC.QUANTIZER.NAME`` is the class name withou
 ``cls(stride=..., num_codes=..., signed=...)``.
 """
 
-# Entries worked on at a time. A chunk and its scratch stay in a core's cache, and the scratch never grows
-# with the map, so that a forward pass allocates its output and nothing else of that size.
-_CHUNK = 1 << 16
-
 _FLOAT32 = torch.finfo(torch.float32)
 
 
 def _computing_dtype(dtype: torch.dtype) -> torch.dtype:
     """16-bit maps are coded in float32, so that they get the codes of their exact values."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _is_captured() -> bool:
-    """True while a tracer or compiler records the operations (it fuses them itself)."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -83,7 +73,7 @@ class _StraightThrough(torch.autograd.Function):
 
 class Quantizer(nn.Module, abc.ABC):
     """
-    Base of the quantizers: everything but the choice of the nearest code.
+    Base of what may stand on a feature map: a function of each entry, with the gradient of a (clipped) ReLU.
 
     Args:
         stride: s > 0, in units of the feature: the first nonzero code.
@@ -147,25 +137,9 @@ class Quantizer(nn.Module, abc.ABC):
             return self.quantize(x)
         return _StraightThrough.apply(x, self)
 
+    @abc.abstractmethod
     def quantize(self, x: Tensor) -> Tensor:
-        """The forward pass without autograd: one allocation of the size of ``x``. Shape (*)."""
-        self._check_floating(x)
-        dtype = _computing_dtype(x.dtype)
-        if _is_captured():
-            return self._nearest_(x.to(dtype) / self.stride).mul(self.stride).to(x.dtype)
-        out = torch.empty_like(x)  # keeps the strides of a dense map, contiguous otherwise
-        if x.stride() != out.stride():
-            x = out.copy_(x.detach())
-        flat_in, flat_out = _flat(x), _flat(out)
-        for start in range(0, flat_in.numel(), _CHUNK):
-            source, target = flat_in[start : start + _CHUNK], flat_out[start : start + _CHUNK]
-            if x.dtype == dtype:
-                torch.div(source, self.stride, out=target)
-                self._nearest_(target).mul_(self.stride)
-            else:
-                scratch = source.to(dtype).div_(self.stride)
-                target.copy_(self._nearest_(scratch).mul_(self.stride))
-        return out
+        """The forward pass without autograd. Shape (*), as ``x``."""
 
     def mask_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """
@@ -183,6 +157,26 @@ class Quantizer(nn.Module, abc.ABC):
         # hardtanh's mask is open at both ends; the next float above the outermost code closes it.
         top = _next_float(self.max_value, x.dtype)
         return torch.ops.aten.hardtanh_backward(grad, x, -top if self.signed else 0.0, top)
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, num_codes={self.num_codes}, signed={self.signed}"
+
+    def _check_floating(self, x: Tensor) -> None:
+        if not x.is_floating_point():
+            raise ValueError(f"{type(self).__name__} takes a floating-point map, not {x.dtype}")
+
+    def _multiple(self, index: int) -> float:
+        """Code ``index`` >= 0, in units of the stride."""
+        return float(index)
+
+
+class CodeQuantizer(Quantizer):
+    """Base of the quantizers with a dictionary: everything but the choice of the nearest code."""
+
+    def quantize(self, x: Tensor) -> Tensor:
+        self._check_floating(x)
+        r = x.detach().to(_computing_dtype(x.dtype)) / self.stride
+        return self._nearest_(r).mul_(self.stride).to(x.dtype)
 
     def codes(self, x: Tensor) -> Tensor:
         """
@@ -231,25 +225,13 @@ class Quantizer(nn.Module, abc.ABC):
         dtype = dtype or torch.get_default_dtype()
         return self._multiple_of_index(codes, _computing_dtype(dtype)).mul_(self.stride).to(dtype)
 
-    def extra_repr(self) -> str:
-        return f"stride={self.stride}, num_codes={self.num_codes}, signed={self.signed}"
-
-    def _check_floating(self, x: Tensor) -> None:
-        if not x.is_floating_point():
-            raise ValueError(f"{type(self).__name__} takes a floating-point map, not {x.dtype}")
-
     _index_limit = math.inf  # codes from here on, in units of the stride, have no int64 index
 
     @abc.abstractmethod
     def _nearest_(self, r: Tensor) -> Tensor:
         """
-        The nearest code of ``r``, both in units of the stride. Shape (*); in place, except where a tracer
-        needs other operations.
+        The nearest code of ``r``, both in units of the stride. Shape (*); the memory of ``r`` may be used.
         """
-
-    @abc.abstractmethod
-    def _multiple(self, index: int) -> float:
-        """Code ``index`` >= 0, in units of the stride."""
 
     @abc.abstractmethod
     def _index(self, multiples: Tensor) -> Tensor:
@@ -261,7 +243,7 @@ class Quantizer(nn.Module, abc.ABC):
 
 
 @QUANTIZER_REGISTRY.register()
-class UniformQuantizer(Quantizer):
+class UniformQuantizer(CodeQuantizer):
     """
     D = {0, s, 2s, 3s, ...}; bounded: {0, ..., (L-1)s}; signed: mirrored.
 
@@ -275,10 +257,7 @@ class UniformQuantizer(Quantizer):
         # r - 1/2 rounded up is the nearest code with halves down. Subtracted at once, 1/2 would take the
         # odd integers from 2^23 (float32) on to an even neighbour; 1/4 leaves every float there as it is.
         magnitude.sub_(0.25).sub_(0.25).ceil_().clamp_(min=0.0, max=self.max_code)
-        return r.copy_(magnitude.copysign_(r)) if self.signed else r
-
-    def _multiple(self, index: int) -> float:
-        return float(index)
+        return magnitude.copysign_(r) if self.signed else r
 
     def _index(self, multiples: Tensor) -> Tensor:
         return multiples.to(torch.int64)
@@ -288,7 +267,7 @@ class UniformQuantizer(Quantizer):
 
 
 @QUANTIZER_REGISTRY.register()
-class PowerOfTwoQuantizer(Quantizer):
+class PowerOfTwoQuantizer(CodeQuantizer):
     """
     D = {0, s, 2s, 4s, 8s, ...}; bounded: the first L of these; signed: mirrored.
 
@@ -297,17 +276,20 @@ class PowerOfTwoQuantizer(Quantizer):
     """
 
     def _nearest_(self, r: Tensor) -> Tensor:
-        sign = r.sign() if self.signed else None
-        nearest = nearest_power_of_two_(r.abs_() if self.signed else r)
+        magnitude = r.abs() if self.signed else r
+        # Next to a power of two the logarithm may be rounded to either side of it: both give that power.
+        largest_exponent = math.frexp(torch.finfo(r.dtype).max)[1] - 1
+        power = magnitude.log2().floor_().clamp_(min=0, max=largest_exponent).exp2_()
+        nearest = torch.where(magnitude > 1.5 * power, 2.0 * power, power).masked_fill_(magnitude <= 0.5, 0.0)
         if self.max_code is not None:
             nearest.clamp_(max=self._multiple(self.max_code))
-        return nearest.mul_(sign) if self.signed else nearest
+        return nearest.mul_(r.sign()) if self.signed else nearest
 
     def _multiple(self, index: int) -> float:
         return 2.0 ** min(index - 1, 1023) if index else 0.0  # 2^1024 is no Python float
 
     def _index(self, multiples: Tensor) -> Tensor:
-        index = index_of_power(multiples.abs() if self.signed else multiples).to(torch.int64)
+        index = multiples.abs().clamp(min=0.5).log2().round().to(torch.int64).add_(1)
         return index.mul_(multiples.sign().to(torch.int64)) if self.signed else index
 
     def _multiple_of_index(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -317,7 +299,7 @@ class PowerOfTwoQuantizer(Quantizer):
 
 
 @QUANTIZER_REGISTRY.register()
-class ClampQuantizer(UniformQuantizer):
+class ClampQuantizer(Quantizer):
     """
     The control: the (clipped) ReLU of a uniform dictionary without its rounding.
 
@@ -330,19 +312,6 @@ class ClampQuantizer(UniformQuantizer):
         if not self.has_gradient_mask:
             return x.clone()
         return x.clamp(min=-self.max_value if self.signed else 0.0, max=self.max_value)
-
-    def codes(self, x: Tensor) -> Tensor:
-        """
-        Raises:
-            ValueError: always; a clamp has no code dictionary.
-        """
-        raise ValueError(
-            "MODEL.QMIMIC.QUANTIZER.NAME is Clamp, which has no codes; use a UniformQuantizer of its stride for them"
-        )
-
-    def dequantize(self, codes: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
-        """As :meth:`codes`."""
-        return self.codes(codes)
 
 
 def build_quantizer(cfg: CfgNode) -> Optional[Quantizer]:
@@ -357,7 +326,7 @@ def build_quantizer(cfg: CfgNode) -> Optional[Quantizer]:
     return _build(node.NAME, node) if node.NAME else None
 
 
-def build_code_quantizer(cfg: CfgNode) -> Quantizer:
+def build_code_quantizer(cfg: CfgNode) -> CodeQuantizer:
     """
     Builds the quantizer that match ratios are measured with.
 
@@ -377,11 +346,6 @@ def _build(name: str, node: CfgNode) -> Quantizer:
         )
     build = QUANTIZER_REGISTRY.get(class_name)
     return build(stride=node.STRIDE, num_codes=node.NUM_CODES, signed=node.SIGNED)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """The memory of a dense tensor as one row, whatever the order of its axes. Shape (numel,)."""
-    return x.detach().as_strided((x.numel(),), (1,))
 
 
 def _next_float(value: float, dtype: torch.dtype) -> float:

@@ -12,8 +12,8 @@ from typing import Dict, List, Tuple
 
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES
 
+from miniature_lib.painting import Box, PaintedImage, covered_share, paint_images, publish
 from qmimic_d2.data.digits_render import DigitsSpec
-from qmimic_d2.data.miniature import Box, PaintedImage, covered_share, paint_images, publish
 
 __all__ = ["make_miniature_voc"]
 

@@ -7,16 +7,16 @@ hard, medium and easy begin at heights of about 10, 30 and 50 pixels.
 
 import io
 import os
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterable, List
 
 import numpy as np
 
+from miniature_lib.painting import PaintedImage, covered_share, paint_images, publish
 from qmimic_d2.data.digits_render import DigitsSpec
-from qmimic_d2.data.miniature import PaintedImage, covered_share, paint_images, publish
 from qmimic_d2.data.wider_face import FOLDER, GROUND_TRUTH
-from qmimic_d2.data.wider_face_annotations import ATTRIBUTES, WiderFaceRecord, format_annotations
+from qmimic_d2.data.wider_face_annotations import ATTRIBUTES, WiderFaceRecord
 
-__all__ = ["make_miniature_wider_face"]
+__all__ = ["format_annotations", "make_miniature_wider_face"]
 
 _EVENTS = ("0--Parade", "1--Handshaking", "2--Demonstration", "3--Riot")
 _SETTINGS = dict(image_size=160, digits_per_image=(3, 8), size=(10, 60))
@@ -70,6 +70,15 @@ def _write(folder: str, num_images: int, seed: int) -> None:
         with open(path, "w", encoding="utf-8", newline="\n") as file:
             file.write(format_annotations(records[index] for index in order))
     _write_ground_truth(os.path.join(folder, GROUND_TRUTH), [records[index] for index in order])
+
+
+def format_annotations(records: Iterable[WiderFaceRecord]) -> str:
+    """The text of an annotation file, blank at the end of every line of numbers as in the official ones."""
+    lines = []
+    for record in records:
+        lines += [record.image, str(len(record.faces))]
+        lines += ["".join(f"{value} " for value in face) for face in record.faces or [(0,) * (4 + len(ATTRIBUTES))]]
+    return "\n".join(lines) + "\n"
 
 
 def _is_empty(index: int) -> bool:
