@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 from helpers import write_teacher
-from tiny_training import Recorder, registered_data, training_cfg
+from tiny_training import ROOT, Recorder, registered_data, training_cfg
 
 from qmimic_d2.checkpoint import DivergedError
 from qmimic_d2.config_files import get_config_file
@@ -246,8 +248,10 @@ class TestSetUpProcess:
         cfg = load_config(str(student))
         set_up_process(cfg, arguments())
         assert not [name for name in os.listdir(output) if "part" in name]
-        with pytest.raises(FolderInUseError), alone_in(str(output)):
-            pass
+        other = "import sys, folder_lock; folder_lock.hold_folder(sys.argv[1])"
+        package = {"PYTHONPATH": str(ROOT / "qmimic_d2")}  # the module alone, which starts at once
+        refused = subprocess.run([sys.executable, "-c", other, output], env=package, capture_output=True, text=True)
+        assert refused.returncode == 1 and f"(process {os.getpid()} on " in refused.stderr
         set_up_process(cfg, arguments("--resume"))
 
     def test_other_processes_hold_nothing(self, student, tmp_path, own_logging, monkeypatch):

@@ -14,9 +14,8 @@ HOLDER = """
 import os, sys, time
 from folder_lock import hold_folder
 hold_folder(sys.argv[1])
-if os.fork() == 0:  # as a data-loader worker
-    time.sleep(600)
-print("held", flush=True)
+if os.fork() == 0:  # as a data-loader worker; it has let go when it runs
+    print("held", flush=True)
 time.sleep(600)
 """
 
