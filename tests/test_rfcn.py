@@ -327,7 +327,7 @@ def test_the_mimic_compares_the_regions_that_were_trained_on(hard_examples, tmp_
     teacher = write_teacher(tmp_path, *RFCN)
     model = rfcn(HARD_EXAMPLES, hard_examples, *teacher.options, meta_architecture="QuantMimicRCNN")
     seen, trained = [], []
-    model.mimic_loss.register_forward_hook(lambda _, inputs, output: seen.extend(inputs[2]))
+    model.mimic.register_forward_hook(lambda _, inputs, output: seen.extend(inputs[2]))
     model.roi_heads.register_forward_hook(lambda _, inputs, output: trained.extend(output[0]))
     step = training_step(model, batch())
     assert step.losses["loss_mimic"] > 0

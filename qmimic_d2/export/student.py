@@ -21,6 +21,7 @@ from qmimic_d2.export.network import detect
 from qmimic_d2.json_file import write_text
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 from qmimic_d2.modeling.trunk_adapter import is_in_trunk, trunk_channels
+from qmimic_d2.training_entries import TRAINING_ONLY
 from qmimic_d2.whole_file import whole_file
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "StudentExport", "export_student", "student_config"]
@@ -115,7 +116,8 @@ def _foreign_parts(model: nn.Module) -> List[str]:
         reasons.append(f"the quantizer of {', '.join(hook.features)} (--quantizer drop leaves it out)")
     for name, module in model.named_modules():
         owner = type(module).__module__.partition(".")[0]
-        if not name or owner in _STOCK_PACKAGES or name.startswith(inside):
+        is_shipped = bool(name) and not f"{name}.".startswith(TRAINING_ONLY)
+        if not is_shipped or owner in _STOCK_PACKAGES or name.startswith(inside):
             continue
         inside = (*inside, name + ".")
         reasons.append(f"{name} is a {type(module).__name__} of {type(module).__module__}")

@@ -3,7 +3,7 @@
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 from qmimic_d2.modeling.head_features import head_section, is_derived
-from qmimic_d2.modeling.mimic_student import MimicStudent
+from qmimic_d2.modeling.quant_mimic import MimicStudent
 from qmimic_d2.modeling.quantized_detector import QuantizedDetector
 from qmimic_d2.report.collect import Run
 

@@ -1,0 +1,96 @@
+"""The students in training: detectors that imitate a frozen, quantized teacher. Registered names of attach_mimic."""
+
+import functools
+from typing import Any, Callable, Dict, Union
+
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import nn
+
+from qmimic_d2.modeling.attach import attach_mimic
+from qmimic_d2.modeling.mimic.mimic import Mimic
+from qmimic_d2.modeling.quant_fcos import QuantFCOS
+from qmimic_d2.modeling.quant_rcnn import QuantRCNN
+from qmimic_d2.modeling.quant_retinanet import QuantRetinaNet
+
+__all__ = ["MimicStudent", "QuantMimicFCOS", "QuantMimicRCNN", "QuantMimicRetinaNet"]
+
+
+class MimicStudent(nn.Module):
+    """
+    Hangs a mimic on the detector class it stands in front of.
+
+    Args:
+        mimic: one that hangs on no detector yet, or a function that hangs one on the built detector; None: no mimic.
+        kwargs: of the detector class.
+    """
+
+    def __init__(self, *, mimic: Union[Mimic, Callable[[nn.Module], Any], None] = None, **kwargs):
+        super().__init__(**kwargs)
+        if mimic is not None:
+            attach = mimic.attach if isinstance(mimic, Mimic) else mimic
+            attach(self)
+
+    @staticmethod
+    def mimic_arguments(cfg: CfgNode) -> Dict[str, Any]:
+        """The arguments of ``__init__`` that a config describes."""
+        return {"mimic": functools.partial(attach_mimic, cfg=cfg)}
+
+
+@META_ARCH_REGISTRY.register()
+class QuantMimicRCNN(MimicStudent, QuantRCNN):
+    """
+    :class:`QuantRCNN` with ``loss_mimic`` among its losses.
+
+    With ``MODEL.QMIMIC.TEACHER.CONFIG_FILE`` "" it is :class:`QuantRCNN`.
+    """
+
+    @configurable
+    def __init__(self, **kwargs):
+        """
+        Args:
+            kwargs: of :class:`MimicStudent` and :class:`QuantRCNN`.
+        """
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode):
+        return {**super().from_config(cfg), **cls.mimic_arguments(cfg)}
+
+
+@META_ARCH_REGISTRY.register()
+class QuantMimicRetinaNet(MimicStudent, QuantRetinaNet):
+    """
+    :class:`QuantRetinaNet` with ``loss_mimic`` among its losses.
+
+    It proposes and samples no regions, so ``MODEL.QMIMIC.MIMIC.ROI_SOURCE`` has to name others.
+    """
+
+    @configurable
+    def __init__(self, **kwargs):
+        """
+        Args:
+            kwargs: of :class:`MimicStudent` and :class:`QuantRetinaNet`.
+        """
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode):
+        return {**super().from_config(cfg), **cls.mimic_arguments(cfg)}
+
+
+@META_ARCH_REGISTRY.register()
+class QuantMimicFCOS(MimicStudent, QuantFCOS):
+    """:class:`QuantFCOS` with ``loss_mimic`` among its losses; of regions the same is true."""
+
+    @configurable
+    def __init__(self, **kwargs):
+        """
+        Args:
+            kwargs: of :class:`MimicStudent` and :class:`QuantFCOS`.
+        """
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode):
+        return {**super().from_config(cfg), **cls.mimic_arguments(cfg)}
