@@ -15,7 +15,7 @@ from helpers import ONE_STAGE_FPN, RESNET_FPN, batch, seeded_model, tiny_cfg, tr
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 
 TEXT = (Path(__file__).resolve().parent.parent / "docs" / "detectors.md").read_text()
-YAMLS = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)]
+*YAMLS, OWN = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)]
 
 # What the batches of the tests have.
 KEYPOINTS = (
@@ -62,6 +62,9 @@ def test_a_detector_of_ones_own(teacher, monkeypatch):
     model = namespace["model"]
     assert type(model) is my_retinanet and attached_quantizer(model.backbone).features == list(model.head_in_features)
     first = training_step(model, batch()).losses["loss_mimic_p3"].item()
+    cfg.merge_from_other_cfg(CfgNode(OWN))
+    by_yaml = seeded_model(cfg)
+    assert type(by_yaml) is my_retinanet and "loss_mimic_p3" in training_step(by_yaml, batch()).losses
     exec(compile(another_loss, "another_loss", "exec"), namespace)
     assert 0.0 < training_step(model, batch()).losses["loss_mimic_p3"].item() != first > 0.0
     namespace["mimic"].remove()

@@ -6,7 +6,7 @@ from qmimic_d2.modeling.mimic.loss import Pair, RoIMimicLoss
 from qmimic_d2.modeling.mimic.mimic import Mimic
 from qmimic_d2.modeling.mimic.teacher import FrozenTeacher
 from qmimic_d2.modeling.quant_fcos import QuantFCOS
-from qmimic_d2.modeling.quant_mimic import QuantMimicFCOS, QuantMimicRCNN, QuantMimicRetinaNet
+from qmimic_d2.modeling.quant_mimic import QuantMimic, QuantMimicFCOS, QuantMimicRCNN, QuantMimicRetinaNet
 from qmimic_d2.modeling.quant_rcnn import QuantRCNN
 from qmimic_d2.modeling.quant_retinanet import QuantRetinaNet
 from qmimic_d2.modeling.quantizer import (
@@ -28,6 +28,7 @@ __all__ = [
     "Pair",
     "PowerOfTwoQuantizer",
     "QuantFCOS",
+    "QuantMimic",
     "QuantMimicFCOS",
     "QuantMimicRCNN",
     "QuantMimicRetinaNet",

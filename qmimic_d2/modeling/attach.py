@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from qmimic_d2.modeling.head_features import head_features
-from qmimic_d2.modeling.mimic.attachment import NAME, AbsentMimic, Attachment
+from qmimic_d2.modeling.mimic.attachment import NAME, AbsentMimic, Attachment, check_attachable
 from qmimic_d2.modeling.mimic.loss import Pair
 from qmimic_d2.modeling.mimic.mimic import Mimic, MimicSettings, check_detector
 from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, teacher_shapes
@@ -69,6 +69,7 @@ def warn_of_unused_teacher(cfg: CfgNode, model: nn.Module) -> None:
 def _build(
     model: nn.Module, cfg: CfgNode, distance: Optional[Callable[[Pair], Tensor]]
 ) -> Union[Mimic, AbsentMimic]:
+    check_attachable(model)
     settings = MimicSettings.from_config(cfg)
     if not cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE:
         return AbsentMimic()

@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from qmimic_d2.modeling.mimic.teacher import FrozenTeacher
 from qmimic_d2.training_entries import rename_old_entries
 
-__all__ = ["NAME", "AbsentMimic", "Attachment"]
+__all__ = ["NAME", "AbsentMimic", "Attachment", "check_attachable"]
 
 # Its name among the detector's modules, and the prefix of its entries in state_dict.
 NAME = "mimic"
@@ -33,15 +33,12 @@ class Attachment(nn.Module):
         Hangs it on a detector, in the place of an earlier one.
 
         Raises:
-            ValueError: the detector has a ``mimic`` of its own, or no ``backbone``.
+            ValueError: as :func:`check_attachable`.
         """
+        check_attachable(model)
         previous = getattr(model, NAME, None)
-        if isinstance(previous, Attachment):
+        if previous is not None:
             previous.remove()
-        elif previous is not None:
-            raise ValueError(f"{type(model).__name__} has an attribute {NAME!r} of its own; rename it")
-        if not isinstance(getattr(model, "backbone", None), nn.Module):
-            raise ValueError(f"{type(model).__name__} has no module 'backbone', whose maps the mimic compares")
         # in a list, so that the detector is no submodule of its own part
         self._held = [model]
         self._handles = self._hooks(model)
@@ -83,6 +80,17 @@ class Attachment(nn.Module):
     def _on_begin(self, model: nn.Module, inputs) -> None:
         if model.training:
             self.prepare_training()
+
+
+def check_attachable(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: the detector has a ``mimic`` of its own, or no ``backbone``.
+    """
+    if not isinstance(getattr(model, NAME, None), (Attachment, type(None))):
+        raise ValueError(f"{type(model).__name__} has an attribute {NAME!r} of its own; rename it")
+    if not isinstance(getattr(model, "backbone", None), nn.Module):
+        raise ValueError(f"{type(model).__name__} has no module 'backbone', whose maps the mimic compares")
 
 
 class AbsentMimic(Attachment):
