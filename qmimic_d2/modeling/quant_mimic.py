@@ -56,45 +56,33 @@ def QuantMimic(cfg: CfgNode) -> nn.Module:
 
 
 class MimicStudent(nn.Module):
-    """
-    Hangs a mimic on the detector class it stands in front of.
+    """Hangs a mimic on the detector class it stands in front of. Without a teacher it is that class."""
 
-    Args:
-        mimic: one that hangs on no detector yet, or a function that hangs one on the built detector; None: no mimic.
-        kwargs: of the detector class.
-    """
-
+    @configurable
     def __init__(self, *, mimic: Union[Mimic, Callable[[nn.Module], Any], None] = None, **kwargs):
+        """
+        Args:
+            mimic: one that hangs on no detector yet, or a function that hangs one on the detector; None: no mimic.
+            kwargs: of the detector class.
+        """
         super().__init__(**kwargs)
         if mimic is not None:
             attach = mimic.attach if isinstance(mimic, Mimic) else mimic
             attach(self)
 
+    @classmethod
+    def from_config(cls, cfg: CfgNode):
+        return {**super().from_config(cfg), **cls.mimic_arguments(cfg)}
+
     @staticmethod
     def mimic_arguments(cfg: CfgNode) -> Dict[str, Any]:
-        """The arguments of ``__init__`` that a config describes."""
+        """The arguments of ``__init__`` that a config adds to the detector's."""
         return {"mimic": functools.partial(attach_mimic, cfg=cfg)}
 
 
 @META_ARCH_REGISTRY.register()
 class QuantMimicRCNN(MimicStudent, QuantRCNN):
-    """
-    :class:`QuantRCNN` with ``loss_mimic`` among its losses.
-
-    With ``MODEL.QMIMIC.TEACHER.CONFIG_FILE`` "" it is :class:`QuantRCNN`.
-    """
-
-    @configurable
-    def __init__(self, **kwargs):
-        """
-        Args:
-            kwargs: of :class:`MimicStudent` and :class:`QuantRCNN`.
-        """
-        super().__init__(**kwargs)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode):
-        return {**super().from_config(cfg), **cls.mimic_arguments(cfg)}
+    """:class:`QuantRCNN` with ``loss_mimic`` among its losses."""
 
 
 @META_ARCH_REGISTRY.register()
@@ -105,31 +93,7 @@ class QuantMimicRetinaNet(MimicStudent, QuantRetinaNet):
     It proposes and samples no regions, so ``MODEL.QMIMIC.MIMIC.ROI_SOURCE`` has to name others.
     """
 
-    @configurable
-    def __init__(self, **kwargs):
-        """
-        Args:
-            kwargs: of :class:`MimicStudent` and :class:`QuantRetinaNet`.
-        """
-        super().__init__(**kwargs)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode):
-        return {**super().from_config(cfg), **cls.mimic_arguments(cfg)}
-
 
 @META_ARCH_REGISTRY.register()
 class QuantMimicFCOS(MimicStudent, QuantFCOS):
-    """:class:`QuantFCOS` with ``loss_mimic`` among its losses; of regions the same is true."""
-
-    @configurable
-    def __init__(self, **kwargs):
-        """
-        Args:
-            kwargs: of :class:`MimicStudent` and :class:`QuantFCOS`.
-        """
-        super().__init__(**kwargs)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode):
-        return {**super().from_config(cfg), **cls.mimic_arguments(cfg)}
+    """:class:`QuantFCOS` with ``loss_mimic`` among its losses; the same is true of its regions."""
