@@ -16,6 +16,7 @@ from helpers import (
     RESNET_C4,
     RESNET_FPN,
     batch,
+    calls_of_mimic_loss,
     image,
     seeded_model,
     tiny_cfg,
