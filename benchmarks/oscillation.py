@@ -97,18 +97,14 @@ class RestingPlaces(HookBase):
 @torch.no_grad()
 def adapted_features(model: torch.nn.Module, batch: List[Dict[str, Any]]) -> Tensor:
     """r(f_s) inside the annotated boxes of a batch, before any quantizer, in evaluation mode. Shape (E,)."""
-    loss = model.mimic_loss
-    name = loss.student_features[0]
+    mimic = model.mimic
     boxes = [each["instances"].gt_boxes.to(model.device) for each in batch]
     model.eval()
     try:
-        with model._record as record:
-            model.backbone(model.preprocess_image(batch).tensor)
-            maps = dict(record.maps)
+        (pair,) = mimic.pairs(mimic.student_maps(batch), mimic.teacher.features(batch), boxes)
     finally:
         model.train()
-    (rois,) = loss.pooler.assign(boxes)
-    return loss.adapters[name](loss.pooler.pool(0, maps[name], rois)).flatten()
+    return pair.student.flatten()
 
 
 def measure(name: str, teacher: str, output: str, steps: int, opts: Sequence[str] = ()) -> Dict[str, Any]:

@@ -10,7 +10,7 @@ from qmimic_d2.config_files import get_config_file
 
 __version__ = "0.1.0"
 
-__all__ = ["add_qmimic_config", "get_config_file", "__version__"]
+__all__ = ["add_qmimic_config", "attach_mimic", "attach_quantizer", "get_config_file", "__version__"]
 
 try:
     import detectron2  # noqa: F401
@@ -20,6 +20,7 @@ except ImportError as error:
 else:
     from qmimic_d2 import data, modeling  # noqa: F401  (registers data sets and models)
     from qmimic_d2.config import add_qmimic_config
+    from qmimic_d2.modeling.attach import attach_mimic, attach_quantizer
 
 
 def __getattr__(name: str):

@@ -29,6 +29,7 @@ from qmimic_d2.checkpoint_reader import (
     read_mapping,
     subject,
 )
+from qmimic_d2.training_entries import rename_old_entries
 from qmimic_d2.weights_audit import (
     advice,
     load_audited,
@@ -75,7 +76,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             modules, or None if it does not know the names. The first that answers counts, and Detectron2's
             suffix matching then finds where in the model they belong.
         ignored_prefixes: entries that begin with one of these are dropped silently when the model does not
-            have them, e.g. ``("mimic_loss.",)``: a model built for evaluation has no adapter.
+            have them, e.g. ``("mimic.",)``: a model built for evaluation has no adapter.
     """
 
     def __init__(
@@ -263,6 +264,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
         own = self.model.state_dict()
         state = checkpoint["model"]
+        rename_old_entries(state)
         for name in [n for n in state if n.startswith(self.ignored_prefixes) and n not in own]:
             del state[name]
         if checkpoint.pop("matching_heuristics", False):  # as Detectron2 would do below, after the audit

@@ -34,7 +34,11 @@ def add_qmimic_config(cfg: CN) -> None:
 def _qmimic_node() -> CN:
     node = CN()
 
-    # The frozen teacher that a QuantMimicRCNN, QuantMimicRetinaNet or QuantMimicFCOS imitates.
+    # The detector that MODEL.META_ARCHITECTURE "QuantMimic" builds: any registered name, such as "PanopticFPN" or a
+    # class of your own. It then gets the quantizer and the mimic of this node. "" = none; read by "QuantMimic" alone.
+    node.META_ARCHITECTURE = ""
+
+    # The frozen teacher that a QuantMimic, QuantMimicRCNN, QuantMimicRetinaNet or QuantMimicFCOS imitates.
     node.TEACHER = CN()
     # The teacher's own YAML, or LazyConfig `.py`. It is looked up beside the student's YAML (train_net.py),
     # from the working directory, and among the configs of this package. A YAML is data. A `.py` is Python code

@@ -17,7 +17,7 @@ from torch import nn
 
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.modeling.head_features import head_node
-from qmimic_d2.modeling.mimic_student import MimicStudent
+from qmimic_d2.modeling.quant_mimic import MimicStudent
 from qmimic_d2.modeling.trunk_adapter import TrunkAdapter, is_in_trunk
 
 __all__ = ["add_mimic", "add_quantizer", "build_lazy_detector"]
@@ -83,7 +83,7 @@ def build_lazy_detector(
     if issubclass(kind, MimicStudent):
         _check_schedule(cfg, max_iter)
         cfg.SOLVER.MAX_ITER = max_iter
-        args.update(kind.mimic_arguments(cfg, backbone))
+        args.update(kind.mimic_arguments(cfg))
     return kind(**args)
 
 

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 
 from qmimic_d2.config_files import get_config_file, packaged_config_folder
 from qmimic_d2.engine import load_config
-from qmimic_d2.modeling.teacher_config import load_teacher_config
+from qmimic_d2.modeling.mimic.teacher_config import load_teacher_config
 
 FOLDER = Path(packaged_config_folder())
 

@@ -15,7 +15,7 @@ from helpers import ONE_STAGE_FPN, RESNET_FPN, batch, seeded_model, tiny_cfg, tr
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 
 TEXT = (Path(__file__).resolve().parent.parent / "docs" / "detectors.md").read_text()
-YAMLS = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)]
+*YAMLS, OWN = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)]
 
 # What the batches of the tests have.
 KEYPOINTS = (
@@ -52,18 +52,20 @@ def test_example(number, teacher, teacher_of_retinanet_levels):
 
 
 def test_a_detector_of_ones_own(teacher, monkeypatch):
-    (example,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    project = types.ModuleType("my_project")
-    project.MyRetinaNet = type("MyRetinaNet", (RetinaNet,), {})
-    monkeypatch.setitem(sys.modules, "my_project", project)
-    try:
-        exec(compile(example, "example", "exec"), {"__name__": "example"})
-        cfg = tiny_cfg(*ONE_STAGE_FPN["RetinaNet"], *teacher.options, meta_architecture="MyStudent")
-        step = training_step(seeded_model(cfg), batch())
-        assert step.losses["loss_mimic_p3"].item() > 0.0
-        # with the teacher off it is the class that it stands in front of
-        plain = seeded_model(tiny_cfg(*ONE_STAGE_FPN["RetinaNet"], meta_architecture="MyStudent"))
-        assert isinstance(plain, project.MyRetinaNet)
-        assert set(training_step(plain, batch()).losses) == {"loss_cls", "loss_box_reg"}
-    finally:
-        META_ARCH_REGISTRY._obj_map.pop("MyStudent", None)
+    attach, another_loss = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    my_retinanet = type("MyRetinaNet", (RetinaNet,), {})
+    monkeypatch.setitem(sys.modules, "my_project", types.ModuleType("my_project"))
+    monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "MyRetinaNet", my_retinanet)
+    cfg = tiny_cfg(*ONE_STAGE_FPN["RetinaNet"], *teacher.options, meta_architecture="MyRetinaNet")
+    namespace = {"cfg": cfg}
+    exec(compile(attach, "attach", "exec"), namespace)
+    model = namespace["model"]
+    assert type(model) is my_retinanet and attached_quantizer(model.backbone).features == list(model.head_in_features)
+    first = training_step(model, batch()).losses["loss_mimic_p3"].item()
+    cfg.merge_from_other_cfg(CfgNode(OWN))
+    by_yaml = seeded_model(cfg)
+    assert type(by_yaml) is my_retinanet and "loss_mimic_p3" in training_step(by_yaml, batch()).losses
+    exec(compile(another_loss, "another_loss", "exec"), namespace)
+    assert 0.0 < training_step(model, batch()).losses["loss_mimic_p3"].item() != first > 0.0
+    namespace["mimic"].remove()
+    assert set(training_step(model, batch()).losses) == {"loss_cls", "loss_box_reg"}

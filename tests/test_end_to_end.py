@@ -69,9 +69,9 @@ def test_script_of_the_docs_trains_a_student(project, tmp_path, number):
     names = torch.load(output / "model_final.pth", weights_only=True)["model"]
     assert names["backbone.conv1.conv1.weight"].shape[0] == 2  # the student's, not the teacher's 4
     assert [name for name in names if not name.startswith(("backbone.", "proposal_generator.", "roi_heads."))] == [
-        "mimic_loss.adapters.conv5.weight",
-        "mimic_loss.adapters.conv5.bias",
-        "mimic_loss.weight._extra_state",  # where the balanced weight stands
+        "mimic.adapters.conv5.weight",
+        "mimic.adapters.conv5.bias",
+        "mimic.weight._extra_state",  # where the balanced weight stands
     ]
     assert yaml.safe_load((output / "config.yaml").read_text())["MODEL"]["META_ARCHITECTURE"] == "QuantMimicRCNN"
 
@@ -223,7 +223,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     (one, one_losses), (two, two_losses) = found
     assert one_losses == pytest.approx(two_losses, rel=1e-5)
     assert one_losses["loss_mimic"] > 0.0
-    assert one.keys() == two.keys() and "mimic_loss.adapters.conv5.weight" in one
+    assert one.keys() == two.keys() and "mimic.adapters.conv5.weight" in one
     for name, gradient in one.items():
         scale = gradient.abs().max()
         assert scale > 0.0, name

@@ -213,12 +213,12 @@ def with_weights(trained, weights, *options):
 
 def test_adapter_and_teacher_stay_behind(trained, tmp_path):
     content = torch.load(trained.weights, weights_only=True)
-    content["model"]["mimic_loss.adapters.conv5.weight"] = torch.zeros(1)
+    content["model"]["mimic.adapters.conv5.weight"] = torch.zeros(1)
     torch.save({**content, "optimizer": {"state": {}}, "iteration": 5}, tmp_path / "model.pth")
     teacher = ("MODEL.QMIMIC.TEACHER.CONFIG_FILE", "/nowhere/teacher.yaml")
     model = ship_model(with_weights(trained, tmp_path / "model.pth", *teacher))
     assert not model.training
-    assert set(model.state_dict()) == set(content["model"]) - {"mimic_loss.adapters.conv5.weight"}
+    assert set(model.state_dict()) == set(content["model"]) - {"mimic.adapters.conv5.weight"}
 
 
 def test_an_adapter_in_the_trunk_ships(tmp_path):

@@ -49,7 +49,7 @@ def test_losses_are_those_of_the_trainer(student):
     assert [step.keys() for step in ours] == [step.keys() for step in theirs] and "loss_mimic" in ours[0]
     for our_step, their_step in zip(ours, theirs):
         assert our_step == pytest.approx(their_step, rel=2e-3, abs=1e-5)
-    assert type(model.teacher) is SharedTeacherMaps
+    assert type(model.mimic.teacher) is SharedTeacherMaps
 
 
 def test_evaluation_is_the_stock_one(student):
@@ -67,16 +67,16 @@ def test_teacher_maps_are_shared_and_do_not_depend_on_the_batch(student, tmp_pat
     _, model = losses_of(FastTrainer, student, steps=1)
     (file,) = (tmp_path / "runs" / "teacher_maps").iterdir()
     batch = next(iter(FastTrainer.build_train_loader(student)))
-    together = model.teacher.features(batch)["conv5"]
-    alone = torch.cat([model.teacher.features([each])["conv5"] for each in batch])
+    together = model.mimic.teacher.features(batch)["conv5"]
+    alone = torch.cat([model.mimic.teacher.features([each])["conv5"] for each in batch])
     assert torch.equal(together, alone)
     # those of the backbone itself, and an unknown image goes through it
     unknown = [{**each, "file_name": "another"} for each in batch]
-    torch.testing.assert_close(model.teacher.features(unknown)["conv5"], together, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.mimic.teacher.features(unknown)["conv5"], together, rtol=1e-4, atol=1e-5)
     # a second run reads the file
     monkeypatch.setattr(torch, "save", lambda *args: pytest.fail("computed again"))
     again = FastTrainer.build_model(student).train()
-    assert torch.equal(again.teacher.features(batch)["conv5"], together)
+    assert torch.equal(again.mimic.teacher.features(batch)["conv5"], together)
     assert [each.name for each in file.parent.iterdir()] == [file.name]
 
 

@@ -6,8 +6,8 @@ from detectron2.structures import Boxes, RotatedBoxes
 from helpers import batch, seeded_model, tiny_cfg, training_step, write_teacher
 
 from qmimic_d2.modeling.image_counts import check_boxes, check_counts, check_maps, named
-from qmimic_d2.modeling.rois import TrainingRegions, select_rois
-from qmimic_d2.modeling.teacher import FrozenTeacher
+from qmimic_d2.modeling.mimic.region_sources import TrainingRegions, select_rois
+from qmimic_d2.modeling.mimic.teacher import FrozenTeacher
 
 ROI_SOURCE = "MODEL.QMIMIC.MIMIC.ROI_SOURCE"
 
@@ -64,13 +64,13 @@ def test_regions_of_every_branch_are_refused_by_name(teacher):
 @pytest.mark.parametrize("whose", ["student", "teacher"])
 def test_a_comparison_is_refused_as_a_step_is(teacher, whose):
     model = student(teacher)
-    branch(model.backbone if whose == "student" else model.teacher._backbone)
-    message = message_of(lambda: model.compare(batch(), boxes_of(batch())))
+    branch(model.backbone if whose == "student" else model.mimic.teacher._backbone)
+    message = message_of(lambda: model.mimic.compare_on(batch(), boxes_of(batch())))
     assert f"the {whose}'s map 'conv5' covers 6" in message
 
 
 def test_a_comparison_at_boxes_of_other_images_is_refused(teacher):
-    message = message_of(lambda: student(teacher).compare(batch(), boxes_of(batch())[:1]))
+    message = message_of(lambda: student(teacher).mimic.compare_on(batch(), boxes_of(batch())[:1]))
     assert "of 1 images" in message and "the student's map 'conv5' covers 2" in message
 
 
@@ -88,7 +88,7 @@ def test_a_teacher_with_branches_is_refused_by_name(teacher, sizes):
 
 def test_a_teacher_that_takes_one_branch_in_inference_teaches(teacher):
     model, plain = student(teacher, ROI_SOURCE, "ground_truth"), student(teacher, ROI_SOURCE, "ground_truth")
-    backbone = model.teacher._backbone
+    backbone = model.mimic.teacher._backbone
     branch(backbone, lambda: backbone.training)
     assert training_step(model, batch()).losses == training_step(plain, batch()).losses
 

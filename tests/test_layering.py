@@ -14,10 +14,11 @@ PACKAGE = ROOT / "qmimic_d2"
 LAYERS = [
     [],
     ["modeling"],  # quantizers, hooks, pooling, regions, backbones: everything that is not named below
-    ["modeling.mimic", "modeling.teacher_config", "modeling.teacher"],
+    ["modeling.mimic"],
     ["modeling.trunk_adapter"],
-    ["modeling.quant_rcnn", "modeling.quant_retinanet", "modeling.quant_fcos", "modeling.mimic_student"],
-    ["modeling.quant_mimic_rcnn", "modeling.quant_mimic_one_stage"],
+    ["modeling.attach"],
+    ["modeling.quant_rcnn", "modeling.quant_retinanet", "modeling.quant_fcos"],
+    ["modeling.quant_mimic"],
     ["lazy_config", "analysis", "evaluation", "export"],
     ["engine"],
     ["report"],

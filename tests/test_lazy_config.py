@@ -39,10 +39,10 @@ from qmimic_d2.modeling import (
     UniformQuantizer,
 )
 from qmimic_d2.modeling.backbone.vgg import VGG
+from qmimic_d2.modeling.mimic.teacher_config import load_teacher_config
+from qmimic_d2.modeling.mimic.weight import MimicWeight
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
-from qmimic_d2.modeling.teacher_config import load_teacher_config
 from qmimic_d2.modeling.trunk_adapter import TrunkAdapter
-from qmimic_d2.modeling.weighting import MimicWeight
 
 NAMES = sorted(path.relative_to(packaged_config_folder()).as_posix() for path in (ROOT / "configs").rglob("*.py"))
 DOCS = (ROOT / "docs" / "lazy_config.md").read_text()
@@ -206,10 +206,10 @@ def test_add_mimic(family, teacher):
     assert stock == before and lazy != stock  # another one
     model = instantiate(lazy)
     assert type(model) is kind
-    assert attached_quantizer(model.backbone).features == model.mimic_loss.student_features == ["conv5"]
+    assert attached_quantizer(model.backbone).features == model.mimic.student_features == ["conv5"]
     step = training_step(model, batch())
     assert step.losses["loss_mimic"].item() > 0.0
-    assert model.teacher.digest
+    assert model.mimic.teacher.digest
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -231,8 +231,8 @@ def test_settings_can_be_changed_later_and_on_the_command_line(teacher):
     )
     cfg.model.qmimic.MIMIC.ROI_SOURCE = "whole_map"
     model = instantiate(cfg.model)
-    assert (model.mimic_loss.weight.weight, model.roi_source) == (3.0, "whole_map")
-    assert model.mimic_loss.student_quantizer.stride == 0.5
+    assert (model.mimic.weight.weight, model.mimic.settings.roi_source) == (3.0, "whole_map")
+    assert model.mimic.student_quantizer.stride == 0.5
     assert model.head.cls_score.out_channels == 7
 
 
@@ -242,7 +242,7 @@ def test_maps_may_be_named(teacher):
     lazy.backbone.out_features = ["conv4", "conv5"]
     model = instantiate(lazy)
     assert attached_quantizer(model.backbone).features == ["conv5"]
-    assert model.mimic_loss.student_features == ["conv4"]
+    assert model.mimic.student_features == ["conv4"]
 
 
 def test_fcos_reads_every_map_by_stride():
@@ -257,7 +257,7 @@ def test_the_teacher_knows_the_order_of_the_channels(build, teacher):
     lazy = add_mimic(build(), settings(teacher))
     lazy.input_format = "RGB"
     model = instantiate(lazy).train()
-    assert model.teacher._flip_channels
+    assert model.mimic.teacher._flip_channels
 
 
 def test_a_schedule_over_the_whole_training(teacher):
@@ -265,7 +265,7 @@ def test_a_schedule_over_the_whole_training(teacher):
     with pytest.raises(ValueError, match="max_iter is 0; give add_mimic"):
         instantiate(add_mimic(lazy_fcos(), cosine))
     lazy = whole(model=add_mimic(lazy_fcos(), cosine, max_iter="${train.max_iter}"), train=dict(max_iter=50))
-    assert instantiate(lazy.model).mimic_loss.weight.at(25) == pytest.approx(0.5)
+    assert instantiate(lazy.model).mimic.weight.at(25) == pytest.approx(0.5)
 
 
 def test_a_teacher_from_a_lazy_config(tmp_path):
@@ -282,7 +282,7 @@ def test_a_teacher_from_a_lazy_config(tmp_path):
     names = {"CONFIG_FILE": str(tmp_path / "teacher.py"), "WEIGHTS": str(tmp_path / "teacher.pth")}
     model = instantiate(add_mimic(lazy_fcos(), {"TEACHER": names, "MIMIC": {"ROI_SOURCE": "whole_map"}}))
     assert training_step(model, batch()).losses["loss_mimic"].item() > 0.0
-    assert_equal(dict(model.teacher._backbone.state_dict()), dict(trained.backbone.state_dict()))
+    assert_equal(dict(model.mimic.teacher._backbone.state_dict()), dict(trained.backbone.state_dict()))
 
 
 def test_it_is_saved_and_read(teacher, tmp_path):
@@ -305,7 +305,7 @@ def test_the_adapter_in_the_trunk(teacher):
     lazy = lazy_retinanet(channels=32)
     lazy.backbone = L(TrunkAdapter)(bottom_up=lazy.backbone, channels=dict(conv5=32), kind="conv1x1_relu")
     model = instantiate(add_mimic(lazy, trunk))
-    assert not list(model.mimic_loss.parameters())
+    assert not list(model.mimic.parameters())
     assert "backbone.adapters.conv5.0.weight" in training_step(model, batch()).gradients
 
 
@@ -375,8 +375,8 @@ def test_all_arguments_oneself(teacher):
     namespace = {"detector": detector, "build_teacher": build_teacher}
     exec(compile(example, "example", "exec"), namespace)
     model = instantiate(namespace["student"])
-    assert type(model) is QuantMimicRCNN and isinstance(model.mimic_loss, RoIMimicLoss)
-    assert isinstance(model.mimic_loss.weight, MimicWeight)
+    assert type(model) is QuantMimicRCNN and isinstance(model.mimic, RoIMimicLoss)
+    assert isinstance(model.mimic.weight, MimicWeight)
     assert isinstance(attached_quantizer(model.backbone).quantizer, UniformQuantizer)
     options = (
         *("MODEL.QMIMIC.MIMIC.ROI_SOURCE", "ground_truth", "MODEL.QMIMIC.MIMIC.LOSS_WEIGHT", 20.0),
@@ -419,7 +419,7 @@ def test_script_of_the_docs_trains_a_student(tmp_path):
     names = torch.load(output / "model_final.pth", weights_only=False)["model"]
     heads = ("backbone.", "proposal_generator.", "roi_heads.")
     assert {name for name in names if not name.startswith(heads)} == {
-        "mimic_loss.adapters.conv5.weight",
-        "mimic_loss.adapters.conv5.bias",
+        "mimic.adapters.conv5.weight",
+        "mimic.adapters.conv5.bias",
     }
     assert LazyConfig.load(str(output / "config.yaml")).model.qmimic.MIMIC.LOSS_WEIGHT == 20.0

@@ -13,9 +13,9 @@ from detectron2.utils.events import EventStorage
 from helpers import tiny_cfg
 from torch import nn
 
-from qmimic_d2.modeling.adapter import ADAPTERS
 from qmimic_d2.modeling.feature_comparison import FIGURES, compare_features
-from qmimic_d2.modeling.mimic import NORMALIZERS, RoIMimicLoss
+from qmimic_d2.modeling.mimic.adapter import ADAPTERS
+from qmimic_d2.modeling.mimic.loss import NORMALIZERS, RoIMimicLoss
 from qmimic_d2.modeling.quantizer import ClampQuantizer, PowerOfTwoQuantizer, UniformQuantizer
 
 # Shape letters: N images, M regions, C and T channels, P bins.
@@ -40,6 +40,27 @@ DICTIONARIES = {
 
 def spec(channels, stride=8):
     return ShapeSpec(channels=channels, stride=stride)
+
+
+def measured_pairs(loss, pairs):
+    loss.write_diagnostics(pairs)
+    return loss.loss(pairs)
+
+
+def measured(loss, *arguments):
+    return measured_pairs(loss, loss.pairs(*arguments))
+
+
+def compute(loss, *arguments):
+    return loss(*arguments)
+
+
+def whole_maps(loss, *arguments):
+    return loss.loss(loss.whole_map_pairs(*arguments))
+
+
+def assert_same(first, second):
+    torch.testing.assert_close(first, second, rtol=0.0, atol=0.0)
 
 
 def make_loss(student=2, teacher=3, **arguments):
@@ -305,7 +326,7 @@ def test_without_regions_the_loss_is_a_zero_that_reaches_every_parameter(normali
     loss = make_loss(normalize_by=normalize_by, student_quantizer=UniformQuantizer(0.5))
     student = maps(2, seed=1)
     student["f"].requires_grad_(True)
-    value = loss(student, maps(3, seed=2), no_boxes(), measure=True)["loss_mimic"]
+    value = measured(loss, student, maps(3, seed=2), no_boxes())["loss_mimic"]
     assert value.shape == () and value.item() == 0.0
     value.backward()
     for tensor in (student["f"], *loss.parameters()):
@@ -367,7 +388,7 @@ def test_autocast():
     student, teacher, boxes = maps(2, seed=1), maps(3, seed=2), three_boxes()
     student["f"].requires_grad_(True)
     with EventStorage() as storage, torch.autocast("cpu", torch.bfloat16):
-        value = loss(student, teacher, boxes, measure=True)["loss_mimic"]
+        value = measured(loss, student, teacher, boxes)["loss_mimic"]
         empty = loss(student, teacher, no_boxes())["loss_mimic"]
     (value + empty).backward()
     assert value.dtype == torch.float32
@@ -455,7 +476,7 @@ def test_every_level_with_regions_is_measured():
     loss = make_level_loss(code_quantizer=UniformQuantizer(1.0))
     arguments = (level_maps([1.0, 2.0, 3.0], 2), level_maps([1.2, 3.0, 3.0], 1, "teacher_"), boxes)
     with EventStorage() as storage:
-        loss(*arguments, measure=True)
+        measured(loss, *arguments)
     written = {name: value for name, (value, _) in storage.latest().items()}
     assert set(written) == {f"qmimic/{name}_{level}" for name in FIGURES for level in ("p3", "p4")}
     assert (written["qmimic/match_ratio_p3"], written["qmimic/match_ratio_nonzero_p3"]) == (1.0, 1.0)
@@ -464,7 +485,7 @@ def test_every_level_with_regions_is_measured():
     tags = [each["tag"] for each in storage._histograms]
     assert tags == [f"qmimic/{side}_codes_{level}" for level in ("p3", "p4") for side in ("student", "teacher")]
     # apart from a training, levels without regions are there, too
-    compared = loss.compare(*arguments)
+    compared = loss.compare(loss.pairs(*arguments))
     assert {name: each.num_rois for name, each in compared.items()} == {"p3": 1, "p4": 1, "p5": 0}
     assert {f"qmimic/{name}_p4": value for name, value in compared["p4"].figures().items()}.items() <= written.items()
 
@@ -472,22 +493,31 @@ def test_every_level_with_regions_is_measured():
 # ------------------------------------------------------------------------- pooled elsewhere, storage
 
 
-@pytest.mark.parametrize("quantizer", ["none", "uniform"])
-def test_a_tensor_that_was_pooled_elsewhere_gives_the_same(quantizer):
-    loss = make_loss(student_quantizer=QUANTIZERS[quantizer], teacher_quantizer=QUANTIZERS[quantizer])
-    teacher, boxes = maps(3, seed=2), three_boxes()
-    gradients, values = [], []
-    for is_shared in (False, True):
-        student = maps(2, seed=1)
-        student["f"].requires_grad_(True)
-        pooled = pooled_by_detectron2(student["f"], boxes) if is_shared else None
-        value = loss(student, teacher, boxes, student_pooled=pooled)["loss_mimic"]
-        value.backward()
-        values.append(value.detach())
-        gradients.append((student["f"].grad, *(each.grad for each in loss.parameters())))
-        loss.zero_grad()
-    torch.testing.assert_close(values[0], values[1])
-    torch.testing.assert_close(gradients[0], gradients[1])
+def test_pairs_hold_both_sides_pooled_and_the_regions_of_all_levels():
+    loss = make_loss(student_quantizer=UniformQuantizer(0.5))
+    student, teacher, boxes = maps(2, seed=1), maps(3, seed=2), three_boxes()
+    student["f"].requires_grad_(True)
+    (pair,) = loss.pairs(student, teacher, boxes)
+    assert (pair.name, pair.num_regions) == ("f", 3)
+    torch.testing.assert_close(pair.student, loss.adapters["f"](pooled_by_detectron2(student["f"], boxes)))
+    torch.testing.assert_close(pair.teacher, pooled_by_detectron2(teacher["f"], boxes))
+    assert pair.student.requires_grad and not pair.teacher.requires_grad
+    assert_same(loss(student, teacher, boxes), loss.loss([pair]))
+
+
+def test_another_loss_is_a_function_of_a_pair():
+    def absolute(pair):
+        return (pair.student - pair.teacher).abs().sum() / pair.num_regions
+
+    loss = make_level_loss(distance=absolute)
+    assert loss.distance is absolute
+    boxes = [Boxes(torch.tensor([[64.0, 64.0, 100.0, 100.0]]))]
+    pairs = loss.pairs(level_maps([1.0, 2.0, 3.0], 2), level_maps([3.0, 3.0, 3.0], 1, "teacher_"), boxes)
+    losses = loss.loss(pairs)
+    assert losses["loss_mimic_p3"].item() == pytest.approx(absolute(pairs[0]).item()) != 0.0
+    # without a region it is not called
+    assert losses["loss_mimic_p4"].item() == losses["loss_mimic_p5"].item() == 0.0
+    assert losses["loss_mimic_p5"].requires_grad and [len(each.student) for each in pairs] == [1, 0, 0]
 
 
 def test_the_figures_are_written_when_asked_for():
@@ -499,7 +529,7 @@ def test_the_figures_are_written_when_asked_for():
     with EventStorage() as storage:
         loss(*arguments)
         assert storage.latest() == {} and storage._histograms == []
-        loss(*arguments, measure=True)
+        measured(loss, *arguments)
     written = {name: value for name, (value, _) in storage.latest().items()}
     assert written == pytest.approx(
         {
@@ -529,14 +559,14 @@ def test_compared_are_adapted_student_and_pooled_teacher_before_any_quantizer(qu
     loss = make_loss(**sides, code_quantizer=codes)
     student, teacher, boxes = maps(2, seed=1), maps(3, seed=2), three_boxes()
     with EventStorage() as storage:
-        loss(student, teacher, boxes, measure=True)
+        measured(loss, student, teacher, boxes)
     with torch.no_grad():
         adapted = loss.adapters["f"](pooled_by_detectron2(student["f"], boxes))
     expected = compare_features(adapted, pooled_by_detectron2(teacher["f"], boxes), codes).figures()
     assert {name: value for name, (value, _) in storage.latest().items()} == pytest.approx(
         {f"qmimic/{name}": value for name, value in expected.items()}, abs=1e-5
     )
-    assert loss.compare(student, teacher, boxes)["f"].figures() == pytest.approx(expected, abs=1e-5)
+    assert loss.compare(loss.pairs(student, teacher, boxes))["f"].figures() == pytest.approx(expected, abs=1e-5)
 
 
 def test_measuring_leaves_loss_and_gradients_as_they_are():
@@ -548,7 +578,7 @@ def test_measuring_leaves_loss_and_gradients_as_they_are():
         student["f"].requires_grad_(True)
         state = torch.get_rng_state()
         with EventStorage():
-            value = loss(student, maps(3, seed=2), three_boxes(), measure=measure)["loss_mimic"]
+            value = (measured if measure else compute)(loss, student, maps(3, seed=2), three_boxes())["loss_mimic"]
         assert torch.equal(torch.get_rng_state(), state)
         value.backward()
         results.append((value.detach(), student["f"].grad, *(each.grad for each in loss.parameters())))
@@ -559,22 +589,23 @@ def test_figures_of_silence_are_nan_and_stop_nothing():
     loss = make_loss(1, 1, code_quantizer=UniformQuantizer(1.0))
     set_adapter(loss, 1.0, 0.0)
     with EventStorage() as storage:
-        loss(constant_maps(0.1), constant_maps(0.2), three_boxes(), measure=True)
+        measured(loss, constant_maps(0.1), constant_maps(0.2), three_boxes())
     assert storage.latest()["qmimic/match_ratio"][0] == 1.0
     assert math.isnan(storage.latest()["qmimic/match_ratio_nonzero"][0])
 
 
 def test_nothing_is_measured_without_storage_regions_or_dictionary():
     arguments = (maps(2, seed=1), maps(3, seed=2))
-    make_loss(code_quantizer=UniformQuantizer(1.0))(*arguments, three_boxes(), measure=True)
+    measured(make_loss(code_quantizer=UniformQuantizer(1.0)), *arguments, three_boxes())
     with EventStorage() as storage:
-        make_loss()(*arguments, three_boxes(), measure=True)
-        make_loss(code_quantizer=UniformQuantizer(1.0))(*arguments, no_boxes(), measure=True)
+        measured(make_loss(), *arguments, three_boxes())
+        measured(make_loss(code_quantizer=UniformQuantizer(1.0)), *arguments, no_boxes())
     assert storage.latest() == {}
-    compared = make_loss(code_quantizer=UniformQuantizer(1.0)).compare(*arguments, no_boxes())["f"]
+    loss = make_loss(code_quantizer=UniformQuantizer(1.0))
+    compared = loss.compare(loss.pairs(*arguments, no_boxes()))["f"]
     assert compared.num_rois == 0 and len(compared.student_active) == 3
     with pytest.raises(ValueError, match="code_quantizer"):
-        make_loss().compare(*arguments, three_boxes())
+        make_loss().compare(loss.pairs(*arguments, three_boxes()))
 
 
 # -------------------------------------------------------------------------- construction and config
@@ -692,15 +723,15 @@ def test_whole_maps_compare_the_cells_inside_the_images():
     set_adapter(loss, 2.0, 0.0)
     student, teacher = constant_maps(1.0, size=3), constant_maps(5.0, size=3)
     # stride 8: 9 x 16 pixels are 2 x 2 cells, 24 x 1 pixels are 3 x 1
-    value = loss.whole_maps(student, teacher, [(9, 16), (24, 1)])["loss_mimic"]
+    value = whole_maps(loss, student, teacher, [(9, 16), (24, 1)])["loss_mimic"]
     # each of the 7 cells contributes (2 - 5)^2, divided by 2 * 7
     assert value.item() == pytest.approx(4.5)
     teacher["f"][0, :, 2] = 99.0  # the padding below the first image
     teacher["f"][1, :, :, 1:] = -99.0
-    assert loss.whole_maps(student, teacher, [(9, 16), (24, 1)])["loss_mimic"].item() == pytest.approx(4.5)
+    assert whole_maps(loss, student, teacher, [(9, 16), (24, 1)])["loss_mimic"].item() == pytest.approx(4.5)
     teacher["f"][1, :, 2, 0] = 7.0
     # six cells of 9 and one of 25
-    assert loss.whole_maps(student, teacher, [(9, 16), (24, 1)])["loss_mimic"].item() == pytest.approx(79 / 14)
+    assert whole_maps(loss, student, teacher, [(9, 16), (24, 1)])["loss_mimic"].item() == pytest.approx(79 / 14)
 
 
 def test_whole_maps_of_several_levels_and_of_a_smaller_teacher():
@@ -709,7 +740,7 @@ def test_whole_maps_of_several_levels_and_of_a_smaller_teacher():
     loss = RoIMimicLoss(student_shapes=shapes, teacher_shapes=shapes, adapter="")
     student = {"fine": torch.ones(1, 1, 4, 4), "coarse": torch.ones(1, 1, 2, 2)}
     teacher = {"fine": torch.zeros(1, 1, 4, 3), "coarse": torch.zeros(1, 1, 2, 2)}
-    losses = loss.whole_maps(student, teacher, [(16, 16)])
+    losses = whole_maps(loss, student, teacher, [(16, 16)])
     # 12 cells and 4: divided by twice all of them
     assert {name: value.item() for name, value in losses.items()} == {
         "loss_mimic_fine": pytest.approx(12 / 32),
@@ -726,7 +757,7 @@ def test_whole_maps_are_quantized_measured_and_have_a_gradient():
     student, teacher = constant_maps(1.2), constant_maps(2.9)
     student["f"].requires_grad_()
     with EventStorage() as storage:
-        value = loss.whole_maps(student, teacher, [(48, 48)] * 2, measure=True)["loss_mimic"]
+        value = measured_pairs(loss, loss.whole_map_pairs(student, teacher, [(48, 48)] * 2))["loss_mimic"]
     assert value.item() == pytest.approx(2.0)
     assert storage.latest()["qmimic/match_ratio"][0] == 0.0
     value.backward()

@@ -78,7 +78,7 @@ def test_it_compares_inside_the_annotated_boxes_of_images_as_an_evaluation_reads
     total = None
     for index, (inputs,) in enumerate(loader):
         assert inputs["image"].shape[1:] == ((128, 96) if index % 3 == 0 else (96, 128))
-        comparison = model.compare([inputs], [boxes])["conv5"]
+        comparison = model.mimic.compare_on([inputs], [boxes])["conv5"]
         total = comparison if total is None else total + comparison
     assert index == 6 and total.num_rois == 14
     expected = {f"heldout_{name}": value for name, value in total.figures().items()}
@@ -190,7 +190,7 @@ def test_several_levels(tmp_path):
 def test_a_diverged_student_is_written_as_null(tmp_path, teacher):
     cfg = heldout_cfg(tmp_path, teacher, IMAGES, 1)
     model = trained_model(cfg)
-    torch.nn.init.constant_(model.mimic_loss.adapters["conv5"].bias, math.nan)
+    torch.nn.init.constant_(model.mimic.adapters["conv5"].bias, math.nan)
     assert all(math.isnan(each) for each in MimicEvaluator(cfg)(model)["qmimic"].values())
     level = content_of(tmp_path)["levels"]["conv5"]
     assert level["cosine"] is None and set(level["code_histogram"]["student"]) == {None}
@@ -225,7 +225,7 @@ def test_model_modes_and_random_numbers_stay(tmp_path, teacher):
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert all(torch.equal(parameter.grad, old) for parameter, old in zip(model.parameters(), gradients))
-    assert model._record.maps == {}
+    assert model.mimic.record.maps == {}
 
 
 def test_modes_and_random_numbers_stay_after_an_error(tmp_path, teacher):
@@ -331,7 +331,7 @@ def test_an_evaluation_alone_says_why_it_does_not_compare(tmp_path, teacher, cap
     model = seeded_model(cfg).eval()
     with caplog.at_level(logging.INFO, "qmimic_d2"):
         assert MimicEvaluator(cfg)(model) == {}
-    assert "only a training loads the teacher" in caplog.text and model.teacher is None
+    assert "only a training loads the teacher" in caplog.text and model.mimic.teacher is None
 
 
 def test_a_set_without_boxes_is_a_warning(tmp_path, teacher, caplog):

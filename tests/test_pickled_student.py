@@ -33,11 +33,11 @@ def loaded(file):
 
 
 def test_it_holds_no_tensor_of_the_teacher(student):
-    sizes = {tuple(tensor.shape) for tensor in student.teacher._backbone.state_dict().values()}
+    sizes = {tuple(tensor.shape) for tensor in student.mimic.teacher._backbone.state_dict().values()}
     sizes -= {tuple(tensor.shape) for tensor in student.state_dict(keep_vars=True).values()}
     assert sizes
     again = loaded(saved(student))
-    assert again.teacher is None
+    assert again.mimic.teacher is None
     held = [each for each in recursively(again) if isinstance(each, torch.Tensor)]
     assert held and not {tuple(each.shape) for each in held} & sizes
 
@@ -64,7 +64,7 @@ def test_it_goes_on_as_the_saved_one(student):
     first, second = (training_step(each, batch(), iteration=1) for each in (student, again))
     assert first.losses == second.losses
     assert all(torch.equal(gradient, second.gradients[name]) for name, gradient in first.gradients.items())
-    assert again.teacher is not None and again.teacher is not student.teacher
+    assert again.mimic.teacher is not None and again.mimic.teacher is not student.mimic.teacher
 
 
 def test_it_evaluates_without_a_file_of_the_teacher(student, tmp_path):
@@ -89,6 +89,6 @@ def test_heads_are_taken_from_the_teacher_once(tmp_path):
 
 def test_a_copy_still_shares_the_teacher(student):
     for copied in (copy.deepcopy(student), copy.copy(student)):
-        assert copied.teacher is student.teacher
+        assert copied.mimic.teacher is student.mimic.teacher
     nested = copy.deepcopy(torch.nn.ModuleList([student, student]))
-    assert nested[0] is nested[1] and nested[0].teacher is student.teacher
+    assert nested[0] is nested[1] and nested[0].mimic.teacher is student.mimic.teacher

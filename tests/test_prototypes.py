@@ -60,7 +60,7 @@ def test_stride_per_channel_follows_the_teacher():
 SHAPE = {"map": ShapeSpec(channels=1, stride=1)}
 
 
-def make_loss(loss_class=None, stride=1.0):
+def make_loss(kind=None, stride=1.0):
     quantizer = UniformQuantizer(stride)
     loss = RoIMimicLoss(
         student_shapes=SHAPE,
@@ -75,8 +75,8 @@ def make_loss(loss_class=None, stride=1.0):
         loss.adapters["map"].weight.fill_(2.0)
         if loss.adapters["map"].bias is not None:
             loss.adapters["map"].bias.zero_()
-    if loss_class is not None:
-        loss.__class__ = loss_class
+    if kind is not None:
+        kind.change(loss)
     return loss
 
 
@@ -90,7 +90,7 @@ def one_region(loss, student, teacher):
 
 
 def test_gradient_where_codes_differ():
-    loss = make_loss(prototypes._CodesDifferLoss)
+    loss = make_loss(prototypes.CodesDifferRCNN)
     # r = 0.4, 0.6, -3, 1.4 against 0.2, 0.2, 0, 2: codes 0/0, 1/0, 0/0, 1/2
     value, grad = one_region(loss, [0.2, 0.3, -1.5, 0.7], [0.2, 0.2, 0.0, 2.0])
     assert value == pytest.approx((0.4**2 + 0.6**2) / 2)
@@ -98,7 +98,7 @@ def test_gradient_where_codes_differ():
 
 
 def test_quantized_before_the_adapter():
-    value, grad = one_region(make_loss(prototypes._BeforeAdapterLoss), [0.4, 0.6, -1.0, 1.0], [0.0, 1.0, 0.0, 2.0])
+    value, grad = one_region(make_loss(prototypes.BeforeAdapterRCNN), [0.4, 0.6, -1.0, 1.0], [0.0, 1.0, 0.0, 2.0])
     # Q(f_s) = 0, 1, 0, 1, then doubled
     assert value == pytest.approx((0 + 1 + 0 + 0) / 2)
     assert grad == pytest.approx([0.0, 2.0, 0.0, 0.0])
@@ -106,7 +106,7 @@ def test_quantized_before_the_adapter():
 
 def test_quantized_before_pooling():
     student, teacher = torch.tensor([[[[0.2, 0.4], [0.3, 0.7]]]]), torch.tensor([[[[1.0, 1.0], [0.0, 2.0]]]])
-    loss = make_loss(prototypes._BeforePoolingLoss)
+    loss = make_loss(prototypes.BeforePoolingRCNN)
     found = loss({"map": student}, {"map": teacher}, [Boxes(torch.tensor([[0.0, 0.0, 1.0, 1.0]]))])["loss_mimic"]
     # Q(r) = 0, 1, 1, 1 (of 0.4, 0.8, 0.6, 1.4), against 1, 1, 0, 2
     assert float(found) == pytest.approx((1 + 0 + 1 + 1) / 2)
@@ -115,9 +115,10 @@ def test_quantized_before_pooling():
 def test_prototype_losses_measure_as_the_products_does():
     boxes = [Boxes(torch.tensor([[0.0, 0.0, 1.0, 1.0]]))]
     maps = {"map": torch.tensor([[[[0.2, 0.4], [0.3, 0.7]]]])}, {"map": torch.tensor([[[[1.0, 1.0], [0.0, 2.0]]]])}
-    for loss_class in (prototypes._CodesDifferLoss, prototypes._BeforeAdapterLoss, prototypes._BeforePoolingLoss):
+    for kind in (prototypes.CodesDifferRCNN, prototypes.BeforeAdapterRCNN, prototypes.BeforePoolingRCNN):
         with EventStorage(0) as storage:
-            make_loss(loss_class)(*maps, boxes, measure=True)
+            loss = make_loss(kind)
+            loss.write_diagnostics(loss.pairs(*maps, boxes))
             assert 0.0 <= storage.latest()["qmimic/match_ratio"][0] <= 1.0
 
 

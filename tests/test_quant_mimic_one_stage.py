@@ -14,6 +14,7 @@ from helpers import (
     ONE_STAGE_FPN,
     RESNET_FPN,
     batch,
+    calls_of_mimic_loss,
     seeded_model,
     tiny_cfg,
     training_step,
@@ -68,12 +69,6 @@ def without(prefix, entries):
     return {name: each for name, each in entries.items() if not name.startswith(prefix)}
 
 
-def calls_of_mimic_loss(model):
-    calls = []
-    model.mimic_loss.register_forward_pre_hook(lambda module, args: calls.append(args))
-    return calls
-
-
 # ------------------------------------------------------------------------------------------ the mimic loss
 
 
@@ -85,8 +80,8 @@ def test_it_adds_the_loss_and_leaves_the_others(family, rcnn):
     calls = calls_of_mimic_loss(model)
     step = training_step(model, inputs)
     assert_equal(without("loss_mimic", step.losses), quant.losses)
-    ((maps, teacher_maps, boxes),) = calls
-    plain = model.train().mimic_loss(maps, teacher_maps, boxes)["loss_mimic"]
+    ((maps, teacher_maps, boxes),) = (call.values() for call in calls)
+    plain = model.train().mimic(maps, teacher_maps, boxes)["loss_mimic"]
     torch.testing.assert_close(step.losses["loss_mimic"], 3.0 * plain.detach())
     assert step.losses["loss_mimic"].item() > 0.0
     # the map as it was before the student's quantizer, the teacher's behind its own, the annotated boxes
@@ -102,7 +97,7 @@ def test_its_gradient_reaches_backbone_and_adapter_alone(family, rcnn):
     with EventStorage():
         model(batch())["loss_mimic"].backward()
     touched = {name for name, each in model.named_parameters() if each.grad is not None and each.grad.abs().sum() > 0}
-    assert {name.split(".")[0] for name in touched} == {"backbone", "mimic_loss"}
+    assert {name.split(".")[0] for name in touched} == {"backbone", "mimic"}
     assert all(name in touched for name, _ in model.backbone.named_parameters(prefix="backbone"))
 
 
@@ -113,7 +108,7 @@ def test_several_levels_have_a_loss_each(same_family):
     assert [name for name in step.losses if "mimic" in name] == [f"loss_mimic_{name}" for name in LEVELS]
     for name in LEVELS:
         assert step.losses[f"loss_mimic_{name}"].item() > 0.0
-        assert step.gradients[f"mimic_loss.adapters.{name}.weight"].abs().sum() > 0.0
+        assert step.gradients[f"mimic.adapters.{name}.weight"].abs().sum() > 0.0
         assert f"qmimic/match_ratio_{name}" in step.storage.latest()
     assert 0.0 < step.storage.latest()["qmimic/grad_share_map"][0] < 1.0
 
@@ -140,8 +135,8 @@ def test_a_union_of_regions(family, rcnn):
     model, inputs = student(family, *rcnn.options, ROI_SOURCE, "ground_truth+teacher_proposals"), batch()
     calls = calls_of_mimic_loss(model)
     training_step(model, inputs)
-    _, proposals = model.teacher.features_and_proposals(inputs)
-    for found, each, extra in zip(calls[0][2], inputs, proposals):
+    _, proposals = model.mimic.teacher.features_and_proposals(inputs)
+    for found, each, extra in zip(calls[0]["boxes"], inputs, proposals):
         annotated = each["instances"].gt_boxes.tensor
         assert len(extra) > 0
         assert torch.equal(found.tensor, torch.cat([annotated, extra.tensor]))
@@ -172,7 +167,7 @@ def test_an_rcnn_learns_from_a_one_stage_teacher(same_family):
     teacher = same_family[1]
     cfg = tiny_cfg(*RESNET_FPN, *teacher.options, meta_architecture="QuantMimicRCNN")
     model = seeded_model(cfg)
-    assert model.mimic_loss.teacher_features == ["p3", "p4", "p5"]
+    assert model.mimic.teacher_features == ["p3", "p4", "p5"]
     assert training_step(model, batch()).losses["loss_mimic_p3"].item() > 0.0
 
 
@@ -180,7 +175,7 @@ def test_the_maps_of_a_teacher_may_be_named(same_family, rcnn):
     family, teacher = same_family
     names = (f"{MIMIC}.TEACHER_IN_FEATURES", ["p3"])
     model = student(family, *teacher.options, *names)
-    assert (model.mimic_loss.student_features, model.mimic_loss.teacher_features) == (["conv5"], ["p3"])
+    assert (model.mimic.student_features, model.mimic.teacher_features) == (["conv5"], ["p3"])
     assert training_step(model, batch()).losses["loss_mimic"].item() > 0.0
 
 
@@ -225,7 +220,7 @@ def test_the_adapter_in_the_trunk(same_family):
     family, teacher = same_family
     trained = student(family, *teacher.options, *TRUNK, levels=ONE_STAGE_FPN)
     assert {shape.channels for shape in trained.backbone.output_shape().values()} == {12}
-    assert not list(trained.mimic_loss.parameters())
+    assert not list(trained.mimic.parameters())
     step = training_step(trained, batch())
     assert step.losses["loss_mimic_p3"].item() > 0.0
     assert "backbone.adapters.p6.0.weight" in step.gradients
@@ -240,11 +235,11 @@ def test_the_adapter_in_the_trunk(same_family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_teacher_is_in_no_list_of_the_model(family, rcnn):
     model, quant = student(family, *rcnn.options).train(), student(family, kind="Quant")
-    assert isinstance(model.teacher, FrozenTeacher)
-    adapter = {"mimic_loss.adapters.conv5.weight", "mimic_loss.adapters.conv5.bias"}
+    assert isinstance(model.mimic.teacher, FrozenTeacher)
+    adapter = {"mimic.adapters.conv5.weight", "mimic.adapters.conv5.bias"}
     assert set(model.state_dict()) - set(quant.state_dict()) == adapter
     assert {name for name, _ in model.named_parameters()} - {name for name, _ in quant.named_parameters()} == adapter
-    assert not set(map(id, model.teacher._backbone.modules())) & set(map(id, model.modules()))
+    assert not set(map(id, model.mimic.teacher._backbone.modules())) & set(map(id, model.modules()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -266,7 +261,7 @@ def test_explicit_construction(kind, rcnn):
     family = kind.__name__[len("QuantMimic") :]
     built = student(family, *rcnn.options)
     args = kind.from_config(student_cfg(family, *rcnn.options))
-    names = ("backbone", "head", "mimic_loss")
+    names = ("backbone", "head")
     model = kind(**{**args, **{name: getattr(built, name) for name in names}, "quantizer": None})
     assert training_step(model, batch()).losses["loss_mimic"].item() > 0.0
 
@@ -282,8 +277,8 @@ def test_some_iterations_bring_the_student_nearer_to_its_teacher(family, rcnn):
         for trainer.iter in range(30):
             trainer.storage.iter = trainer.iter
             trainer.run_step()
-            teacher = teacher or copy.deepcopy(dict(model.teacher._backbone.state_dict()))
+            teacher = teacher or copy.deepcopy(dict(model.mimic.teacher._backbone.state_dict()))
         losses = [value for value, _ in trainer.storage.history("loss_mimic").values()]
     assert len(losses) == 30 and losses[-1] < 0.7 * losses[0]
-    assert_equal(dict(model.teacher._backbone.state_dict()), teacher)
+    assert_equal(dict(model.mimic.teacher._backbone.state_dict()), teacher)
     assert model.num_classes == NUM_CLASSES

@@ -16,6 +16,7 @@ from helpers import (
     RESNET_C4,
     RESNET_FPN,
     batch,
+    calls_of_mimic_loss,
     image,
     seeded_model,
     tiny_cfg,
@@ -326,16 +327,16 @@ def test_half_precision_trains():
 def test_the_mimic_compares_the_regions_that_were_trained_on(hard_examples, tmp_path):
     teacher = write_teacher(tmp_path, *RFCN)
     model = rfcn(HARD_EXAMPLES, hard_examples, *teacher.options, meta_architecture="QuantMimicRCNN")
-    seen, trained = [], []
-    model.mimic_loss.register_forward_hook(lambda _, inputs, output: seen.extend(inputs[2]))
+    calls, trained = calls_of_mimic_loss(model), []
     model.roi_heads.register_forward_hook(lambda _, inputs, output: trained.extend(output[0]))
     step = training_step(model, batch())
     assert step.losses["loss_mimic"] > 0
     assert "qmimic/match_ratio" in step.storage.latest()
+    seen = calls[0]["boxes"]
     assert [len(each) for each in seen] == [hard_examples or 8] * 2
     for boxes, proposals in zip(seen, trained):
         assert torch.equal(boxes.tensor, proposals.proposal_boxes.tensor)
-    assert any(name.startswith("mimic_loss") for name in step.gradients)
+    assert any(name.startswith("mimic.") for name in step.gradients)
 
 
 # ----------------------------------------------------------------------------------------------- bad input

@@ -5,12 +5,10 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
-from torch import nn
-from torchvision.ops import RoIPool
 
 from qmimic_d2.modeling import roi_pooling
 from qmimic_d2.modeling.quantizer import UniformQuantizer
-from qmimic_d2.modeling.roi_pooling import POOLER_TYPES, LevelPooler, is_same_pooling
+from qmimic_d2.modeling.roi_pooling import POOLER_TYPES, LevelPooler
 
 FPN_STRIDES = (4, 8, 16, 32)
 
@@ -143,27 +141,6 @@ def test_16_bit_maps():
     pooled = pooler.pool(0, x, rois)
     assert pooled.dtype == torch.float16
     torch.testing.assert_close(pooled.float(), pooler.pool(0, x.float(), rois), rtol=0.02, atol=0.02)
-
-
-@pytest.mark.parametrize("pooler_type", POOLER_TYPES)
-def test_same_pooling(pooler_type):
-    pooler = LevelPooler(shapes(8), pooler_type, 7, 2)
-    same = {"strides": (8,), "pooler_type": pooler_type, "resolution": 7, "sampling_ratio": 2}
-    assert is_same_pooling(pooler, detectron2_pooler(**same))
-    others = [{"strides": (16,)}, {"resolution": 5}, {"resolution": (7, 6)}, {"strides": (8, 16)}]
-    others += [{"pooler_type": other} for other in POOLER_TYPES if other != pooler_type]
-    if pooler_type != "ROIPool":  # which takes no samples
-        others += [{"sampling_ratio": 0}]
-    for other in others:
-        assert not is_same_pooling(pooler, detectron2_pooler(**{**same, **other})), other
-
-
-def test_what_is_no_pooler_of_one_level_is_not_the_same():
-    one, two = LevelPooler(shapes(8), "ROIPool", 7, 0), LevelPooler(shapes(8, 16), "ROIPool", 7, 0)
-    for other in (nn.Identity(), RoIPool((7, 7), 1 / 8), None):
-        assert not is_same_pooling(one, other)
-    assert not is_same_pooling(two, detectron2_pooler((8, 16), "ROIPool", 7, 0))
-    assert not is_same_pooling(two, detectron2_pooler((8,), "ROIPool", 7, 0))
 
 
 @pytest.mark.parametrize(

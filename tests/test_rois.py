@@ -4,7 +4,14 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 
-from qmimic_d2.modeling.rois import ROI_SOURCES, WHOLE_MAP, TrainingRegions, check_roi_source, select_rois, sources_of
+from qmimic_d2.modeling.mimic.region_sources import (
+    ROI_SOURCES,
+    WHOLE_MAP,
+    TrainingRegions,
+    check_roi_source,
+    select_rois,
+    sources_of,
+)
 
 
 def boxes(count, start=0.0):

@@ -25,7 +25,7 @@ SOURCES = [ROOT / "train_net.py", *(path for folder in FOLDERS for path in sorte
 UNSAFE = {"merge_from_file", "load_yaml_with_base", "load_cfg", "unsafe_load", "full_load", "unsafe_load_all"}
 UNSAFE_OF = {("yaml", "load"), ("yaml", "load_all"), ("pickle", "load"), ("pickle", "loads"), ("LazyConfig", "load")}
 # A LazyConfig is code by nature: a training with a teacher that has one runs it, and says so.
-LAZY = {("qmimic_d2/modeling/teacher_config.py", "LazyConfig.load")}
+LAZY = {("qmimic_d2/modeling/mimic/teacher_config.py", "LazyConfig.load")}
 
 
 def unsafe_calls(source):

@@ -14,9 +14,9 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from helpers import RESNET_C4, RESNET_FPN, image, randomize, seeded_model, tiny_cfg, write_teacher
 from torch import nn
 
+from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, teacher_feature_names, teacher_shapes
+from qmimic_d2.modeling.mimic.teacher_config import load_teacher_config
 from qmimic_d2.modeling.quantizer import PowerOfTwoQuantizer, UniformQuantizer
-from qmimic_d2.modeling.teacher import FrozenTeacher, teacher_feature_names, teacher_shapes
-from qmimic_d2.modeling.teacher_config import load_teacher_config
 
 CONFIG_FILE = "MODEL.QMIMIC.TEACHER.CONFIG_FILE"
 WEIGHTS = "MODEL.QMIMIC.TEACHER.WEIGHTS"

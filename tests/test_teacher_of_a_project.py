@@ -11,7 +11,7 @@ from helpers import batch, seeded_model, tiny_cfg, training_step, write_teacher
 from qmimic_d2.engine import load_config, set_up_process
 from qmimic_d2.engine.setup import argument_parser
 from qmimic_d2.modeling.backbone.vgg import build_vgg_backbone
-from qmimic_d2.modeling.teacher_config import load_teacher_config
+from qmimic_d2.modeling.mimic.teacher_config import load_teacher_config
 
 TEACHER = "MODEL.QMIMIC.TEACHER"
 CONFIG_FILE, ADD_CONFIG, OPTS = (f"{TEACHER}.{name}" for name in ("CONFIG_FILE", "ADD_CONFIG", "OPTS"))

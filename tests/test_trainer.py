@@ -183,7 +183,7 @@ class TestOutputs:
         content = torch.load(folder / "outputs" / "model_final.pth", weights_only=True)
         student = Trainer.build_model(training_cfg(folder / "none", data)).state_dict()
         extra = set(content["model"]) - set(student)
-        assert extra == {"mimic_loss.adapters.conv5.weight", "mimic_loss.adapters.conv5.bias"}
+        assert extra == {"mimic.adapters.conv5.weight", "mimic.adapters.conv5.bias"}
         shapes = {name: tensor.shape for name, tensor in content["model"].items() if name in student}
         assert shapes == {name: tensor.shape for name, tensor in student.items()}
         optimized = content["trainer"]["_trainer"]["optimizer"]["state"]

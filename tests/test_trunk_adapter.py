@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
-from helpers import RESNET_FPN, batch, seeded_model, tiny_cfg, training_step, write_teacher
+from helpers import RESNET_FPN, batch, calls_of_mimic_loss, seeded_model, tiny_cfg, training_step, write_teacher
 
 from qmimic_d2.engine import load_config
 from qmimic_d2.modeling.trunk_adapter import TrunkAdapter, trunk_channels
@@ -81,25 +81,23 @@ def test_the_mimic_compares_what_the_heads_read(teacher):
     model = student(*teacher.options)
     width = model.backbone.output_shape()["conv5"].channels
     assert width == 32
-    assert not list(model.mimic_loss.parameters())
-    maps, read = [], []
-    model.mimic_loss.register_forward_pre_hook(lambda module, args: maps.append(args[0]["conv5"]))
+    assert not list(model.mimic.parameters())
+    calls, read = calls_of_mimic_loss(model), []
     model.proposal_generator.register_forward_pre_hook(lambda module, args: read.append(args[1]["conv5"]))
     step = training_step(model, batch())
-    quantizer = model.mimic_loss.student_quantizer
-    assert maps[0].shape[1] == width
-    assert torch.equal(quantizer.quantize(maps[0].detach()), read[0].detach())
+    quantizer = model.mimic.student_quantizer
+    assert calls[0]["maps"]["conv5"].shape[1] == width
+    assert torch.equal(quantizer.quantize(calls[0]["maps"]["conv5"].detach()), read[0].detach())
     assert step.losses["loss_mimic"].item() > 0.0
     assert "backbone.adapters.conv5.0.weight" in step.gradients
 
 
 def test_without_a_quantizer_the_heads_read_the_compared_map(teacher):
     model = student(*teacher.options, "MODEL.QMIMIC.QUANTIZER.NAME", "")
-    maps, read = [], []
-    model.mimic_loss.register_forward_pre_hook(lambda module, args: maps.append(args[0]["conv5"]))
+    calls, read = calls_of_mimic_loss(model), []
     model.proposal_generator.register_forward_pre_hook(lambda module, args: read.append(args[1]["conv5"]))
     training_step(model, batch())
-    assert maps[0] is read[0]
+    assert calls[0]["maps"]["conv5"] is read[0]
 
 
 def test_heads_begin_with_the_teachers(teacher):

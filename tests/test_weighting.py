@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import tiny_cfg
 
-from qmimic_d2.modeling.weighting import SCHEDULES, BalancedWeight, MimicWeight, build_mimic_weight
+from qmimic_d2.modeling.mimic.weight import SCHEDULES, BalancedWeight, MimicWeight, build_mimic_weight
 
 MIMIC = "MODEL.QMIMIC.MIMIC"
 

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from qmimic_d2.engine import Trainer
 from qmimic_d2.engine.data_order import build_resumable_train_loader
 from qmimic_d2.modeling import ClampQuantizer, FrozenTeacher, PowerOfTwoQuantizer, UniformQuantizer
-from qmimic_d2.modeling.mimic_student import MimicStudent
+from qmimic_d2.modeling.attach import attached_mimic
+from qmimic_d2.modeling.mimic.teacher import stack_maps
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 from qmimic_d2.modeling.roi_pooling import LevelPooler
-from qmimic_d2.modeling.teacher import stack_maps
 from qmimic_d2.whole_file import whole_file
 
 __all__ = ["CachedMapper", "FastTrainer", "SharedTeacherMaps", "TrainingBoxPooler", "check_images_repeat"]
@@ -65,8 +65,9 @@ class FastTrainer(Trainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = super().build_model(cfg)
-        if isinstance(model, MimicStudent) and model._build_teacher is not None:
-            model._build_teacher = functools.partial(_build_shared_teacher, cfg)
+        mimic = attached_mimic(model)
+        if mimic is not None:
+            mimic.build_teacher = functools.partial(_build_shared_teacher, cfg)
         pooler = getattr(getattr(model, "roi_heads", None), "box_pooler", None)
         if isinstance(pooler, ROIPooler) and len(pooler.level_poolers) == 1:
             model.roi_heads.box_pooler = TrainingBoxPooler(pooler, cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE)

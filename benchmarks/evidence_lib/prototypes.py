@@ -10,17 +10,18 @@ Shape letters:
 """
 
 import functools
-from typing import List, Tuple, Type
+from typing import Dict, List, Tuple
 
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qmimic_d2.modeling import QUANTIZER_REGISTRY, QuantMimicRCNN, QuantRCNN, UniformQuantizer
-from qmimic_d2.modeling.mimic import RoIMimicLoss
+from qmimic_d2.modeling import QUANTIZER_REGISTRY, Pair, QuantMimicRCNN, QuantRCNN, RoIMimicLoss, UniformQuantizer
+from qmimic_d2.modeling.attach import attached_mimic
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 
 # All runs of the matrix on the easy digits are this long.
@@ -99,75 +100,71 @@ class ChannelUniformQuantizer(UniformQuantizer):
         return super().quantize(x / relative) * relative
 
 
-class _CodesDifferLoss(RoIMimicLoss):
+class _OtherMimicRCNN(QuantMimicRCNN):
+    """Changes its mimic, if there is one; parameters and settings stay."""
+
+    @configurable
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        mimic = attached_mimic(self)
+        if mimic is not None:
+            self.change(mimic)
+
+    @staticmethod
+    def change(mimic: RoIMimicLoss) -> None:
+        raise NotImplementedError
+
+
+@META_ARCH_REGISTRY.register()
+class BeforeAdapterRCNN(_OtherMimicRCNN):
+    """r(Q(f_s)) in place of Q(r(f_s))."""
+
+    @staticmethod
+    def change(mimic: RoIMimicLoss) -> None:
+        quantizer, mimic.student_quantizer = mimic.student_quantizer, None
+        for adapter in mimic.adapters.values():
+            adapter.register_forward_pre_hook(lambda module, inputs: (quantizer(inputs[0]),))
+
+
+@META_ARCH_REGISTRY.register()
+class BeforePoolingRCNN(_OtherMimicRCNN):
+    """Both sides are quantized as maps, and pooled regions are means of codes."""
+
+    @staticmethod
+    def change(mimic: RoIMimicLoss) -> None:
+        mimic.pairs = functools.partial(_pairs_of_codes, mimic)
+        mimic.distance = lambda pair: mimic.normalized(pair.student, pair.teacher, pair.num_regions)
+
+
+@META_ARCH_REGISTRY.register()
+class CodesDifferRCNN(_OtherMimicRCNN):
     """
     The full-precision difference, of those entries whose codes differ.
 
     Where codes differ by one the straight-through gradient is a whole stride; here it is what really lies between.
     """
 
-    def _loss(self, name: str, pooled: Tensor, target: Tensor, num_rois: int, measure: bool) -> Tensor:
-        adapted = self.adapters[name](pooled)
-        if measure:
-            self._write_comparison(adapted, target, self._suffix(name))
-        differs = self.student_quantizer.quantize(adapted) != self.student_quantizer.quantize(target)
-        return self._distance(torch.where(differs, adapted, target), target, num_rois)
+    @staticmethod
+    def change(mimic: RoIMimicLoss) -> None:
+        mimic.distance = functools.partial(_where_codes_differ, mimic)
 
 
-class _BeforeAdapterLoss(RoIMimicLoss):
-    """r(Q(f_s)) in place of Q(r(f_s))."""
-
-    def _loss(self, name: str, pooled: Tensor, target: Tensor, num_rois: int, measure: bool) -> Tensor:
-        adapted = self.adapters[name](self.student_quantizer(pooled))
-        if measure:
-            self._write_comparison(adapted, target, self._suffix(name))
-        return self._distance(adapted, self.teacher_quantizer.quantize(target), num_rois)
-
-
-class _BeforePoolingLoss(RoIMimicLoss):
-    """Both sides are quantized as maps, and pooled regions are means of codes."""
-
-    def forward(self, student_maps, teacher_maps, boxes, *, student_pooled=None, measure=False):
-        adapted = {name: self.student_quantizer(self.adapters[name](each)) for name, each in student_maps.items()}
-        return super().forward(adapted, teacher_maps, boxes, measure=measure)
-
-    def _loss(self, name: str, pooled: Tensor, target: Tensor, num_rois: int, measure: bool) -> Tensor:
-        if measure:
-            self._write_comparison(pooled, target, self._suffix(name))
-        return self._distance(pooled, target, num_rois)
+def _pairs_of_codes(
+    mimic: RoIMimicLoss, student_maps: Dict[str, Tensor], teacher_maps: Dict[str, Tensor], boxes: List[Boxes]
+) -> List[Pair]:
+    pairs, total = [], sum(len(each) for each in boxes)
+    for level, rois in enumerate(mimic.pooler.assign(boxes)):
+        name, other = mimic.student_features[level], mimic.teacher_features[level]
+        codes = mimic.student_quantizer(mimic.adapters[name](student_maps[name]))
+        sides = [mimic.pooler.pool(level, each, rois) for each in (codes, teacher_maps[other])]
+        pairs.append(Pair(name, *sides, total))
+    return pairs
 
 
-class _OtherLossRCNN(QuantMimicRCNN):
-    """Gives the mimic loss, if there is one, the class ``loss_class``; parameters and settings stay."""
-
-    loss_class: Type[RoIMimicLoss]
-
-    @configurable
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        if self.mimic_loss is not None:
-            self.mimic_loss.__class__ = self.loss_class
-
-
-@META_ARCH_REGISTRY.register()
-class BeforeAdapterRCNN(_OtherLossRCNN):
-    """With :class:`_BeforeAdapterLoss`."""
-
-    loss_class = _BeforeAdapterLoss
-
-
-@META_ARCH_REGISTRY.register()
-class BeforePoolingRCNN(_OtherLossRCNN):
-    """With :class:`_BeforePoolingLoss`."""
-
-    loss_class = _BeforePoolingLoss
-
-
-@META_ARCH_REGISTRY.register()
-class CodesDifferRCNN(_OtherLossRCNN):
-    """With :class:`_CodesDifferLoss`."""
-
-    loss_class = _CodesDifferLoss
+def _where_codes_differ(mimic: RoIMimicLoss, pair: Pair) -> Tensor:
+    quantize = mimic.student_quantizer.quantize
+    differs = quantize(pair.student) != quantize(pair.teacher)
+    return mimic.normalized(torch.where(differs, pair.student, pair.teacher), pair.teacher, pair.num_regions)
 
 
 @META_ARCH_REGISTRY.register()

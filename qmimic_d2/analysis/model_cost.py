@@ -22,7 +22,7 @@ PARTS = ("backbone", "proposal_generator", "roi_heads", "head")
 OTHER = "other"
 
 # The adapter r of the mimic loss: trained with the student, and not shipped.
-_TRAINING_ONLY = ("mimic_loss",)
+_TRAINING_ONLY = ("mimic",)
 
 
 @dataclass(frozen=True)

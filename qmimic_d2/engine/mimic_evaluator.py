@@ -17,8 +17,9 @@ from qmimic_d2.data.loading import load_dataset
 from qmimic_d2.data.mapper import ImageMapper
 from qmimic_d2.engine.randomness import own_randomness
 from qmimic_d2.json_file import write_json
+from qmimic_d2.modeling.attach import attached_mimic, takes_a_teacher, warn_of_unused_teacher
 from qmimic_d2.modeling.feature_comparison import FeatureComparison, histogram_codes
-from qmimic_d2.modeling.mimic_student import MimicStudent, warn_of_unused_teacher
+from qmimic_d2.modeling.mimic.mimic import Mimic
 from qmimic_d2.modeling.quantizer import CodeQuantizer
 
 __all__ = ["MimicEvaluator", "add_mimic_hook"]
@@ -87,8 +88,8 @@ class MimicEvaluator:
 
     def measures(self, model: nn.Module) -> bool:
         """Whether a call with this model measures something, once it has its teacher."""
-        mimic_loss = getattr(_unwrapped(model), "mimic_loss", None)
-        return self._is_on and mimic_loss is not None and mimic_loss.code_quantizer is not None
+        mimic = attached_mimic(_unwrapped(model))
+        return self._is_on and mimic is not None and mimic.code_quantizer is not None
 
     def __call__(self, model: nn.Module) -> Dict[str, Dict[str, float]]:
         """
@@ -106,7 +107,7 @@ class MimicEvaluator:
             the data set no box.
         """
         model = _unwrapped(model)
-        if self._is_on and isinstance(model, MimicStudent) and model.teacher is None:
+        if self._is_on and takes_a_teacher(model) and model.mimic.teacher is None:
             logging.getLogger(__name__).info(
                 "Student and teacher are not compared: only a training loads the teacher. Its own last comparison is "
                 "in mimic.json of its OUTPUT_DIR"
@@ -117,7 +118,7 @@ class MimicEvaluator:
         images = self._annotated_images()
         own = images[comm.get_rank() :: comm.get_world_size()]
         with own_randomness(0), _eval_mode(model):
-            share = _sum_by_level([self._compare(model, each) for each in own])
+            share = _sum_by_level([self._compare(model.mimic, each) for each in own])
         comparisons = _sum_by_level(comm.gather(share))
         if not comm.is_main_process():
             return {}
@@ -128,7 +129,7 @@ class MimicEvaluator:
                 self._dataset_name,
             )
             return {}
-        self._write(comparisons, len(images), model.mimic_loss.code_quantizer)
+        self._write(comparisons, len(images), model.mimic.code_quantizer)
         scalars = _scalars(comparisons)
         logging.getLogger(__name__).info(
             "Student and teacher inside the boxes of %d images of %s: %s",
@@ -144,9 +145,9 @@ class MimicEvaluator:
             self._images = evenly_spaced(annotated, self._num_images)
         return self._images
 
-    def _compare(self, model: MimicStudent, image: Dict[str, Any]) -> Comparisons:
+    def _compare(self, mimic: Mimic, image: Dict[str, Any]) -> Comparisons:
         inputs = self._mapper(image)
-        return model.compare([inputs], [inputs["instances"].gt_boxes.to(model.device)])
+        return mimic.compare_on([inputs], [inputs["instances"].gt_boxes])
 
     def _write(self, comparisons: Comparisons, num_images: int, quantizer: CodeQuantizer) -> None:
         content = {

@@ -27,7 +27,7 @@ from qmimic_d2.engine.trainer import (
     build_evaluator,
     load_evaluated_weights,
 )
-from qmimic_d2.modeling.mimic_student import warn_of_unused_teacher
+from qmimic_d2.modeling.attach import warn_of_unused_teacher
 from qmimic_d2.near_names import near_names
 
 __all__ = ["check_run"]
@@ -74,7 +74,7 @@ def check_run(
     else:
         with without_a_trace():
             rehearsal.optimize(model)
-            model.train()  # a MimicStudent builds its teacher, and audits the weights
+            model.train()  # the mimic builds its teacher, and audits the weights
         _check_norms(cfg, model, num_processes)
         warn_of_unused_teacher(cfg, model)
         build_checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)

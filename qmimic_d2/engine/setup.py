@@ -27,7 +27,7 @@ from qmimic_d2.config_files import find_config_file
 from qmimic_d2.engine.resuming import damaged_config, is_local, saved_config
 from qmimic_d2.folder_lock import FolderInUseError, hold_folder
 from qmimic_d2.json_file import write_text
-from qmimic_d2.modeling.teacher_config import load_teacher_config
+from qmimic_d2.modeling.mimic.teacher_config import load_teacher_config
 from qmimic_d2.modeling.trunk_adapter import is_in_trunk, trained_trunk_channels, trunk_channels
 from qmimic_d2.near_names import near_names
 from qmimic_d2.orphans import die_with_parent

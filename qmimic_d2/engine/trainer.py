@@ -44,6 +44,7 @@ from qmimic_d2.evaluation import PascalVOCEvaluator, WiderFaceEvaluator
 from qmimic_d2.json_file import write_json
 from qmimic_d2.modeling.backbone.imagenet_names import converted_imagenet_weights
 from qmimic_d2.orphans import tie_worker
+from qmimic_d2.training_entries import TRAINING_ONLY
 
 __all__ = ["Trainer", "build_checkpointer", "build_evaluator", "load_evaluated_weights"]
 
@@ -348,7 +349,7 @@ def build_checkpointer(model: nn.Module, save_dir: str, **checkpointables) -> Sa
     network = getattr(backbone, "bottom_up", backbone)
     rename = functools.partial(converted_imagenet_weights, model_keys=list(network.state_dict()))
     return SafeCheckpointer(
-        model, save_dir, name_converters=(rename,), ignored_prefixes=("mimic_loss.",), **checkpointables
+        model, save_dir, name_converters=(rename,), ignored_prefixes=TRAINING_ONLY, **checkpointables
     )
 
 

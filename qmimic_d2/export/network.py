@@ -24,6 +24,7 @@ from qmimic_d2.export.preprocessing import InputSpec
 from qmimic_d2.modeling.head_features import head_node, head_node_key
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 from qmimic_d2.modeling.trunk_adapter import without_teacher
+from qmimic_d2.training_entries import TRAINING_ONLY
 
 __all__ = [
     "OUTPUT_NAMES",
@@ -39,8 +40,6 @@ __all__ = [
 
 OUTPUT_NAMES = ("boxes", "scores", "classes")
 
-# Names in a training's checkpoint that no detector has: the adapter of the mimic loss.
-_TRAINING_ONLY = ("mimic_loss.",)
 
 
 def ship_model(cfg: CfgNode, *, keep_quantizer: bool = True, weights_key: str = "MODEL.WEIGHTS") -> nn.Module:
@@ -60,7 +59,7 @@ def ship_model(cfg: CfgNode, *, keep_quantizer: bool = True, weights_key: str = 
     cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
     model = build_model(cfg).eval()
-    SafeCheckpointer(model, ignored_prefixes=_TRAINING_ONLY).load_for_evaluation(cfg.MODEL.WEIGHTS, weights_key)
+    SafeCheckpointer(model, ignored_prefixes=TRAINING_ONLY).load_for_evaluation(cfg.MODEL.WEIGHTS, weights_key)
     if not keep_quantizer:
         drop_quantizer(model)
     return model

@@ -19,8 +19,10 @@ from torch import nn
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.export.network import detect
 from qmimic_d2.json_file import write_text
+from qmimic_d2.modeling.head_features import QUANT_MIMIC
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 from qmimic_d2.modeling.trunk_adapter import is_in_trunk, trunk_channels
+from qmimic_d2.training_entries import TRAINING_ONLY
 from qmimic_d2.whole_file import whole_file
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "StudentExport", "export_student", "student_config"]
@@ -115,7 +117,8 @@ def _foreign_parts(model: nn.Module) -> List[str]:
         reasons.append(f"the quantizer of {', '.join(hook.features)} (--quantizer drop leaves it out)")
     for name, module in model.named_modules():
         owner = type(module).__module__.partition(".")[0]
-        if not name or owner in _STOCK_PACKAGES or name.startswith(inside):
+        is_shipped = bool(name) and not f"{name}.".startswith(TRAINING_ONLY)
+        if not is_shipped or owner in _STOCK_PACKAGES or name.startswith(inside):
             continue
         inside = (*inside, name + ".")
         reasons.append(f"{name} is a {type(module).__name__} of {type(module).__module__}")
@@ -223,6 +226,8 @@ def _package_config(cfg: CfgNode, model: nn.Module) -> CfgNode:
         node.QUANTIZER.NAME = ""
     node.QUANTIZER.STUDENT_AT = ["features"]
     student.MODEL.META_ARCHITECTURE = _package_architecture(model)
+    if student.MODEL.META_ARCHITECTURE == QUANT_MIMIC:
+        node.META_ARCHITECTURE = type(model).__name__
     student.MODEL.WEIGHTS = ""
     student.OUTPUT_DIR = fresh.OUTPUT_DIR
     return student
@@ -231,10 +236,12 @@ def _package_config(cfg: CfgNode, model: nn.Module) -> CfgNode:
 def _package_architecture(model: nn.Module) -> str:
     """
     The model's own without the mimic; for one of Detectron2's, the class of this package that derives from it
-    and adds a quantizer alone (which may be none).
+    and adds a quantizer alone (which may be none). Any other detector is built by QuantMimic if it has a quantizer.
     """
     own = _ancestor(model, "qmimic_d2", without="Mimic")
     if own:
         return own
     quantized = f"Quant{type(model).__name__.replace('Generalized', '')}"
-    return quantized if quantized in META_ARCH_REGISTRY else type(model).__name__
+    if quantized in META_ARCH_REGISTRY:
+        return quantized
+    return type(model).__name__ if attached_quantizer(model.backbone) is None else QUANT_MIMIC

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from typing import Iterator, List
+from typing import Any, Iterator, List, Mapping
 
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -10,6 +10,8 @@ from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 
 __all__ = [
+    "QUANT_MIMIC",
+    "detector_name",
     "head_features",
     "head_node",
     "head_node_key",
@@ -20,6 +22,16 @@ __all__ = [
 ]
 
 
+# The meta-architecture that builds the one named by MODEL.QMIMIC.META_ARCHITECTURE.
+QUANT_MIMIC = "QuantMimic"
+
+
+def detector_name(model: Mapping[str, Any]) -> str:
+    """The meta-architecture of the detector itself, of the node ``MODEL`` or a dict like it."""
+    name = model["META_ARCHITECTURE"]
+    return model["QMIMIC"]["META_ARCHITECTURE"] if name == QUANT_MIMIC else name
+
+
 def is_derived(meta_architecture: str, *classes: type) -> bool:
     """Whether the class of this registered name is one of these or derived from one; False for an unregistered name."""
     found = META_ARCH_REGISTRY.get(meta_architecture) if meta_architecture in META_ARCH_REGISTRY else None
@@ -28,7 +40,7 @@ def is_derived(meta_architecture: str, *classes: type) -> bool:
 
 def is_meta_architecture(cfg: CfgNode, *classes: type) -> bool:
     """:func:`is_derived` of the config's model."""
-    return is_derived(cfg.MODEL.META_ARCHITECTURE, *classes)
+    return is_derived(detector_name(cfg.MODEL), *classes)
 
 
 def head_section(meta_architecture: str) -> str:
@@ -43,12 +55,12 @@ def head_node(cfg: CfgNode) -> CfgNode:
     The node of the heads that give the boxes: ``MODEL.RETINANET``, ``MODEL.FCOS``, or ``MODEL.ROI_HEADS`` for every
     other detector. Each has IN_FEATURES, NUM_CLASSES and SCORE_THRESH_TEST.
     """
-    return cfg.MODEL[head_section(cfg.MODEL.META_ARCHITECTURE)]
+    return cfg.MODEL[head_section(detector_name(cfg.MODEL))]
 
 
 def head_node_key(cfg: CfgNode) -> str:
     """The key of :func:`head_node`, such as "MODEL.ROI_HEADS", for messages."""
-    return f"MODEL.{head_section(cfg.MODEL.META_ARCHITECTURE)}"
+    return f"MODEL.{head_section(detector_name(cfg.MODEL))}"
 
 
 def head_features(cfg: CfgNode) -> List[str]:

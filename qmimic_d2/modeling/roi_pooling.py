@@ -24,7 +24,7 @@ from qmimic_d2.modeling.dense_roi_align import dense_roi_align
 # benchmarks/step_cost.py measures it.
 _DENSE_CELLS = 4096
 
-__all__ = ["POOLER_TYPES", "LevelPooler", "is_same_pooling"]
+__all__ = ["POOLER_TYPES", "LevelPooler"]
 
 # Values of MODEL.QMIMIC.MIMIC.POOLER_TYPE.
 POOLER_TYPES = ("ROIAlignV2", "ROIAlign", "ROIPool")
@@ -86,14 +86,6 @@ class LevelPooler:
         aligned = self.pooler_type == "ROIAlignV2"
         return ROIAlign(size, scale, self.sampling_ratio, aligned=aligned)
 
-    def is_same_as(self, other: torch.nn.Module) -> bool:
-        """True when ``other`` pools a map exactly as this pooler's first level does."""
-        ours = self._poolers[0]
-        settings = ("output_size", "spatial_scale", "sampling_ratio", "aligned")
-        return type(ours) is type(other) and all(
-            getattr(ours, name, None) == getattr(other, name, None) for name in settings
-        )
-
     def assign(self, boxes: List[Boxes]) -> List[Tensor]:
         """
         Args:
@@ -140,17 +132,6 @@ class LevelPooler:
             and feature.requires_grad
             and feature.shape[-2] * feature.shape[-1] <= _DENSE_CELLS
         )
-
-
-def is_same_pooling(pooler: LevelPooler, other: torch.nn.Module) -> bool:
-    """
-    True when Detectron2's ``ROIPooler`` ``other``, on the same map, gives what ``pooler`` gives.
-
-    Then the box head's pooled tensor serves the mimic too, and the student's maps need not be
-    pooled twice.
-    """
-    theirs = getattr(other, "level_poolers", ())
-    return len(theirs) == 1 and len(pooler.names) == 1 and pooler.is_same_as(theirs[0])
 
 
 def _fpn_levels(names: Sequence[str], strides: Sequence[int]) -> List[int]:

@@ -8,11 +8,11 @@ from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from qmimic_d2.checkpoint import read_checkpoint
-from qmimic_d2.modeling.adapter import build_adapter
 from qmimic_d2.modeling.head_features import head_features
+from qmimic_d2.modeling.mimic.adapter import build_adapter
+from qmimic_d2.modeling.mimic.teacher import teacher_shapes
+from qmimic_d2.modeling.mimic.teacher_config import TeacherConfigError
 from qmimic_d2.modeling.quantizer_hook import check_features
-from qmimic_d2.modeling.teacher import teacher_shapes
-from qmimic_d2.modeling.teacher_config import TeacherConfigError
 
 __all__ = [
     "PLACEMENTS",

@@ -10,8 +10,8 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from qmimic_d2.engine import describe_error
 from qmimic_d2.json_file import read_json
-from qmimic_d2.modeling.head_features import head_section, is_derived
-from qmimic_d2.modeling.mimic_student import MimicStudent
+from qmimic_d2.modeling.head_features import QUANT_MIMIC, head_section, is_derived
+from qmimic_d2.modeling.quant_mimic import MimicStudent
 from qmimic_d2.report.held_out import HeldOut, parse_held_out
 from qmimic_d2.report.metrics import Metrics, read_metrics
 from qmimic_d2.report.numbers import is_number
@@ -75,13 +75,15 @@ class Run:
     def has_teacher(self) -> bool:
         """Whether it was trained beside one. A class that is not registered here may be anything."""
         name = self.meta_architecture
-        may_have_one = is_derived(name, MimicStudent) or name not in META_ARCH_REGISTRY
+        may_have_one = name == QUANT_MIMIC or is_derived(name, MimicStudent) or name not in META_ARCH_REGISTRY
         return may_have_one and bool(self.setting("MODEL.QMIMIC.TEACHER.CONFIG_FILE"))
 
     @property
     def levels(self) -> List[str]:
         """The student's maps that are compared with the teacher's."""
-        keys = ("QMIMIC.MIMIC.IN_FEATURES", f"{head_section(self.meta_architecture)}.IN_FEATURES")
+        inner = self.setting("MODEL.QMIMIC.META_ARCHITECTURE")
+        name = inner if self.meta_architecture == QUANT_MIMIC and isinstance(inner, str) else self.meta_architecture
+        keys = ("QMIMIC.MIMIC.IN_FEATURES", f"{head_section(name)}.IN_FEATURES")
         return next(filter(None, (texts(self.setting(f"MODEL.{key}")) for key in keys)), [])
 
     @property

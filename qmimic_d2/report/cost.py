@@ -14,6 +14,7 @@ from torch import nn
 
 from qmimic_d2.analysis import measure_cost
 from qmimic_d2.engine.prediction import Predictor
+from qmimic_d2.training_entries import TRAINING_ONLY
 
 __all__ = ["Cost", "alternating_medians", "image_seconds", "run_cost"]
 
@@ -78,7 +79,7 @@ def _input_size(cfg: CfgNode, images: Sequence[np.ndarray]) -> Sequence[int]:
 
 def _weight_bytes(model: nn.Module) -> int:
     state = model.state_dict().items()
-    return sum(each.numel() * each.element_size() for name, each in state if not name.startswith("mimic_loss."))
+    return sum(each.numel() * each.element_size() for name, each in state if not name.startswith(TRAINING_ONLY))
 
 
 def image_seconds(

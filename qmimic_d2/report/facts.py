@@ -2,8 +2,8 @@
 
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
-from qmimic_d2.modeling.head_features import head_section, is_derived
-from qmimic_d2.modeling.mimic_student import MimicStudent
+from qmimic_d2.modeling.head_features import QUANT_MIMIC, detector_name, head_section, is_derived
+from qmimic_d2.modeling.quant_mimic import MimicStudent
 from qmimic_d2.modeling.quantized_detector import QuantizedDetector
 from qmimic_d2.report.collect import Run
 
@@ -73,7 +73,7 @@ def describe_backbone(config: Dict[str, Any]) -> str:
 
 def _heads(config: Dict[str, Any]) -> str:
     model = config["MODEL"]
-    section = head_section(model["META_ARCHITECTURE"])
+    section = head_section(detector_name(model))
     node = model[section]
     return f"{_ONE_STAGE.get(section) or node['NAME']} on {', '.join(node['IN_FEATURES'])}"
 
@@ -97,7 +97,8 @@ def _teacher(run: Run) -> str:
 def _quantizer(config: Dict[str, Any]) -> str:
     model = config["MODEL"]
     node = model["QMIMIC"]["QUANTIZER"]
-    if not is_derived(model["META_ARCHITECTURE"], QuantizedDetector) or not node["NAME"]:
+    name = model["META_ARCHITECTURE"]
+    if not (name == QUANT_MIMIC or is_derived(name, QuantizedDetector)) or not node["NAME"]:
         return NONE
     codes = f", {node['NUM_CODES']} codes" if node["NUM_CODES"] else ""
     return f"{node['NAME']}, s = {node['STRIDE']:g}{codes}{', signed' if node['SIGNED'] else ''}"
@@ -108,7 +109,8 @@ def _quantized(config: Dict[str, Any]) -> str:
     node = model["QMIMIC"]["QUANTIZER"]
     if _quantizer(config) == NONE:
         return NOT_APPLICABLE
-    is_student = is_derived(model["META_ARCHITECTURE"], MimicStudent)
+    name = model["META_ARCHITECTURE"]
+    is_student = name == QUANT_MIMIC or is_derived(name, MimicStudent)
     places = ["teacher"] if is_student and node["TEACHER_ON"] else []
     if "features" in node["STUDENT_AT"]:
         places.append("own map")

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from qmimic_d2.checkpoint import load_audited, read_checkpoint
 from qmimic_d2.modeling.head_features import head_features
 from qmimic_d2.modeling.image_counts import check_maps
+from qmimic_d2.modeling.mimic.region_sources import sources_of
+from qmimic_d2.modeling.mimic.teacher_config import TeacherConfig, TeacherConfigError, load_teacher_config
 from qmimic_d2.modeling.quantizer import Quantizer, build_quantizer
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer, check_features
-from qmimic_d2.modeling.rois import sources_of
-from qmimic_d2.modeling.teacher_config import TeacherConfig, TeacherConfigError, load_teacher_config
 
 __all__ = ["FrozenTeacher", "load_teacher_modules", "stack_maps", "teacher_feature_names", "teacher_shapes"]
 

@@ -17,7 +17,8 @@ Efficient Network for Object Detection", CVPR 2017, equation 2, which divides by
 of elements as well (``normalize_by="element"``).
 """
 
-from typing import Dict, List, Optional, Tuple
+from dataclasses import dataclass
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +28,36 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from qmimic_d2.modeling.adapter import build_adapter
 from qmimic_d2.modeling.comparison_events import write_comparison
 from qmimic_d2.modeling.feature_comparison import FeatureComparison, compare_features
 from qmimic_d2.modeling.image_counts import check_boxes, check_maps, named
+from qmimic_d2.modeling.mimic.adapter import build_adapter
 from qmimic_d2.modeling.quantizer import CodeQuantizer, Quantizer, build_code_quantizer, build_quantizer
 from qmimic_d2.modeling.roi_pooling import LevelPooler
 
-__all__ = ["NORMALIZERS", "RoIMimicLoss"]
+__all__ = ["NORMALIZERS", "Pair", "RoIMimicLoss"]
 
 # Values of MODEL.QMIMIC.MIMIC.NORMALIZE_BY.
 NORMALIZERS = ("roi", "element", "target")
+
+
+@dataclass
+class Pair:
+    """
+    What a loss compares at one level: both sides before any quantizer of the loss.
+
+    Attributes:
+        name: of the student's map.
+        student: r(f_s), shape (M of the level, T, P, P). Without a region it is empty, and its sum still reaches
+            every parameter.
+        teacher: f_t, same shape; no gradient flows back.
+        num_regions: M of all levels.
+    """
+
+    name: str
+    student: Tensor
+    teacher: Tensor
+    num_regions: int
 
 
 class RoIMimicLoss(nn.Module):
@@ -50,6 +70,10 @@ class RoIMimicLoss(nn.Module):
 
     Maps that a teacher's hook has quantized leave ROIAlign between the codes; they are quantized
     again after it, so that both sides of the difference stand on the dictionary.
+
+    Attributes:
+        distance: gives the scalar loss of a :class:`Pair` that has a region. Any function will do; by default it is
+            :meth:`mimic_distance`.
     """
 
     @configurable
@@ -66,6 +90,7 @@ class RoIMimicLoss(nn.Module):
         student_quantizer: Optional[Quantizer] = None,
         teacher_quantizer: Optional[Quantizer] = None,
         code_quantizer: Optional[CodeQuantizer] = None,
+        distance: Optional[Callable[[Pair], Tensor]] = None,
     ):
         """
         Args:
@@ -73,11 +98,12 @@ class RoIMimicLoss(nn.Module):
             teacher_shapes: the same of the teacher's maps, in the same order; strides in pixels of
                 the student's input image.
             pooler_type, pooler_resolution, pooler_sampling_ratio: see :class:`LevelPooler`.
-            adapter: one of :data:`qmimic_d2.modeling.adapter.ADAPTERS`.
+            adapter: one of :data:`qmimic_d2.modeling.mimic.adapter.ADAPTERS`.
             normalize_by: one of :data:`NORMALIZERS`.
             student_quantizer: Q around r(f_s); None for none.
             teacher_quantizer: Q around f_t; None for none.
             code_quantizer: the dictionary on which student and teacher are compared; None: they cannot be.
+            distance: see the attribute; None for L_m.
 
         Raises:
             ValueError: an unknown option, or maps whose number, strides or channels do not fit; names
@@ -98,6 +124,7 @@ class RoIMimicLoss(nn.Module):
         self.student_quantizer = student_quantizer
         self.teacher_quantizer = teacher_quantizer
         self.code_quantizer = code_quantizer
+        self.distance: Callable[[Pair], Tensor] = distance or self.mimic_distance
         self.adapters = nn.ModuleDict()
         for student_name, teacher_name in zip(self.student_features, self.teacher_features):
             self.adapters[student_name] = build_adapter(
@@ -127,106 +154,119 @@ class RoIMimicLoss(nn.Module):
         }
 
     def forward(
-        self,
-        student_maps: Dict[str, Tensor],
-        teacher_maps: Dict[str, Tensor],
-        boxes: List[Boxes],
-        *,
-        student_pooled: Optional[Tensor] = None,
-        measure: bool = False,
+        self, student_maps: Dict[str, Tensor], teacher_maps: Dict[str, Tensor], boxes: List[Boxes]
     ) -> Dict[str, Tensor]:
+        """The :meth:`loss` of the :meth:`pairs`."""
+        return self.loss(self.pairs(student_maps, teacher_maps, boxes))
+
+    def pairs(
+        self, student_maps: Dict[str, Tensor], teacher_maps: Dict[str, Tensor], boxes: Sequence[Boxes]
+    ) -> List[Pair]:
         """
         Args:
             student_maps: the student's maps before any quantizer, by name, shape (N, C, H, W).
-            teacher_maps: the teacher's maps, by name, shape (N, T, H', W'); no gradient flows back.
+            teacher_maps: the teacher's maps, by name, shape (N, T, H', W').
             boxes: N Boxes in pixels of the student's input image.
-            student_pooled: the student's only map pooled at ``boxes`` with this loss's own pooler
-                settings, shape (M, C, P, P), when somebody has it already.
-            measure: also write how alike both sides are to the event storage, with the level's name behind
-                it where there are several (see :func:`write_comparison`); no loss depends on it.
 
         Returns:
-            L_m, unweighted, as ``loss_mimic``, or as ``loss_mimic_<map>`` for each of several levels,
-            each divided by the M regions of all levels ("target": by the level's own energy). Without
-            a region it is a zero that still reaches every parameter.
+            One for each level, those without a region included.
 
         Raises:
             ValueError: maps and boxes are not of the same images, or boxes are rotated.
         """
-        boxes = self._checked(student_maps, teacher_maps, boxes)
-        rois_of_level = self.pooler.assign(boxes)
-        num_rois = sum(len(rois) for rois in rois_of_level)
-        losses = {}
+        self._check_maps(student_maps, teacher_maps, len(boxes))
+        check_boxes(boxes)
+        device = student_maps[self.student_features[0]].device
+        rois_of_level = self.pooler.assign([each.to(device) for each in boxes])
+        num_regions = sum(len(rois) for rois in rois_of_level)
+        pairs = []
         for level, rois in enumerate(rois_of_level):
             name = self.student_features[level]
-            if len(rois) == 0:
-                losses[f"loss_mimic{self._suffix(name)}"] = self._zero(name, student_maps[name])
-                continue
-            pooled = student_pooled
-            if pooled is None:
-                pooled = self.pooler.pool(level, student_maps[name], rois)
-            target = self._pooled_target(level, teacher_maps, rois)
-            losses[f"loss_mimic{self._suffix(name)}"] = self._loss(name, pooled, target, num_rois, measure)
-        return losses
+            with torch.no_grad():
+                target = self.pooler.pool(level, teacher_maps[self.teacher_features[level]], rois)
+            if len(rois):
+                student = self.adapters[name](self.pooler.pool(level, student_maps[name], rois))
+            else:
+                student = self._zero(name, student_maps[name]).expand(target.shape)
+            pairs.append(Pair(name, student, target, num_regions))
+        return pairs
 
-    def whole_maps(
+    def whole_map_pairs(
         self,
         student_maps: Dict[str, Tensor],
         teacher_maps: Dict[str, Tensor],
         image_sizes: List[Tuple[int, int]],
-        *,
-        measure: bool = False,
-    ) -> Dict[str, Tensor]:
+    ) -> List[Pair]:
         """
-        Plain feature mimic, for comparison: as :meth:`forward`, but every cell of a map that lies in its image is a
+        Plain feature mimic, for comparison: as :meth:`pairs`, but every cell of a map that lies in its image is a
         region of one bin, without pooling.
 
         Args:
-            image_sizes: N heights and widths in pixels of the student's input image; cells of the padding behind
-                them are left out.
+            image_sizes: N heights and widths in pixels of the student's input image; cells of the padding are left
+                out.
 
         Raises:
             ValueError: maps and sizes are not of the same images.
         """
         self._check_maps(student_maps, teacher_maps, len(image_sizes))
-        grids = [
-            (self._cells(student_maps[name], teacher_maps[other], image_sizes, level))
+        cells = [
+            self._cells(student_maps[name], teacher_maps[other], image_sizes, level)
             for level, (name, other) in enumerate(zip(self.student_features, self.teacher_features))
         ]
-        num_cells = sum(len(pooled) for pooled, _ in grids)
+        num_cells = sum(len(each) for each, _ in cells)
+        return [
+            Pair(name, self.adapters[name](student), teacher, num_cells)
+            for name, (student, teacher) in zip(self.student_features, cells)
+        ]
+
+    def loss(self, pairs: Sequence[Pair]) -> Dict[str, Tensor]:
+        """
+        Returns:
+            The :attr:`distance` of each pair, unweighted, as ``loss_mimic``, or as ``loss_mimic_<map>`` for each of
+            several levels. Without a region it is a zero that still reaches every parameter.
+        """
         return {
-            f"loss_mimic{self._suffix(name)}": self._loss(name, pooled, target, num_cells, measure)
-            for name, (pooled, target) in zip(self.student_features, grids)
+            f"loss_mimic{self.suffix(pair.name)}": self.distance(pair) if len(pair.student) else pair.student.sum()
+            for pair in pairs
         }
 
-    @torch.no_grad()
-    def compare(
-        self, student_maps: Dict[str, Tensor], teacher_maps: Dict[str, Tensor], boxes: List[Boxes]
-    ) -> Dict[str, FeatureComparison]:
+    def mimic_distance(self, pair: Pair) -> Tensor:
+        """L_m of one level, divided by the M regions of all levels ("target": by the level's own energy)."""
+        adapted, target = pair.student, pair.teacher
+        if self.teacher_quantizer is not None:
+            target = self.teacher_quantizer.quantize(target)
+        if self.student_quantizer is not None:
+            adapted = self.student_quantizer(adapted)
+        return self.normalized(adapted, target, pair.num_regions)
+
+    def compare(self, pairs: Sequence[Pair]) -> Dict[str, FeatureComparison]:
         """
-        How alike r(f_s) and f_t are inside regions; arguments as in :meth:`forward`.
+        How alike both sides are.
 
         Returns:
             By name of the student's map, those without a region included.
 
         Raises:
-            ValueError: there is no ``code_quantizer``, or as in :meth:`forward`.
+            ValueError: there is no ``code_quantizer``.
         """
         if self.code_quantizer is None:
             raise ValueError("this RoIMimicLoss has no code_quantizer to compare features with; give it one")
-        boxes = self._checked(student_maps, teacher_maps, boxes)
-        comparisons = {}
-        for level, rois in enumerate(self.pooler.assign(boxes)):
-            name = self.student_features[level]
-            adapted = self.adapters[name](self.pooler.pool(level, student_maps[name], rois))
-            target = self._pooled_target(level, teacher_maps, rois)
-            comparisons[name] = compare_features(adapted, target, self.code_quantizer)
-        return comparisons
+        return {pair.name: compare_features(pair.student, pair.teacher, self.code_quantizer) for pair in pairs}
+
+    def write_diagnostics(self, pairs: Sequence[Pair]) -> None:
+        """
+        Writes how alike both sides are to the event storage, with the level's name as the suffix where there are
+        several (see :func:`write_comparison`). Without a storage or a ``code_quantizer`` nothing is written.
+        """
+        if self.code_quantizer is None or not has_event_storage():
+            return
+        for name, comparison in self.compare([pair for pair in pairs if len(pair.student)]).items():
+            write_comparison(get_event_storage(), comparison, self.code_quantizer, self.suffix(name))
 
     def zeros(self, student_maps: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """The losses of a step in which lambda is 0: zeros that still reach every parameter."""
         return {
-            f"loss_mimic{self._suffix(name)}": self._zero(name, student_maps[name])
+            f"loss_mimic{self.suffix(name)}": self._zero(name, student_maps[name])
             for name in self.student_features
         }
 
@@ -239,25 +279,6 @@ class RoIMimicLoss(nn.Module):
             "teacher": named(teacher_maps, self.teacher_features),
         }
         check_maps(maps_of, num_images)
-
-    def _checked(
-        self, student_maps: Dict[str, Tensor], teacher_maps: Dict[str, Tensor], boxes: List[Boxes]
-    ) -> List[Boxes]:
-        """The boxes on the maps' device, which belong to the same images."""
-        self._check_maps(student_maps, teacher_maps, len(boxes))
-        check_boxes(boxes)
-        device = student_maps[self.student_features[0]].device
-        return [each.to(device) for each in boxes]
-
-    def _loss(self, name: str, pooled: Tensor, target: Tensor, num_rois: int, measure: bool) -> Tensor:
-        adapted = self.adapters[name](pooled)
-        if measure:
-            self._write_comparison(adapted, target, self._suffix(name))
-        if self.teacher_quantizer is not None:
-            target = self.teacher_quantizer.quantize(target)
-        if self.student_quantizer is not None:
-            adapted = self.student_quantizer(adapted)
-        return self._distance(adapted, target, num_rois)
 
     def _cells(
         self, student_map: Tensor, teacher_map: Tensor, image_sizes: List[Tuple[int, int]], level: int
@@ -274,7 +295,8 @@ class RoIMimicLoss(nn.Module):
         rows = [each[..., :height, :width].permute(0, 2, 3, 1)[is_inside] for each in (student_map, teacher_map)]
         return rows[0][:, :, None, None], rows[1][:, :, None, None]
 
-    def _suffix(self, name: str) -> str:
+    def suffix(self, name: str) -> str:
+        """Of the names of a level's loss and figures: "" for the only level."""
         return f"_{name}" if len(self.student_features) > 1 else ""
 
     def _zero(self, name: str, student_map: Tensor) -> Tensor:
@@ -282,26 +304,18 @@ class RoIMimicLoss(nn.Module):
         zero = student_map.flatten()[:0].sum()
         return sum((parameter.sum() * 0.0 for parameter in self.adapters[name].parameters()), zero)
 
-    @torch.no_grad()
-    def _pooled_target(self, level: int, teacher_maps: Dict[str, Tensor], rois: Tensor) -> Tensor:
-        return self.pooler.pool(level, teacher_maps[self.teacher_features[level]], rois)
-
-    def _distance(self, adapted: Tensor, target: Tensor, num_rois: int) -> Tensor:
+    def normalized(self, adapted: Tensor, target: Tensor, num_regions: int) -> Tensor:
+        """The squared difference of two tensors of shape (M of the level, T, P, P), as ``normalize_by`` divides it."""
         # float32 throughout: a sum of a million squares leaves the range of 16 bits
         target = target.float()
         squares = F.mse_loss(adapted.float(), target, reduction="sum")
         if self.normalize_by == "roi":
-            return squares / (2 * num_rois)
+            return squares / (2 * num_regions)
         if self.normalize_by == "element":
-            return squares / (2 * num_rois * target[0].numel())
+            return squares / (2 * num_regions * target[0].numel())
         energy = torch.dot(target.flatten(), target.flatten())
         # A teacher that is silent in every region has nothing to relate to: no loss, not a huge one.
         return squares * torch.where(energy > 0.0, 0.5 / energy, 0.0)
-
-    def _write_comparison(self, adapted: Tensor, target: Tensor, suffix: str) -> None:
-        if self.code_quantizer is not None and has_event_storage():
-            comparison = compare_features(adapted, target, self.code_quantizer)
-            write_comparison(get_event_storage(), comparison, self.code_quantizer, suffix)
 
 
 def _check_shapes(

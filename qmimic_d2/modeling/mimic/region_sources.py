@@ -61,6 +61,10 @@ def _sampled(regions: TrainingRegions) -> List[Boxes]:
 
 
 def _proposals(regions: TrainingRegions) -> List[Boxes]:
+    if not regions.proposals and regions.image_sizes:
+        raise ValueError(
+            f'{_KEY} is "proposals", but the detector gave none in this step; use "ground_truth" or "neighbourhood"'
+        )
     return [instances.proposal_boxes for instances in regions.proposals]
 
 

@@ -1,0 +1,90 @@
+"""The two hooks of the method, for a detector that somebody else wrote: a quantizer on its maps, and the mimic."""
+
+import functools
+import logging
+from typing import Callable, Optional, Union
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+
+from qmimic_d2.modeling.head_features import head_features
+from qmimic_d2.modeling.mimic.attachment import NAME, AbsentMimic, Attachment, check_attachable
+from qmimic_d2.modeling.mimic.loss import Pair
+from qmimic_d2.modeling.mimic.mimic import Mimic, MimicSettings, check_detector
+from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, teacher_shapes
+from qmimic_d2.modeling.mimic.teacher_config import TeacherConfigError
+from qmimic_d2.modeling.quantizer_hook import attach_quantizer, check_features
+from qmimic_d2.modeling.trunk_adapter import is_in_trunk
+
+__all__ = ["attach_mimic", "attach_quantizer", "attached_mimic", "takes_a_teacher", "warn_of_unused_teacher"]
+
+
+def attach_mimic(
+    model: nn.Module, cfg: CfgNode, *, distance: Optional[Callable[[Pair], Tensor]] = None
+) -> Union[Mimic, AbsentMimic]:
+    """
+    Makes a detector imitate the teacher that ``cfg.MODEL.QMIMIC`` names: its training losses then hold ``loss_mimic``.
+
+    Call it before the optimizer is built: the adapters have parameters. Attaching again replaces the first.
+
+    Args:
+        model: any detector whose maps come from ``model.backbone``, and whose training forward takes a list of dicts
+            with "image" (and "instances", where annotated boxes are asked for) and returns a dict of losses.
+        cfg: of the student. With ``TEACHER.CONFIG_FILE`` "" nothing changes.
+        distance: gives the scalar loss of one level's :class:`Pair`; None for L_m as ``cfg`` describes it.
+
+    Returns:
+        What now is ``model.mimic``; its ``remove()`` undoes this.
+
+    Raises:
+        ValueError: an option is unknown or out of range, or the maps or regions do not fit the detector.
+    """
+    mimic = _build(model, cfg, distance)
+    mimic.attach(model)
+    return mimic
+
+
+def attached_mimic(model: nn.Module) -> Optional[Mimic]:
+    """The mimic of a detector; None where it imitates no teacher."""
+    mimic = getattr(model, NAME, None)
+    return mimic if isinstance(mimic, Mimic) else None
+
+
+def takes_a_teacher(model: nn.Module) -> bool:
+    """Whether :func:`attach_mimic` was called with this detector, whether its config names a teacher or not."""
+    return isinstance(getattr(model, NAME, None), Attachment)
+
+
+def warn_of_unused_teacher(cfg: CfgNode, model: nn.Module) -> None:
+    """Warns where a config names a teacher, and its model imitates none."""
+    if cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE and not takes_a_teacher(model):
+        logging.getLogger(__name__).warning(
+            "MODEL.QMIMIC.TEACHER.CONFIG_FILE names a teacher, which nothing uses: MODEL.META_ARCHITECTURE is %r "
+            "and none of those that imitate one, such as 'QuantMimicRCNN'",
+            cfg.MODEL.META_ARCHITECTURE,
+        )
+
+
+def _build(
+    model: nn.Module, cfg: CfgNode, distance: Optional[Callable[[Pair], Tensor]]
+) -> Union[Mimic, AbsentMimic]:
+    check_attachable(model)
+    settings = MimicSettings.from_config(cfg)
+    if not cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE:
+        return AbsentMimic()
+    check_detector(model, settings)
+    names = cfg.MODEL.QMIMIC.MIMIC.IN_FEATURES or head_features(cfg)
+    available = model.backbone.output_shape()
+    check_features(names, available, "MODEL.QMIMIC.MIMIC.IN_FEATURES")
+    try:
+        shapes = teacher_shapes(cfg)
+    except (FileNotFoundError, TeacherConfigError) as error:
+        # An evaluation needs no teacher, whatever became of its files; training raises this error again.
+        logging.getLogger(__name__).info("no teacher, so this model can only evaluate: %s", error)
+        return AbsentMimic(functools.partial(FrozenTeacher, cfg))
+    args = {"adapter": ""} if is_in_trunk(cfg) else {}
+    # The adapter's initial weights must not shift the random numbers of the rest of the training:
+    # variants of one seed sample alike.
+    with torch.random.fork_rng(devices=[]):
+        return Mimic(cfg, {name: available[name] for name in names}, shapes, distance=distance, **args)
