@@ -29,8 +29,8 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qmimic_d2.data.loading import load_dataset  # noqa: E402
-from qmimic_d2.engine.data_checks import check_datasets  # noqa: E402
-from qmimic_d2.json_file import check_writable, write_json  # noqa: E402
+from qmimic_d2.engine.checks.data import check_datasets  # noqa: E402
+from qmimic_d2.files import check_writable, write_json  # noqa: E402
 
 WIDTH, HEIGHT = 640, 480
 NUM_FILES = 20

@@ -21,7 +21,7 @@ import torch  # noqa: E402
 
 import step_cost  # noqa: E402
 from qmimic_d2.engine import load_config  # noqa: E402
-from qmimic_d2.json_file import check_writable, write_json  # noqa: E402
+from qmimic_d2.files import check_writable, write_json  # noqa: E402
 
 STUDENT = step_cost.STUDENTS["c"]
 PERIOD, GRADIENT_PERIOD = "MODEL.QMIMIC.DIAGNOSTICS.PERIOD", "MODEL.QMIMIC.DIAGNOSTICS.GRADIENT_PERIOD"

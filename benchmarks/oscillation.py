@@ -23,7 +23,7 @@ from torch import Tensor  # noqa: E402
 
 from evidence_lib.records import figures_of_run, versions  # noqa: E402
 from qmimic_d2.engine import Trainer, argument_parser, load_config, set_up_process  # noqa: E402
-from qmimic_d2.json_file import check_writable, write_json  # noqa: E402
+from qmimic_d2.files import check_writable, write_json  # noqa: E402
 from qmimic_d2.modeling import UniformQuantizer  # noqa: E402
 
 STUDENT = "configs/Digits/student_vgg_1_16_qmimic.yaml"

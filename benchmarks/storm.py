@@ -24,7 +24,7 @@ from typing import List, Optional, Sequence
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.dirname(sys.path[0]))
 
-from qmimic_d2.json_file import write_json  # noqa: E402
+from qmimic_d2.files import write_json  # noqa: E402
 from storm_lib.baseline import write_baseline, write_run  # noqa: E402
 from storm_lib.cases import find_cases, plan_cases  # noqa: E402
 from storm_lib.kills import plan_jobs, run_kills  # noqa: E402

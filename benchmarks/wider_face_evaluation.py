@@ -35,7 +35,7 @@ from qmimic_d2.evaluation import (  # noqa: E402
     read_predictions,
     write_predictions,
 )
-from qmimic_d2.json_file import check_writable, write_json  # noqa: E402
+from qmimic_d2.files import check_writable, write_json  # noqa: E402
 
 NUM_EVENTS = 61
 

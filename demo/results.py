@@ -15,8 +15,8 @@ from tabulate import tabulate
 import qmimic_d2
 from package_versions import package_versions
 from qmimic_d2.analysis import measure_cost
-from qmimic_d2.engine.prediction import Predictor
-from qmimic_d2.json_file import write_json
+from qmimic_d2.files import write_json
+from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.report import collect_run
 from qmimic_d2.report.page import write_report
 

@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from qmimic_d2.config import add_qmimic_config
-from qmimic_d2.modeling.head_features import head_node
-from qmimic_d2.modeling.quant_mimic import MimicStudent
+from qmimic_d2.modeling.family import head_node
+from qmimic_d2.modeling.meta_arch.quant_mimic import MimicStudent
 from qmimic_d2.modeling.trunk_adapter import TrunkAdapter, is_in_trunk
 
 __all__ = ["add_mimic", "add_quantizer", "build_lazy_detector"]

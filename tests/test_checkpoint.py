@@ -13,7 +13,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from module_state import assert_same, randomized, snapshot
 from torch import nn
 
-from qmimic_d2.checkpoint import load_audited, read_checkpoint, weights_digest
+from qmimic_d2.checkpoint.checkpointer import load_audited, read_checkpoint, weights_digest
 
 KEY = "MODEL.QMIMIC.TEACHER.WEIGHTS"
 
@@ -43,7 +43,7 @@ def test_fills_the_module_and_logs_one_line(caplog):
     # conv.weight of 2 values; weight, bias, running_mean, running_var of 2 each; the counter does not count
     line = f"Filled 5 tensors (10 values) of Sequential from zoo/model.pth, digest {digest}"
     assert [record.message for record in caplog.records] == [line]
-    assert caplog.records[0].levelno == logging.INFO and caplog.records[0].name == "qmimic_d2.checkpoint"
+    assert caplog.records[0].levelno == logging.INFO and caplog.records[0].name == "qmimic_d2.checkpoint.checkpointer"
 
 
 @pytest.mark.parametrize("prefix", ["backbone", "backbone."])

@@ -12,8 +12,8 @@ import torch
 from detectron2.utils.file_io import PathHandler, PathManager
 from torch import nn
 
-from qmimic_d2.checkpoint import SafeCheckpointer
-from qmimic_d2.checkpoint_reader import UnsafeCheckpointError, read_checkpoint
+from qmimic_d2.checkpoint.checkpointer import SafeCheckpointer
+from qmimic_d2.checkpoint.reader import UnsafeCheckpointError, read_checkpoint
 
 KEY = "MODEL.QMIMIC.TEACHER.WEIGHTS"
 

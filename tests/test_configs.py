@@ -14,9 +14,9 @@ from tiny_training import ROOT
 
 from qmimic_d2.config_files import get_config_file
 from qmimic_d2.engine import Trainer, build_checkpointer, load_config
-from qmimic_d2.modeling.head_features import head_node, is_meta_architecture
+from qmimic_d2.modeling.family import head_node, is_meta_architecture
+from qmimic_d2.modeling.meta_arch.quant_mimic import MimicStudent
 from qmimic_d2.modeling.mimic.teacher_config import load_teacher_config
-from qmimic_d2.modeling.quant_mimic import MimicStudent
 
 # Pixels of the images' sides.
 SIDE = 96

@@ -3,7 +3,7 @@
 import pytest
 from helpers import tiny_cfg
 
-from qmimic_d2.engine.culprit import explained
+from qmimic_d2.engine.checks.culprit import explained
 
 MODEL = ["MODEL."]
 

@@ -17,7 +17,7 @@ from tiny_training import registered_data, write_coco
 from qmimic_d2.data.checks import DataSetError
 from qmimic_d2.data.loading import build_coco_evaluator, class_names, load_dataset_dicts
 from qmimic_d2.engine.average_precision import APEvaluation
-from qmimic_d2.engine.data_checks import ModelClasses, check_datasets, class_difference
+from qmimic_d2.engine.checks.data import ModelClasses, check_datasets, class_difference
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, OTHER, OWN = "tiny_classes_train", "tiny_classes_other", "tiny_own_function"

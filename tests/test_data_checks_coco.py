@@ -11,7 +11,7 @@ from tiny_training import write_coco
 
 from qmimic_d2.data.checks import DataSetError
 from qmimic_d2.data.loading import build_coco_evaluator, load_dataset
-from qmimic_d2.engine.data_checks import ModelClasses, check_datasets
+from qmimic_d2.engine.checks.data import ModelClasses, check_datasets
 
 NAME = "tiny_checked"
 

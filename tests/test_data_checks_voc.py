@@ -11,7 +11,7 @@ from qmimic_d2.data.checks import DataSetError
 from qmimic_d2.data.loading import load_dataset
 from qmimic_d2.data.pascal_voc import load_pascal_voc, voc_image_ids
 from qmimic_d2.engine import Trainer
-from qmimic_d2.engine.data_checks import check_datasets
+from qmimic_d2.engine.checks.data import check_datasets
 
 NAME = "tiny_voc_checked"
 CLASSES = ["cat", "dog/wolf", "bird"]

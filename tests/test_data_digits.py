@@ -16,14 +16,15 @@ from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.file_io import PathManager
 
-from qmimic_d2.data import digits, digits_files
-from qmimic_d2.data.digits import (
+from qmimic_d2.data.digits import files as digits_files
+from qmimic_d2.data.digits.registration import (
     DIGITS_SPECS,
     prepare_digits,
     register_digits,
     verify_digits,
 )
-from qmimic_d2.data.digits_render import DigitsPainter
+from qmimic_d2.data.digits import registration as digits
+from qmimic_d2.data.digits.render import DigitsPainter
 
 pytest.importorskip("sklearn")
 
@@ -257,7 +258,7 @@ def test_without_scikit_learn(tmp_path, monkeypatch):
 
 def test_importing_does_no_work(tmp_path):
     code = (
-        "import sys, qmimic_d2.data.digits, qmimic_d2.data\n"
+        "import sys, qmimic_d2.data.digits.registration, qmimic_d2.data\n"
         "from detectron2.data import DatasetCatalog, MetadataCatalog\n"
         "for name in qmimic_d2.data.DIGITS_SPECS:\n"
         "    assert name in DatasetCatalog\n"

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from qmimic_d2.data import digits_glyphs, digits_render
-from qmimic_d2.data.digits import DIGITS_SPECS
-from qmimic_d2.data.digits_render import DigitsPainter, DigitsSpec
+from qmimic_d2.data.digits import glyphs as digits_glyphs
+from qmimic_d2.data.digits import render as digits_render
+from qmimic_d2.data.digits.registration import DIGITS_SPECS
+from qmimic_d2.data.digits.render import DigitsPainter, DigitsSpec
 
 pytest.importorskip("sklearn")
 

@@ -12,7 +12,7 @@ from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from tiny_training import registered_data, training_cfg
 
-from qmimic_d2.engine.data_order import ResumableSampler, build_resumable_train_loader, resumable_sampler
+from qmimic_d2.data.resumable_loader import ResumableSampler, build_resumable_train_loader, resumable_sampler
 
 MANY = 40
 
@@ -237,7 +237,7 @@ def test_unknown_sampler_is_refused(data, tmp_path):
 
 def test_images_of_unknown_size_cannot_be_grouped(data, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "qmimic_d2.engine.data_order.load_dataset_dicts", lambda *args, **kwargs: [{"file_name": "0.png"}]
+        "qmimic_d2.data.resumable_loader.load_dataset_dicts", lambda *args, **kwargs: [{"file_name": "0.png"}]
     )
     with pytest.raises(ValueError, match="DATASETS.TRAIN is .*'width'.*ASPECT_RATIO_GROUPING False"):
         build_resumable_train_loader(training_cfg(tmp_path, data), 3)

@@ -5,9 +5,9 @@ import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 
-from qmimic_d2 import fonts
-from qmimic_d2.engine.categories import Category
-from qmimic_d2.engine.drawing import draw_detections, label_names, missing_characters_note
+from qmimic_d2.inference import fonts
+from qmimic_d2.inference.categories import Category
+from qmimic_d2.inference.drawing import draw_detections, label_names, missing_characters_note
 
 LATIN = "".join(chr(code) for code in range(32, 127))
 

@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from helpers import write_teacher
 from tiny_training import ROOT, Recorder, registered_data, training_cfg
 
-from qmimic_d2.checkpoint import DivergedError
+from qmimic_d2.checkpoint.checkpointer import DivergedError
 from qmimic_d2.config_files import get_config_file
 from qmimic_d2.engine import (
     Trainer,

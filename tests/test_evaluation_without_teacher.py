@@ -11,8 +11,8 @@ from helpers import ONE_STAGE, batch, randomize, seeded_model, tiny_cfg, write_t
 
 from qmimic_d2.analysis import measure_cost
 from qmimic_d2.engine import load_config
-from qmimic_d2.engine.prediction import Predictor
 from qmimic_d2.export import ship_model
+from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.modeling.trunk_adapter import trained_trunk_channels, without_teacher
 
 MIMIC, TEACHER = "MODEL.QMIMIC.MIMIC", "MODEL.QMIMIC.TEACHER"

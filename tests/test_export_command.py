@@ -14,12 +14,12 @@ from test_command_line import status_of
 from tiny_coco import registered_coco, write_images
 
 from qmimic_d2.cli.export_text import human_bytes, verdict_text
-from qmimic_d2.engine.detectors import open_detector
-from qmimic_d2.engine.prediction import Predictor
 from qmimic_d2.engine.verification import Difference, VerifiedModel, difference
-from qmimic_d2.engine.video import read_frames
 from qmimic_d2.export.preprocessing import Detections
 from qmimic_d2.image_file import UnusableImageError, read_bgr_image
+from qmimic_d2.inference.detectors import open_detector
+from qmimic_d2.inference.prediction import Predictor
+from qmimic_d2.inference.video import read_frames
 
 CLAMP = ("MODEL.QMIMIC.QUANTIZER.NAME", "Clamp")
 

@@ -15,8 +15,6 @@ from helpers import CASCADE, KEYPOINT_HEAD, MASK_HEAD, RESNET_C4, RESNET_FPN
 from PIL import Image
 from torchvision.ops import ps_roi_align, ps_roi_pool
 
-from qmimic_d2.engine.detectors import open_detector
-from qmimic_d2.engine.prediction import Predictor
 from qmimic_d2.export import (
     OnnxDetector,
     TorchScriptDetector,
@@ -24,9 +22,11 @@ from qmimic_d2.export import (
     export_onnx,
     export_torchscript,
 )
-from qmimic_d2.export.onnx_file import check_onnx, nodes_of
-from qmimic_d2.export.onnx_symbolics import OPSET, project_symbolics
+from qmimic_d2.export.onnx.file import check_onnx, nodes_of
+from qmimic_d2.export.onnx.symbolics import OPSET, project_symbolics
 from qmimic_d2.image_file import read_bgr_image
+from qmimic_d2.inference.detectors import open_detector
+from qmimic_d2.inference.prediction import Predictor
 
 CLASSES = [(3, "a"), (5, "b"), (9, "c")]
 QUANTIZER = "MODEL.QMIMIC.QUANTIZER"

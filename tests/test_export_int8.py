@@ -13,7 +13,7 @@ from helpers import RESNET_C4, RESNET_FPN
 from onnx import numpy_helper
 
 from qmimic_d2.export import OnnxDetector, describe_model, export_onnx, quantize_onnx
-from qmimic_d2.export.onnx_layers import code_tensors, quantizable_layers
+from qmimic_d2.export.onnx.layers import code_tensors, quantizable_layers
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 
 CLASSES = [(0, "a"), (1, "b"), (2, "c")]
@@ -198,7 +198,7 @@ def test_the_search_ends_when_its_time_is_over(floats, tmp_path):
 
 def test_a_second_layer_is_not_tried_when_the_time_is_over(floats, tmp_path, monkeypatch):
     clock = iter(range(1000))
-    monkeypatch.setattr("qmimic_d2.export.onnx_int8.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("qmimic_d2.export.onnx.int8.time.monotonic", lambda: next(clock))
     # one reading for the end, one for each of the 14 layers, and the next is too late
     trials, kept, told = search(floats, tmp_path, {CONV: 2.0, LINEAR: 3.0}, max_ap_loss=0.5, seconds=14)
     assert len(trials) == 2 + 14 and kept == LINEAR

@@ -13,11 +13,11 @@ from exported import SIZES, assert_close, random_image, run_without, spread_mode
 from helpers import MASK_HEAD, RESNET_FPN, WrittenTeacher, write_teacher
 
 from qmimic_d2.config import add_qmimic_config
-from qmimic_d2.engine.detectors import open_detector
-from qmimic_d2.engine.prediction import Predictor
 from qmimic_d2.export import export_student, ship_model
 from qmimic_d2.export.network import drop_quantizer
 from qmimic_d2.export.student import student_config
+from qmimic_d2.inference.detectors import open_detector
+from qmimic_d2.inference.prediction import Predictor
 
 # A ResNet-50 of 4, 16, 32, 64, 128 channels with an FPN: its widths can be told by Detectron2's own keys.
 RESNET50_FPN = (*RESNET_FPN, "MODEL.RESNETS.DEPTH", 50)

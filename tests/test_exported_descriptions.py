@@ -13,13 +13,13 @@ from helpers import ONE_STAGE
 from test_command_line import status_of
 from tiny_coco import write_images
 
-from qmimic_d2.engine.detectors import open_detector
-from qmimic_d2.engine.prediction import Predictor
 from qmimic_d2.export import ModelDescription, OnnxDetector, TorchScriptDetector, describe_model, export_onnx
 from qmimic_d2.export.description import METADATA_KEY
 from qmimic_d2.export.finite import watch_outputs
-from qmimic_d2.export.onnx_file import prune_opsets
+from qmimic_d2.export.onnx.file import prune_opsets
 from qmimic_d2.export.preprocessing import InputSpec, Placement
+from qmimic_d2.inference.detectors import open_detector
+from qmimic_d2.inference.prediction import Predictor
 
 SPEC = InputSpec("BGR", 64, 128, pixel_mean=(1.0, 2.0, 3.0))
 

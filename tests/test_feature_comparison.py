@@ -7,8 +7,8 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
-from qmimic_d2.modeling.comparison_events import write_comparison
-from qmimic_d2.modeling.feature_comparison import (
+from qmimic_d2.diagnostics.comparison_events import write_comparison
+from qmimic_d2.diagnostics.feature_comparison import (
     FIGURES,
     FeatureComparison,
     compare_features,
@@ -253,7 +253,7 @@ def test_more_than_a_chunk(monkeypatch):
     student, teacher = random_pair((5, 3, 2, 2))
     whole = compare_features(student, teacher, UniformQuantizer(0.5))
     for chunk in (1, 12, 30):  # less than a region, one region, two
-        monkeypatch.setattr("qmimic_d2.modeling.feature_comparison._CHUNK", chunk)
+        monkeypatch.setattr("qmimic_d2.diagnostics.feature_comparison._CHUNK", chunk)
         assert_same(compare_features(student, teacher, UniformQuantizer(0.5)), whole)
 
 

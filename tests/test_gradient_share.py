@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.utils import comm
 
-from qmimic_d2.modeling.gradient_share import GradientShare, averaged, gradient_share, summed
+from qmimic_d2.diagnostics.gradient_share import GradientShare, averaged, gradient_share, summed
 
 
 def graph():

@@ -6,7 +6,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from helpers import tiny_cfg
 
 from qmimic_d2.modeling import QuantRCNN
-from qmimic_d2.modeling.head_features import head_features, head_node, is_meta_architecture
+from qmimic_d2.modeling.family import head_features, head_node, is_meta_architecture
 
 
 class OwnRetinaNet(RetinaNet):

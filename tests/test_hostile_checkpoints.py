@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from qmimic_d2.checkpoint_files import MAX_INFLATION
-from qmimic_d2.checkpoint_reader import UnsafeCheckpointError, read_checkpoint, read_mapping
+from qmimic_d2.checkpoint.files import MAX_INFLATION
+from qmimic_d2.checkpoint.reader import UnsafeCheckpointError, read_checkpoint, read_mapping
 
 # ---- a few opcodes, by hand
 

@@ -11,9 +11,9 @@ from tiny_training import write_coco
 from qmimic_d2 import image_file
 from qmimic_d2.analysis.calibration import build_calibration_loader
 from qmimic_d2.data.mapper import ImageMapper, read_image
+from qmimic_d2.data.resumable_loader import build_resumable_train_loader
 from qmimic_d2.engine import MimicEvaluator, Trainer
 from qmimic_d2.engine.average_precision import APEvaluation
-from qmimic_d2.engine.data_order import build_resumable_train_loader
 from qmimic_d2.image_file import UnusableImageError, as_bgr_image, image_size, read_bgr_image
 
 WIDTH, HEIGHT = 64, 48

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from qmimic_d2.json_file import parse_json, read_json, write_json
+from qmimic_d2.files import parse_json, read_json, write_json
 
 
 @pytest.mark.parametrize(

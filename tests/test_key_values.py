@@ -7,7 +7,7 @@ import yaml
 from helpers import tiny_cfg
 
 from qmimic_d2.engine import load_config
-from qmimic_d2.engine.key_values import check_values, default_config, flat_keys
+from qmimic_d2.engine.checks.key_values import check_values, default_config, flat_keys
 
 CONFIGS = sorted(Path(__file__).resolve().parent.parent.glob("configs/**/*.yaml"))
 

@@ -13,14 +13,13 @@ PACKAGE = ROOT / "qmimic_d2"
 # What is not named stands on the ground: config, config_files, checkpoint, data and the like.
 LAYERS = [
     [],
-    ["modeling"],  # quantizers, hooks, pooling, regions, backbones: everything that is not named below
+    ["modeling", "diagnostics"],  # quantizers, hooks, pooling, backbones: everything that is not named below
     ["modeling.mimic"],
     ["modeling.trunk_adapter"],
     ["modeling.attach"],
-    ["modeling.quant_rcnn", "modeling.quant_retinanet", "modeling.quant_fcos"],
-    ["modeling.quant_mimic"],
+    ["modeling.meta_arch"],
     ["lazy_config", "analysis", "evaluation", "export"],
-    ["engine"],
+    ["engine", "inference"],
     ["report"],
     ["cli", "__main__"],
 ]

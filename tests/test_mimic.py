@@ -13,7 +13,7 @@ from detectron2.utils.events import EventStorage
 from helpers import tiny_cfg
 from torch import nn
 
-from qmimic_d2.modeling.feature_comparison import FIGURES, compare_features
+from qmimic_d2.diagnostics.feature_comparison import FIGURES, compare_features
 from qmimic_d2.modeling.mimic.adapter import ADAPTERS
 from qmimic_d2.modeling.mimic.loss import NORMALIZERS, RoIMimicLoss
 from qmimic_d2.modeling.quantizer import ClampQuantizer, PowerOfTwoQuantizer, UniformQuantizer

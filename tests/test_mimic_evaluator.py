@@ -19,8 +19,8 @@ from helpers import RESNET_FPN, batch, run_two_processes, seeded_model, write_te
 from tiny_training import BUILTIN_DATASET, Recorder, Run, registered_data, training_cfg, write_builtin_data, write_coco
 from torch.nn.parallel import DistributedDataParallel
 
+from qmimic_d2.diagnostics.feature_comparison import FIGURES
 from qmimic_d2.engine import MimicEvaluator, MimicSummary, Trainer, add_mimic_hook
-from qmimic_d2.modeling.feature_comparison import FIGURES
 
 DATASET = "tiny_heldout"
 IMAGES = "MODEL.QMIMIC.DIAGNOSTICS.EVAL_IMAGES"

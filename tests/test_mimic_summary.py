@@ -7,7 +7,7 @@ import pytest
 from detectron2.utils.events import EventStorage
 from helpers import tiny_cfg
 
-from qmimic_d2.engine.mimic_summary import MimicSummary, summary_of_shares, warning_of_threshold
+from qmimic_d2.diagnostics.mimic_summary import MimicSummary, summary_of_shares, warning_of_threshold
 
 NAN = float("nan")
 

@@ -26,8 +26,8 @@ from miniature_lib.painting import PaintedImage, covered_share, paint_images, pu
 from miniature_lib.pascal_voc import make_miniature_voc
 from miniature_lib.wider_face import make_miniature_wider_face
 from qmimic_d2.data import register_wider_face
-from qmimic_d2.data.digits_render import DigitsSpec
-from qmimic_d2.data.wider_face_annotations import ATTRIBUTES, parse_annotations
+from qmimic_d2.data.digits.render import DigitsSpec
+from qmimic_d2.data.wider_face.annotations import ATTRIBUTES, parse_annotations
 from qmimic_d2.engine import build_evaluator
 from qmimic_d2.evaluation import SUBSETS, load_ground_truth
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qmimic_d2.engine.output_folder import check_output_dir
+from qmimic_d2.engine.checks.output_folder import check_output_dir
 
 
 def entries(folder):

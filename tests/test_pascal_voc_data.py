@@ -10,8 +10,8 @@ from PIL import Image
 
 from qmimic_d2.data.mapper import FileNamingMapper
 from qmimic_d2.data.pascal_voc import check_pascal_voc
+from qmimic_d2.data.resumable_loader import build_resumable_train_loader
 from qmimic_d2.engine import Trainer
-from qmimic_d2.engine.data_order import build_resumable_train_loader
 from qmimic_d2.image_file import UnusableImageError
 
 IDS = ("000001", "000002", "000003")

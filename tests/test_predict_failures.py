@@ -18,8 +18,8 @@ from tiny_coco import write_images
 
 from qmimic_d2.cli import predict as command
 from qmimic_d2.cli.interruption import noted_interruption
-from qmimic_d2.engine.video import VideoFrames, VideoWriter
 from qmimic_d2.image_file import UnusableImageError
+from qmimic_d2.inference.video import VideoFrames, VideoWriter
 
 
 @pytest.fixture(scope="module")

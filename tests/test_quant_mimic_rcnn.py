@@ -36,10 +36,10 @@ from helpers import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from qmimic_d2.diagnostics.feature_comparison import FIGURES, histogram_codes
 from qmimic_d2.engine.trainer import build_checkpointer
 from qmimic_d2.modeling import FrozenTeacher, QuantMimicRCNN
 from qmimic_d2.modeling.attach import attached_mimic
-from qmimic_d2.modeling.feature_comparison import FIGURES, histogram_codes
 from qmimic_d2.modeling.mimic.mimic import Mimic
 
 QMIMIC = "MODEL.QMIMIC"

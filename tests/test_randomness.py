@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qmimic_d2.engine.randomness import mixed_seed, own_randomness
+from qmimic_d2.randomness import mixed_seed, own_randomness
 
 
 def draw():

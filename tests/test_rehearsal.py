@@ -15,7 +15,7 @@ from refusals import check, refusal
 from tiny_training import Recorder, registered_data, training_cfg
 
 from qmimic_d2.engine import Trainer, check_run, load_config
-from qmimic_d2.engine.rehearsal import Rehearsal, without_a_trace
+from qmimic_d2.engine.checks.rehearsal import Rehearsal, without_a_trace
 
 MIMIC = "MODEL.QMIMIC.MIMIC"
 
@@ -90,7 +90,7 @@ def test_a_value_that_only_an_evaluation_reads(student, folder, dataset, monkeyp
         raise RuntimeError("no evaluation today")
 
     monkeypatch.setattr("detectron2.evaluation.COCOEvaluator.process", refuse)
-    monkeypatch.setattr("qmimic_d2.engine.culprit._SECONDS", 0.0)  # no key is to blame
+    monkeypatch.setattr("qmimic_d2.engine.checks.culprit._SECONDS", 0.0)  # no key is to blame
     message = refusal(student)
     assert f"the evaluation on {dataset!r} fails: RuntimeError: no evaluation today" in message
 
@@ -99,7 +99,7 @@ def test_a_loss_that_is_not_finite(student, monkeypatch):
     monkeypatch.setattr(
         "detectron2.modeling.proposal_generator.RPN.losses", lambda *args: {"loss_rpn": torch.tensor(float("nan"))}
     )
-    monkeypatch.setattr("qmimic_d2.engine.culprit._SECONDS", 0.0)  # no key is to blame
+    monkeypatch.setattr("qmimic_d2.engine.checks.culprit._SECONDS", 0.0)  # no key is to blame
     assert "FloatingPointError: loss_rpn is nan in iteration 0" in refusal(student)
 
 

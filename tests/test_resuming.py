@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_training import Recorder, registered_data, training_cfg
 
-from qmimic_d2.checkpoint import DivergedError
+from qmimic_d2.checkpoint.checkpointer import DivergedError
 from qmimic_d2.engine import Trainer, check_output_folder, check_run, load_config
 from qmimic_d2.folder_lock import FolderInUseError, alone_in
 

@@ -5,7 +5,7 @@ import torch
 from detectron2.modeling import build_backbone
 from helpers import batch, seeded_model, tiny_cfg, training_step, write_teacher
 
-from qmimic_d2.modeling.head_features import named_head_features
+from qmimic_d2.modeling.family import named_head_features
 
 RESNET = (
     *("MODEL.BACKBONE.NAME", "build_divided_retinanet_resnet_fpn_backbone", "MODEL.BACKBONE.FREEZE_AT", 0),

@@ -15,8 +15,8 @@ from fvcore.common.param_scheduler import ConstantParamScheduler
 from module_state import assert_same, randomized, snapshot
 from torch import nn
 
-from qmimic_d2.checkpoint import SafeCheckpointer, UnsafeCheckpointError, weights_digest
-from qmimic_d2.whole_file import remove_leftovers, whole_file
+from qmimic_d2.checkpoint.checkpointer import SafeCheckpointer, UnsafeCheckpointError, weights_digest
+from qmimic_d2.files import remove_leftovers, whole_file
 
 
 class Detector(nn.Module):
@@ -238,7 +238,7 @@ def test_loading_logs_source_and_digest(tmp_path, caplog):
     path = saved(tmp_path, {"model": source.state_dict()})
     with caplog.at_level(logging.INFO, logger="qmimic_d2"):
         SafeCheckpointer(target).load_for_evaluation(path)
-    lines = [record.message for record in caplog.records if record.name == "qmimic_d2.checkpoint"]
+    lines = [record.message for record in caplog.records if record.name == "qmimic_d2.checkpoint.checkpointer"]
     digest = weights_digest(source)
     assert lines == [f"Filled 7 tensors (13 values) of Detector from {path}, digest {digest}"]
 

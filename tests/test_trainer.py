@@ -16,8 +16,9 @@ from tiny_training import Recorder, registered_data, training_cfg
 from torch import nn
 from torchvision.models import vgg
 
+from qmimic_d2.data.resumable_loader import build_resumable_train_loader, resumable_sampler
+from qmimic_d2.diagnostics.mimic_summary import MimicSummary
 from qmimic_d2.engine import Trainer, build_checkpointer, build_evaluator, load_evaluated_weights
-from qmimic_d2.engine.data_order import build_resumable_train_loader, resumable_sampler
 from qmimic_d2.engine.hooks import (
     ResumableBestCheckpointer,
     ResumableLossNormalizer,
@@ -25,7 +26,6 @@ from qmimic_d2.engine.hooks import (
     SeedEachIteration,
 )
 from qmimic_d2.engine.metrics_file import WriteMetrics
-from qmimic_d2.engine.mimic_summary import MimicSummary
 from qmimic_d2.evaluation import PascalVOCEvaluator
 
 VGG_11 = vgg.cfgs["A"]

@@ -16,13 +16,13 @@ from tiny_coco import registered_coco, write_images
 
 from qmimic_d2.cli.export_text import verdict_text
 from qmimic_d2.engine.average_precision import APEvaluation
-from qmimic_d2.engine.categories import Category, dataset_categories, unknown_names_note
 from qmimic_d2.engine.exporting import Shipment
 from qmimic_d2.engine.trainer import Trainer
 from qmimic_d2.engine.verification import Difference, Verification, VerifiedModel, read_named_image
 from qmimic_d2.export import InputSpec, ModelDescription
 from qmimic_d2.export.network import drop_quantizer
 from qmimic_d2.image_file import UnusableImageError
+from qmimic_d2.inference.categories import Category, dataset_categories, unknown_names_note
 
 
 def cfg_of(detector, *options):

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from qmimic_d2.whole_file import remove_leftovers, whole_file
+from qmimic_d2.files import remove_leftovers, whole_file
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path):

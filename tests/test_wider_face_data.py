@@ -12,8 +12,9 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from miniature_lib.wider_face import format_annotations
-from qmimic_d2.data import load_wider_face, register_wider_face, wider_face_index
-from qmimic_d2.data.wider_face_annotations import WiderFaceRecord, parse_annotations
+from qmimic_d2.data import load_wider_face, register_wider_face
+from qmimic_d2.data.wider_face import index as wider_face_index
+from qmimic_d2.data.wider_face.annotations import WiderFaceRecord, parse_annotations
 from qmimic_d2.evaluation import WiderFaceEvaluator
 
 FIRST, SECOND, EMPTY = "0--Parade/0_Parade_a_1.jpg", "0--Parade/0_Parade_a_2.jpg", "1--Riot/1_Riot_b_3.jpg"

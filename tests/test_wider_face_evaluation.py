@@ -32,8 +32,8 @@ from qmimic_d2.evaluation import (
     read_predictions,
     write_predictions,
 )
-from qmimic_d2.evaluation.wider_face_predictions import as_written
-from qmimic_d2.evaluation.wider_face_protocol import average_precision, pairwise_iou
+from qmimic_d2.evaluation.wider_face.predictions import as_written
+from qmimic_d2.evaluation.wider_face.protocol import average_precision, pairwise_iou
 
 IMAGE = "0--Parade/0_Parade_1"
 OTHER = "1--Riot/1_Riot_2"

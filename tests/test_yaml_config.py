@@ -12,7 +12,7 @@ from test_yaml_file import CODE
 
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.engine import load_config
-from qmimic_d2.yaml_config import config_keys, merge_config, read_config
+from qmimic_d2.yaml.config import config_keys, merge_config, read_config
 
 ZOO = sorted(Path(model_zoo.__file__).parent.glob("configs/**/*.yaml"))
 

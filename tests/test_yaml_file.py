@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from qmimic_d2.near_names import near_names
-from qmimic_d2.yaml_arithmetic import compute
-from qmimic_d2.yaml_file import read_yaml
+from qmimic_d2.yaml.arithmetic import compute
+from qmimic_d2.yaml.file import read_yaml
 
 
 def content_of(tmp_path, text):

@@ -1,6 +1,6 @@
 """
 WIDER FACE's evaluation again, slowly and without arrays, written from the description of the protocol alone: what
-qmimic_d2.evaluation.wider_face_protocol is compared with. Also the ground-truth files as MATLAB writes them.
+qmimic_d2.evaluation.wider_face.protocol is compared with. Also the ground-truth files as MATLAB writes them.
 """
 
 from pathlib import Path

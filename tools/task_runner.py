@@ -15,8 +15,8 @@ from typing import Callable, Dict, List, Optional, Sequence, Set, Union
 
 from detectron2.config import CfgNode
 
+from qmimic_d2.files import read_json, write_json
 from qmimic_d2.folder_lock import FolderInUseError, alone_in
-from qmimic_d2.json_file import read_json, write_json
 from qmimic_d2.orphans import start_tied
 
 __all__ = ["Task", "run_tasks"]

@@ -26,14 +26,14 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
+from qmimic_d2.data.resumable_loader import build_resumable_train_loader
 from qmimic_d2.engine import Trainer
-from qmimic_d2.engine.data_order import build_resumable_train_loader
+from qmimic_d2.files import whole_file
 from qmimic_d2.modeling import ClampQuantizer, FrozenTeacher, PowerOfTwoQuantizer, UniformQuantizer
 from qmimic_d2.modeling.attach import attached_mimic
 from qmimic_d2.modeling.mimic.teacher import stack_maps
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 from qmimic_d2.modeling.roi_pooling import LevelPooler
-from qmimic_d2.whole_file import whole_file
 
 __all__ = ["CachedMapper", "FastTrainer", "SharedTeacherMaps", "TrainingBoxPooler", "check_images_repeat"]
 

@@ -10,9 +10,9 @@ import numpy as np
 
 import qmimic_d2
 from package_versions import package_versions
-from qmimic_d2.checkpoint import weights_digest
-from qmimic_d2.checkpoint_reader import read_checkpoint
-from qmimic_d2.json_file import write_json
+from qmimic_d2.checkpoint.checkpointer import weights_digest
+from qmimic_d2.checkpoint.reader import read_checkpoint
+from qmimic_d2.files import write_json
 
 __all__ = ["Record", "Records", "digest_of_weights", "figures_of_run", "versions"]
 

@@ -8,7 +8,7 @@ from evidence_lib.records import versions
 from evidence_lib.runs import Runs
 from evidence_lib.summary import GroupSummary, summarize, to_dict
 from evidence_lib.tables import group_section, insert_between_markers, overview_table, seed_table
-from qmimic_d2.json_file import write_json, write_text
+from qmimic_d2.files import write_json, write_text
 
 __all__ = ["write_report"]
 

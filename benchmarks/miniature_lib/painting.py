@@ -13,8 +13,8 @@ from typing import Any, Callable, Dict, List, Tuple
 import cv2
 import numpy as np
 
-from qmimic_d2.data.digits_render import DigitsPainter, DigitsSpec
-from qmimic_d2.json_file import write_json
+from qmimic_d2.data.digits.render import DigitsPainter, DigitsSpec
+from qmimic_d2.files import write_json
 
 __all__ = ["LEAST_IMAGES", "PaintedImage", "covered_share", "paint_images", "publish"]
 

@@ -13,7 +13,7 @@ from typing import Dict, List, Tuple
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES
 
 from miniature_lib.painting import Box, PaintedImage, covered_share, paint_images, publish
-from qmimic_d2.data.digits_render import DigitsSpec
+from qmimic_d2.data.digits.render import DigitsSpec
 
 __all__ = ["make_miniature_voc"]
 

@@ -12,9 +12,9 @@ from typing import Any, Dict, Iterable, List
 import numpy as np
 
 from miniature_lib.painting import PaintedImage, covered_share, paint_images, publish
-from qmimic_d2.data.digits_render import DigitsSpec
-from qmimic_d2.data.wider_face import FOLDER, GROUND_TRUTH
-from qmimic_d2.data.wider_face_annotations import ATTRIBUTES, WiderFaceRecord
+from qmimic_d2.data.digits.render import DigitsSpec
+from qmimic_d2.data.wider_face.annotations import ATTRIBUTES, WiderFaceRecord
+from qmimic_d2.data.wider_face.registration import FOLDER, GROUND_TRUTH
 
 __all__ = ["format_annotations", "make_miniature_wider_face"]
 

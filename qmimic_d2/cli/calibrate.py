@@ -26,9 +26,9 @@ from qmimic_d2.cli.model_arguments import add_model_arguments, load_model_config
 from qmimic_d2.cli.printable import printable, say
 from qmimic_d2.engine import build_checkpointer
 from qmimic_d2.engine.average_precision import APEvaluation
-from qmimic_d2.json_file import check_writable, write_json
+from qmimic_d2.files import check_writable, write_json
 from qmimic_d2.modeling import QUANTIZER_REGISTRY, build_quantizer
-from qmimic_d2.modeling.head_features import head_features
+from qmimic_d2.modeling.family import head_features
 from qmimic_d2.modeling.quantizer import CodeQuantizer
 from qmimic_d2.modeling.quantizer_hook import check_features
 from qmimic_d2.near_names import near_names

@@ -11,7 +11,7 @@ import argparse
 from qmimic_d2.cli.model_arguments import usage_errors
 from qmimic_d2.cli.printable import printable, say
 from qmimic_d2.evaluation import evaluate_predictions, load_ground_truth, read_predictions
-from qmimic_d2.json_file import check_writable, write_json
+from qmimic_d2.files import check_writable, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,11 +26,11 @@ from qmimic_d2.cli.model_arguments import (
     weights_key,
 )
 from qmimic_d2.cli.printable import say
-from qmimic_d2.engine.detectors import open_detector
 from qmimic_d2.engine.exporting import FORMATS, Exported, Int8Settings, Shipment, check_output_folder, check_packages
 from qmimic_d2.engine.setup import describe_error, load_config
 from qmimic_d2.engine.verification import Verification, VerifiedModel
-from qmimic_d2.json_file import write_json
+from qmimic_d2.files import write_json
+from qmimic_d2.inference.detectors import open_detector
 
 VERIFICATION_NAME = "verification.json"
 

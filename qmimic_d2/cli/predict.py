@@ -29,16 +29,16 @@ from qmimic_d2.cli.model_arguments import (
     weights_key,
 )
 from qmimic_d2.cli.printable import printable, say
-from qmimic_d2.engine.coco_predictions import CocoPredictions
-from qmimic_d2.engine.detectors import OpenDetector, open_config, open_detector
-from qmimic_d2.engine.drawing import draw_detections, label_names, missing_characters_note
 from qmimic_d2.engine.exporting import check_output_folder
-from qmimic_d2.engine.input_files import check_regular_file, find_images, unique_names
 from qmimic_d2.engine.setup import describe_error
-from qmimic_d2.engine.video import VideoFrames, VideoWriter, is_video
 from qmimic_d2.export import Detections
+from qmimic_d2.files import whole_file
 from qmimic_d2.image_file import UnusableImageError, read_bgr_image
-from qmimic_d2.whole_file import whole_file
+from qmimic_d2.inference.coco_predictions import CocoPredictions
+from qmimic_d2.inference.detectors import OpenDetector, open_config, open_detector
+from qmimic_d2.inference.drawing import draw_detections, label_names, missing_characters_note
+from qmimic_d2.inference.input_files import check_regular_file, find_images, unique_names
+from qmimic_d2.inference.video import VideoFrames, VideoWriter, is_video
 
 PREDICTIONS = "predictions.json"
 

@@ -19,7 +19,7 @@ from qmimic_d2.cli.model_arguments import key_value_pairs, usage_errors
 from qmimic_d2.cli.printable import printable, say
 from qmimic_d2.engine.setup import load_config
 from qmimic_d2.export import ship_model
-from qmimic_d2.json_file import check_writable, write_json
+from qmimic_d2.files import check_writable, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

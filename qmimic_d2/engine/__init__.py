@@ -1,8 +1,8 @@
 """Training and evaluation: what train_net.py and the command line are made of."""
 
+from qmimic_d2.diagnostics.mimic_summary import MimicSummary
+from qmimic_d2.engine.checks.preflight import check_run
 from qmimic_d2.engine.mimic_evaluator import MimicEvaluator, add_mimic_hook
-from qmimic_d2.engine.mimic_summary import MimicSummary
-from qmimic_d2.engine.preflight import check_run
 from qmimic_d2.engine.resuming import check_output_folder
 from qmimic_d2.engine.setup import (
     argument_parser,

@@ -13,7 +13,7 @@ from torch import nn
 from qmimic_d2.analysis import evenly_spaced
 from qmimic_d2.data.loading import load_dataset_dicts
 from qmimic_d2.data.mapper import FileNamingMapper, ImageMapper
-from qmimic_d2.engine.data_checks import check_evaluated_classes
+from qmimic_d2.engine.checks.data import check_evaluated_classes
 from qmimic_d2.engine.trainer import build_evaluator
 from qmimic_d2.orphans import tie_worker
 

@@ -13,16 +13,16 @@ from torch import nn
 from qmimic_d2.analysis import evenly_spaced
 from qmimic_d2.data.loading import load_dataset_dicts
 from qmimic_d2.engine.average_precision import APEvaluation
-from qmimic_d2.engine.categories import dataset_categories, load_class_names, unknown_names_note
-from qmimic_d2.engine.prediction import Predictor
 from qmimic_d2.engine.verification import EvaluatorAdapter, read_named_image
 from qmimic_d2.export import ModelDescription, OnnxDetector, describe_model, ship_model
 from qmimic_d2.export.description import LABELS_NAME
-from qmimic_d2.export.onnx_file import export_onnx, import_onnx
-from qmimic_d2.export.onnx_int8 import Int8Trial, import_quantization, quantize_onnx
+from qmimic_d2.export.onnx.file import export_onnx, import_onnx
+from qmimic_d2.export.onnx.int8 import Int8Trial, import_quantization, quantize_onnx
 from qmimic_d2.export.student import CONFIG_NAME, StudentExport, export_student
-from qmimic_d2.export.torchscript_file import export_torchscript
-from qmimic_d2.json_file import write_text
+from qmimic_d2.export.torchscript.file import export_torchscript
+from qmimic_d2.files import write_text
+from qmimic_d2.inference.categories import dataset_categories, load_class_names, unknown_names_note
+from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.modeling.quantizer import UniformQuantizer
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 

@@ -15,7 +15,7 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qmimic_d2.engine.randomness import mixed_seed
+from qmimic_d2.randomness import mixed_seed
 
 __all__ = ["ResumableBestCheckpointer", "ResumableLossNormalizer", "SaveOnInterrupt", "SeedEachIteration"]
 

@@ -15,12 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from qmimic_d2.analysis.calibration import evenly_spaced
 from qmimic_d2.data.loading import load_dataset
 from qmimic_d2.data.mapper import ImageMapper
-from qmimic_d2.engine.randomness import own_randomness
-from qmimic_d2.json_file import write_json
+from qmimic_d2.diagnostics.feature_comparison import FeatureComparison, histogram_codes
+from qmimic_d2.files import write_json
 from qmimic_d2.modeling.attach import attached_mimic, takes_a_teacher, warn_of_unused_teacher
-from qmimic_d2.modeling.feature_comparison import FeatureComparison, histogram_codes
 from qmimic_d2.modeling.mimic.mimic import Mimic
 from qmimic_d2.modeling.quantizer import CodeQuantizer
+from qmimic_d2.randomness import own_randomness
 
 __all__ = ["MimicEvaluator", "add_mimic_hook"]
 

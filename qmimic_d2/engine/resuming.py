@@ -16,10 +16,10 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from qmimic_d2.checkpoint import SafeCheckpointer, check_resumed_state, tensors_in
-from qmimic_d2.checkpoint_reader import local_path, read_mapping, subject
+from qmimic_d2.checkpoint.checkpointer import SafeCheckpointer, check_resumed_state, tensors_in
+from qmimic_d2.checkpoint.reader import local_path, read_mapping, subject
 from qmimic_d2.folder_lock import alone_in
-from qmimic_d2.yaml_file import read_yaml
+from qmimic_d2.yaml.file import read_yaml
 
 __all__ = [
     "apply_solver",

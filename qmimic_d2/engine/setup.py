@@ -21,18 +21,17 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from qmimic_d2.checkpoint import DivergedError
+from qmimic_d2.checkpoint.checkpointer import DivergedError
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.config_files import find_config_file
 from qmimic_d2.engine.resuming import damaged_config, is_local, saved_config
+from qmimic_d2.files import remove_leftovers, write_text
 from qmimic_d2.folder_lock import FolderInUseError, hold_folder
-from qmimic_d2.json_file import write_text
 from qmimic_d2.modeling.mimic.teacher_config import load_teacher_config
 from qmimic_d2.modeling.trunk_adapter import is_in_trunk, trained_trunk_channels, trunk_channels
 from qmimic_d2.near_names import near_names
 from qmimic_d2.orphans import die_with_parent
-from qmimic_d2.whole_file import remove_leftovers
-from qmimic_d2.yaml_config import config_keys, describe_mismatch, merge_config
+from qmimic_d2.yaml.config import config_keys, describe_mismatch, merge_config
 
 __all__ = [
     "argument_parser",
@@ -106,7 +105,7 @@ def load_config(
 
     Raises:
         KeyError, ValueError: an unknown key, a value of another type or none, a file that is no YAML or would
-            run code; see :func:`qmimic_d2.yaml_config.merge_config`.
+            run code; see :func:`qmimic_d2.yaml.config.merge_config`.
         FileNotFoundError: the config, one that it builds on, or the teacher's is not there.
     """
     cfg = get_cfg()

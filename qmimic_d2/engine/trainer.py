@@ -25,11 +25,13 @@ from detectron2.utils.events import EventWriter, JSONWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qmimic_d2.checkpoint import DivergedError, SafeCheckpointer
-from qmimic_d2.checkpoint_reader import read_mapping
+from qmimic_d2.checkpoint.checkpointer import DivergedError, SafeCheckpointer
+from qmimic_d2.checkpoint.reader import read_mapping
+from qmimic_d2.checkpoint.training_entries import TRAINING_ONLY
 from qmimic_d2.data.loading import build_coco_evaluator, repaired
 from qmimic_d2.data.mapper import FileNamingMapper, ImageMapper
-from qmimic_d2.engine.data_order import build_resumable_train_loader, resumable_sampler
+from qmimic_d2.data.resumable_loader import build_resumable_train_loader, resumable_sampler
+from qmimic_d2.diagnostics.mimic_summary import MimicSummary
 from qmimic_d2.engine.hooks import (
     ResumableBestCheckpointer,
     ResumableLossNormalizer,
@@ -38,13 +40,11 @@ from qmimic_d2.engine.hooks import (
 )
 from qmimic_d2.engine.metrics_file import MetricsWriter, WriteMetrics, has_row
 from qmimic_d2.engine.mimic_evaluator import add_mimic_hook
-from qmimic_d2.engine.mimic_summary import MimicSummary
 from qmimic_d2.engine.resuming import apply_solver, check_trainer_state, current_settings
 from qmimic_d2.evaluation import PascalVOCEvaluator, WiderFaceEvaluator
-from qmimic_d2.json_file import write_json
+from qmimic_d2.files import write_json
 from qmimic_d2.modeling.backbone.imagenet_names import converted_imagenet_weights
 from qmimic_d2.orphans import tie_worker
-from qmimic_d2.training_entries import TRAINING_ONLY
 
 __all__ = ["Trainer", "build_checkpointer", "build_evaluator", "load_evaluated_weights"]
 

@@ -19,10 +19,10 @@ from detectron2.structures import Boxes, pairwise_iou
 from torch import nn
 
 from qmimic_d2.engine.average_precision import APEvaluation
-from qmimic_d2.engine.prediction import as_instances
 from qmimic_d2.export.finite import watch_outputs
 from qmimic_d2.export.preprocessing import NOT_FINITE, Detections
 from qmimic_d2.image_file import UnusableImageError, read_bgr_image
+from qmimic_d2.inference.prediction import as_instances
 
 __all__ = [
     "Difference",

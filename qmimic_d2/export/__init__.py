@@ -8,18 +8,18 @@ imported when it is asked for, and needs torch and Detectron2.
 import importlib
 
 from qmimic_d2.export.description import ModelDescription
-from qmimic_d2.export.onnx_detector import OnnxDetector
+from qmimic_d2.export.onnx.detector import OnnxDetector
 from qmimic_d2.export.preprocessing import Detections, InputSpec
-from qmimic_d2.export.torchscript_detector import TorchScriptDetector
+from qmimic_d2.export.torchscript.detector import TorchScriptDetector
 
 # Names whose modules import torch, and those modules.
 _WITH_TORCH = {
     "StudentExport": "student",
     "describe_model": "network",
-    "export_onnx": "onnx_file",
+    "export_onnx": "onnx.file",
     "export_student": "student",
-    "export_torchscript": "torchscript_file",
-    "quantize_onnx": "onnx_int8",
+    "export_torchscript": "torchscript.file",
+    "quantize_onnx": "onnx.int8",
     "ship_model": "network",
 }
 

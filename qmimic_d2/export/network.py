@@ -17,14 +17,14 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from qmimic_d2.checkpoint import SafeCheckpointer
+from qmimic_d2.checkpoint.checkpointer import SafeCheckpointer
+from qmimic_d2.checkpoint.training_entries import TRAINING_ONLY
 from qmimic_d2.export.description import ModelDescription
 from qmimic_d2.export.finite import watch_outputs
 from qmimic_d2.export.preprocessing import InputSpec
-from qmimic_d2.modeling.head_features import head_node, head_node_key
+from qmimic_d2.modeling.family import head_node, head_node_key
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 from qmimic_d2.modeling.trunk_adapter import without_teacher
-from qmimic_d2.training_entries import TRAINING_ONLY
 
 __all__ = [
     "OUTPUT_NAMES",

@@ -16,14 +16,13 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
+from qmimic_d2.checkpoint.training_entries import TRAINING_ONLY
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.export.network import detect
-from qmimic_d2.json_file import write_text
-from qmimic_d2.modeling.head_features import QUANT_MIMIC
+from qmimic_d2.files import whole_file, write_text
+from qmimic_d2.modeling.family import QUANT_MIMIC
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 from qmimic_d2.modeling.trunk_adapter import is_in_trunk, trunk_channels
-from qmimic_d2.training_entries import TRAINING_ONLY
-from qmimic_d2.whole_file import whole_file
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "StudentExport", "export_student", "student_config"]
 

@@ -8,7 +8,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from qmimic_d2.modeling.head_features import head_features
+from qmimic_d2.modeling.family import head_features
 from qmimic_d2.modeling.mimic.attachment import NAME, AbsentMimic, Attachment, check_attachable
 from qmimic_d2.modeling.mimic.loss import Pair
 from qmimic_d2.modeling.mimic.mimic import Mimic, MimicSettings, check_detector

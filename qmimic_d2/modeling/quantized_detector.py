@@ -5,7 +5,7 @@ from typing import Dict, Optional, Sequence, Tuple
 from detectron2.config import CfgNode
 from torch import nn
 
-from qmimic_d2.modeling.head_features import head_features
+from qmimic_d2.modeling.family import head_features
 from qmimic_d2.modeling.quantizer import Quantizer, build_quantizer
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer
 

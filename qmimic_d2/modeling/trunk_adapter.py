@@ -7,8 +7,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
-from qmimic_d2.checkpoint import read_checkpoint
-from qmimic_d2.modeling.head_features import head_features
+from qmimic_d2.checkpoint.checkpointer import read_checkpoint
+from qmimic_d2.modeling.family import head_features
 from qmimic_d2.modeling.mimic.adapter import build_adapter
 from qmimic_d2.modeling.mimic.teacher import teacher_shapes
 from qmimic_d2.modeling.mimic.teacher_config import TeacherConfigError
@@ -137,7 +137,7 @@ def trained_trunk_channels(cfg: CfgNode, weights: str, key: str = "MODEL.WEIGHTS
         [] where the checkpoint is no trunk student's.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`qmimic_d2.checkpoint.read_checkpoint`.
+        FileNotFoundError, ValueError: as :func:`qmimic_d2.checkpoint.checkpointer.read_checkpoint`.
     """
     state = read_checkpoint(weights, key=key)
     names = cfg.MODEL.QMIMIC.MIMIC.IN_FEATURES or head_features(cfg)

@@ -9,9 +9,9 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from qmimic_d2.engine import describe_error
-from qmimic_d2.json_file import read_json
-from qmimic_d2.modeling.head_features import QUANT_MIMIC, head_section, is_derived
-from qmimic_d2.modeling.quant_mimic import MimicStudent
+from qmimic_d2.files import read_json
+from qmimic_d2.modeling.family import QUANT_MIMIC, head_section, is_derived
+from qmimic_d2.modeling.meta_arch.quant_mimic import MimicStudent
 from qmimic_d2.report.held_out import HeldOut, parse_held_out
 from qmimic_d2.report.metrics import Metrics, read_metrics
 from qmimic_d2.report.numbers import is_number

@@ -13,8 +13,8 @@ from detectron2.data.transforms import ResizeShortestEdge
 from torch import nn
 
 from qmimic_d2.analysis import measure_cost
-from qmimic_d2.engine.prediction import Predictor
-from qmimic_d2.training_entries import TRAINING_ONLY
+from qmimic_d2.checkpoint.training_entries import TRAINING_ONLY
+from qmimic_d2.inference.prediction import Predictor
 
 __all__ = ["Cost", "alternating_medians", "image_seconds", "run_cost"]
 

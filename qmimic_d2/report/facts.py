@@ -2,8 +2,8 @@
 
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
-from qmimic_d2.modeling.head_features import QUANT_MIMIC, detector_name, head_section, is_derived
-from qmimic_d2.modeling.quant_mimic import MimicStudent
+from qmimic_d2.modeling.family import QUANT_MIMIC, detector_name, head_section, is_derived
+from qmimic_d2.modeling.meta_arch.quant_mimic import MimicStudent
 from qmimic_d2.modeling.quantized_detector import QuantizedDetector
 from qmimic_d2.report.collect import Run
 

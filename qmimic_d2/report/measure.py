@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from qmimic_d2.engine import describe_error
-from qmimic_d2.engine.prediction import Predictor
+from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.report.collect import Run
 from qmimic_d2.report.cost import Cost, image_seconds, run_cost
 from qmimic_d2.report.pictures import PictureRow, detection_picture, picture_row

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence
 
-from qmimic_d2.json_file import parse_json
+from qmimic_d2.files import parse_json
 from qmimic_d2.report.numbers import is_number
 
 __all__ = ["Metrics", "Series", "last_mean", "read_metrics", "thinned"]

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Sequence
 import detectron2
 import torch
 
-from qmimic_d2.json_file import write_text
+from qmimic_d2.files import write_text
 from qmimic_d2.report import plots
 from qmimic_d2.report.charts import agreement_charts, histogram_charts, size_charts, training_charts
 from qmimic_d2.report.collect import Run

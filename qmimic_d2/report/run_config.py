@@ -7,8 +7,8 @@ from detectron2.config import CfgNode, get_cfg
 
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.modeling.trunk_adapter import without_teacher
-from qmimic_d2.yaml_config import BASE_KEY, merge_content
-from qmimic_d2.yaml_file import read_yaml
+from qmimic_d2.yaml.config import BASE_KEY, merge_content
+from qmimic_d2.yaml.file import read_yaml
 
 __all__ = ["model_config", "on_cpu", "read_run_config", "read_teacher_config", "setting", "texts"]
 

@@ -6,8 +6,8 @@ from typing import Callable, List, Optional, Sequence
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from qmimic_d2.checkpoint.training_entries import rename_old_entries
 from qmimic_d2.modeling.mimic.teacher import FrozenTeacher
-from qmimic_d2.training_entries import rename_old_entries
 
 __all__ = ["NAME", "AbsentMimic", "Attachment", "check_attachable"]
 

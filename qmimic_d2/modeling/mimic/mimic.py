@@ -14,8 +14,8 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qmimic_d2.modeling.feature_comparison import FeatureComparison
-from qmimic_d2.modeling.gradient_meter import GradientMeter
+from qmimic_d2.diagnostics.feature_comparison import FeatureComparison
+from qmimic_d2.diagnostics.gradient_meter import GradientMeter
 from qmimic_d2.modeling.image_counts import named
 from qmimic_d2.modeling.mimic.attachment import Attachment
 from qmimic_d2.modeling.mimic.loss import Pair, RoIMimicLoss

@@ -5,7 +5,7 @@ from typing import Dict
 
 from torch import Tensor
 
-from qmimic_d2.modeling.gradient_share import summed
+from qmimic_d2.diagnostics.gradient_share import summed
 from qmimic_d2.modeling.mimic.weight import BalancedWeight, MimicWeight
 
 __all__ = ["ScaleWarning"]

@@ -21,10 +21,10 @@ from torch import nn
 
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.config_files import find_config_file
-from qmimic_d2.modeling.head_features import is_meta_architecture
+from qmimic_d2.modeling.family import is_meta_architecture
 from qmimic_d2.modeling.quantized_detector import QuantizedDetector
 from qmimic_d2.near_names import near_names
-from qmimic_d2.yaml_config import merge_config
+from qmimic_d2.yaml.config import merge_config
 
 __all__ = ["TeacherConfig", "TeacherConfigError", "load_teacher_config"]
 

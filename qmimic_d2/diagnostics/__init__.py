@@ -1,0 +1,1 @@
+"""Whether the mimic works: comparison of features, its share of the gradient, summaries and warnings."""

@@ -1,0 +1,1 @@
+"""TorchScript: files, and the detector that runs them without Detectron2."""

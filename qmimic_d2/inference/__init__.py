@@ -1,0 +1,1 @@
+"""Trained and exported detectors on images, folders and videos."""
