@@ -14,8 +14,7 @@ from tiny_training import ROOT
 
 from qmimic_d2.config_files import get_config_file
 from qmimic_d2.engine import Trainer, build_checkpointer, load_config
-from qmimic_d2.modeling.family import head_node, is_meta_architecture
-from qmimic_d2.modeling.meta_arch.quant_mimic import MimicStudent
+from qmimic_d2.modeling.family import head_node, imitates
 from qmimic_d2.modeling.mimic.teacher_config import load_teacher_config
 
 # Pixels of the images' sides.
@@ -76,7 +75,7 @@ def test_leaf_names_what_a_training_needs(name):
     assert cfg.DATASETS.TRAIN and cfg.DATASETS.TEST
     assert cfg.OUTPUT_DIR.startswith("output/")
     assert cfg.SEED >= 0  # what is published can be repeated
-    if is_meta_architecture(cfg, MimicStudent):
+    if imitates(cfg.MODEL.META_ARCHITECTURE):
         assert cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE
         assert cfg.MODEL.QMIMIC.TEACHER.WEIGHTS or load_teacher_config(cfg).weights
 

@@ -17,13 +17,13 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.file_io import PathManager
 
 from qmimic_d2.data.digits import files as digits_files
+from qmimic_d2.data.digits import registration as digits
 from qmimic_d2.data.digits.registration import (
     DIGITS_SPECS,
     prepare_digits,
     register_digits,
     verify_digits,
 )
-from qmimic_d2.data.digits import registration as digits
 from qmimic_d2.data.digits.render import DigitsPainter
 
 pytest.importorskip("sklearn")

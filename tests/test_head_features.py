@@ -1,12 +1,11 @@
 """Which node describes the heads of a config's detector."""
 
 import pytest
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from helpers import tiny_cfg
 
-from qmimic_d2.modeling import QuantRCNN
-from qmimic_d2.modeling.family import head_features, head_node, is_meta_architecture
+from qmimic_d2.modeling.family import family_of, has_quantizer_keys, head_features, head_node, imitates
 
 
 class OwnRetinaNet(RetinaNet):
@@ -41,8 +40,20 @@ def test_the_list_is_its_own():
     assert cfg.MODEL.ROI_HEADS.IN_FEATURES == ["conv5"]
 
 
-def test_is_meta_architecture():
-    cfg = tiny_cfg(meta_architecture="QuantMimicRCNN")
-    assert is_meta_architecture(cfg, QuantRCNN) and is_meta_architecture(cfg, RetinaNet, GeneralizedRCNN)
-    assert not is_meta_architecture(cfg, RetinaNet)
-    assert not is_meta_architecture(tiny_cfg(meta_architecture="NotRegistered"), object)
+@pytest.mark.parametrize(
+    "name, family, quantizes, learns",
+    [
+        ("GeneralizedRCNN", "RCNN", False, False),
+        ("QuantRCNN", "RCNN", True, False),
+        ("QuantMimicRCNN", "RCNN", True, True),
+        ("QuantMimicFCOS", "FCOS", True, True),
+        ("OwnRetinaNet", "RetinaNet", False, False),
+        ("ProposalNetwork", "ProposalNetwork", False, False),
+        ("QuantMimic", None, True, True),
+        ("SemanticSegmentor", None, False, False),
+        ("NotRegistered", None, False, False),
+    ],
+)
+def test_what_a_name_says(registered, name, family, quantizes, learns):
+    assert getattr(family_of(name), "name", None) == family
+    assert (has_quantizer_keys(name), imitates(name)) == (quantizes, learns)

@@ -13,12 +13,13 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.analysis import FlopCountAnalysis
 from torch import Tensor, nn
 
+from qmimic_d2.modeling.family import HEAD_MODULES
 from qmimic_d2.modeling.trunk_adapter import without_teacher
 
 __all__ = ["ModelCost", "PartCost", "measure_cost"]
 
 # What a detector consists of; anything else that it runs is counted as OTHER.
-PARTS = ("backbone", "proposal_generator", "roi_heads", "head")
+PARTS = ("backbone", *HEAD_MODULES)
 OTHER = "other"
 
 # The adapter r of the mimic loss: trained with the student, and not shipped.

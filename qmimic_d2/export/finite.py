@@ -11,6 +11,8 @@ from typing import Any, Iterator, List
 import torch
 from torch import Tensor, nn
 
+from qmimic_d2.modeling.family import output_layers
+
 __all__ = ["OutputWatch", "watch_outputs"]
 
 
@@ -53,22 +55,12 @@ class OutputWatch:
 def watch_outputs(model: nn.Module) -> Iterator[OutputWatch]:
     """Watches the layers that give logits and box offsets while the block runs, in any of Detectron2's detectors."""
     watch = OutputWatch()
-    handles = [module.register_forward_hook(watch) for module in _heads(model)]
+    handles = [module.register_forward_hook(watch) for module in output_layers(model)]
     try:
         yield watch
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _heads(model: nn.Module) -> List[nn.Module]:
-    found = [
-        getattr(model, "head", None),
-        getattr(getattr(model, "proposal_generator", None), "rpn_head", None),
-    ]
-    predictors = getattr(getattr(model, "roi_heads", None), "box_predictor", None)
-    found += list(predictors) if isinstance(predictors, nn.ModuleList) else [predictors]
-    return [each for each in found if isinstance(each, nn.Module)]
 
 
 def _floats(output: Any) -> Iterator[Tensor]:

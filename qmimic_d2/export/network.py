@@ -12,8 +12,7 @@ from typing import Any, List, Sequence, Tuple
 import torch
 from detectron2.config import CfgNode
 from detectron2.export import TracingAdapter
-from detectron2.modeling import GeneralizedRCNN, build_model
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from qmimic_d2.checkpoint.training_entries import TRAINING_ONLY
 from qmimic_d2.export.description import ModelDescription
 from qmimic_d2.export.finite import watch_outputs
 from qmimic_d2.export.preprocessing import InputSpec
-from qmimic_d2.modeling.family import head_node, head_node_key
+from qmimic_d2.modeling.family import family_of_model, head_node, head_node_key
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 from qmimic_d2.modeling.trunk_adapter import without_teacher
 
@@ -157,19 +156,13 @@ def detect(model: nn.Module, image: Tensor) -> List[Tensor]:
 
 
 def _instances(model: nn.Module, image: Tensor) -> Instances:
-    inputs = [{"image": image}]
-    if isinstance(model, GeneralizedRCNN):
-        (found,) = model.inference(inputs, do_postprocess=False)
-    elif isinstance(model, DenseDetector):
-        images = model.preprocess_image(inputs)
-        by_name = model.backbone(images.tensor)
-        features = [by_name[name] for name in model.head_in_features]
-        (found,) = model.forward_inference(images, features, model.head(features))
-    else:
+    family = family_of_model(model)
+    if family is None or family.infer is None:
         raise ValueError(
             f"MODEL.META_ARCHITECTURE is {type(model).__name__!r}; GeneralizedRCNN, DenseDetector and classes derived "
             "from them are exported"
         )
+    (found,) = family.infer(model, [{"image": image}])
     return found
 
 

@@ -20,7 +20,7 @@ from qmimic_d2.checkpoint.training_entries import TRAINING_ONLY
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.export.network import detect
 from qmimic_d2.files import whole_file, write_text
-from qmimic_d2.modeling.family import QUANT_MIMIC
+from qmimic_d2.modeling.family import QUANT_MIMIC, quantized_name
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 from qmimic_d2.modeling.trunk_adapter import is_in_trunk, trunk_channels
 
@@ -128,7 +128,7 @@ def _stock_config(cfg: CfgNode, model: nn.Module) -> CfgNode:
     """The keys of ``cfg`` that Detectron2 has, with the widths of a divided backbone written out."""
     stock = get_cfg()
     _copy_known(cfg, stock)
-    stock.MODEL.META_ARCHITECTURE = _ancestor(model, "detectron2")
+    stock.MODEL.META_ARCHITECTURE = _registered_ancestor(model)
     stock.MODEL.WEIGHTS = ""
     stock.OUTPUT_DIR = get_cfg().OUTPUT_DIR
     if cfg.MODEL.BACKBONE.NAME in _STOCK_BACKBONES:
@@ -152,12 +152,12 @@ def _copy_known(source: CfgNode, target: CfgNode) -> None:
             target[key] = source[key]
 
 
-def _ancestor(model: nn.Module, package: str, without: str = "") -> str:
-    """The nearest class of a model's that is registered as a meta-architecture and comes from ``package``."""
+def _registered_ancestor(model: nn.Module) -> str:
+    """The nearest of Detectron2's registered meta-architectures that a model's class derives from."""
     for each in type(model).__mro__:
         name = each.__name__
         is_registered = name in META_ARCH_REGISTRY and META_ARCH_REGISTRY.get(name) is each
-        if is_registered and each.__module__.partition(".")[0] == package and not (without and without in name):
+        if is_registered and each.__module__.partition(".")[0] == "detectron2":
             return name
     return ""
 
@@ -237,10 +237,5 @@ def _package_architecture(model: nn.Module) -> str:
     The model's own without the mimic; for one of Detectron2's, the class of this package that derives from it
     and adds a quantizer alone (which may be none). Any other detector is built by QuantMimic if it has a quantizer.
     """
-    own = _ancestor(model, "qmimic_d2", without="Mimic")
-    if own:
-        return own
-    quantized = f"Quant{type(model).__name__.replace('Generalized', '')}"
-    if quantized in META_ARCH_REGISTRY:
-        return quantized
-    return type(model).__name__ if attached_quantizer(model.backbone) is None else QUANT_MIMIC
+    other = type(model).__name__ if attached_quantizer(model.backbone) is None else QUANT_MIMIC
+    return quantized_name(model) or other

@@ -1,29 +1,109 @@
-"""Which part of a config describes the detector's heads, whatever its family, and the maps that they read."""
+"""Detector families: the only place that knows which family a detector is, and what follows from it."""
 
 import contextlib
+import functools
 import inspect
-from typing import Any, Iterator, List, Mapping
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Tuple
 
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, ProposalNetwork
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.structures import Instances
+from torch import nn
 
 __all__ = [
+    "DETECTOR_REGIONS",
+    "FAMILIES",
+    "HEAD_MODULES",
     "QUANT_MIMIC",
+    "Family",
     "detector_name",
+    "family_of",
+    "family_of_model",
+    "has_quantizer_keys",
     "head_features",
+    "head_modules",
     "head_node",
     "head_node_key",
     "head_section",
-    "is_derived",
-    "is_meta_architecture",
+    "imitates",
     "named_head_features",
+    "num_classes_section",
+    "output_layers",
+    "own_regions",
+    "quantized_name",
 ]
-
 
 # The meta-architecture that builds the one named by MODEL.QMIMIC.META_ARCHITECTURE.
 QUANT_MIMIC = "QuantMimic"
+
+# The node of every detector whose family has none of its own.
+_DEFAULT_SECTION = "ROI_HEADS"
+
+
+def _infer_rcnn(model: nn.Module, inputs: List[Dict[str, Any]]) -> List[Instances]:
+    return model.inference(inputs, do_postprocess=False)
+
+
+def _infer_dense(model: nn.Module, inputs: List[Dict[str, Any]]) -> List[Instances]:
+    images = model.preprocess_image(inputs)
+    by_name = model.backbone(images.tensor)
+    features = [by_name[name] for name in model.head_in_features]
+    return model.forward_inference(images, features, model.head(features))
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    What follows from the class of a detector.
+
+    Attributes:
+        name: "Quant" or "QuantMimic" before it gives the registered class of this package, where there is one.
+        detector: Detectron2's class; classes derived from it belong to the family.
+        section: node below MODEL with IN_FEATURES, NUM_CLASSES and SCORE_THRESH_TEST; "" where no YAML describes it.
+        heads: names of the modules behind the backbone.
+        outputs: layers that give logits and box offsets, as paths from the model. A path may end in a ModuleList.
+        infer: gives the detections of a batch in pixels of the network's input; None where it gives no detections.
+        takes_input_format: whether the class has an argument ``input_format``.
+    """
+
+    name: str
+    detector: type
+    section: str
+    heads: Tuple[str, ...]
+    outputs: Tuple[str, ...]
+    infer: Optional[Callable[[nn.Module, List[Dict[str, Any]]], List[Instances]]]
+    takes_input_format: bool = True
+
+
+# A class belongs to the first family that fits.
+FAMILIES = (
+    Family(
+        "RCNN",
+        GeneralizedRCNN,
+        _DEFAULT_SECTION,
+        heads=("proposal_generator", "roi_heads"),
+        outputs=("proposal_generator.rpn_head", "roi_heads.box_predictor"),
+        infer=_infer_rcnn,
+    ),
+    Family("RetinaNet", RetinaNet, "RETINANET", ("head",), ("head",), _infer_dense),
+    Family("FCOS", FCOS, "FCOS", ("head",), ("head",), _infer_dense, takes_input_format=False),
+    Family("DenseDetector", DenseDetector, "", ("head",), ("head",), _infer_dense),
+    Family("ProposalNetwork", ProposalNetwork, "", ("proposal_generator",), ("proposal_generator.rpn_head",), None),
+)
+
+# Every name that a family's head module has.
+HEAD_MODULES = tuple(dict.fromkeys(head for family in FAMILIES for head in family.heads))
+_OUTPUTS = tuple(dict.fromkeys(path for family in FAMILIES for path in family.outputs))
+
+# Sources of regions, as MODEL.QMIMIC.MIMIC.ROI_SOURCE names them, that need one of these modules of the detector.
+DETECTOR_REGIONS = {"sampled": ("roi_heads",), "proposals": ("proposal_generator", "roi_heads")}
+
+
+# --------------------------------------------------------------------------------------------------- of a config
 
 
 def detector_name(model: Mapping[str, Any]) -> str:
@@ -32,22 +112,26 @@ def detector_name(model: Mapping[str, Any]) -> str:
     return model["QMIMIC"]["META_ARCHITECTURE"] if name == QUANT_MIMIC else name
 
 
-def is_derived(meta_architecture: str, *classes: type) -> bool:
-    """Whether the class of this registered name is one of these or derived from one; False for an unregistered name."""
-    found = META_ARCH_REGISTRY.get(meta_architecture) if meta_architecture in META_ARCH_REGISTRY else None
-    return inspect.isclass(found) and issubclass(found, classes)
+def family_of(meta_architecture: str) -> Optional[Family]:
+    """The family of a registered name; None for an unregistered one, or a detector of another kind."""
+    kind = _registered_class(meta_architecture)
+    return next((each for each in FAMILIES if kind is not None and issubclass(kind, each.detector)), None)
 
 
-def is_meta_architecture(cfg: CfgNode, *classes: type) -> bool:
-    """:func:`is_derived` of the config's model."""
-    return is_derived(detector_name(cfg.MODEL), *classes)
+def has_quantizer_keys(meta_architecture: str) -> bool:
+    """Whether a model of this name reads ``MODEL.QMIMIC.QUANTIZER``."""
+    return meta_architecture == QUANT_MIMIC or _is_ours(meta_architecture, "Quant", "QuantMimic")
+
+
+def imitates(meta_architecture: str) -> bool:
+    """Whether a model of this name imitates the teacher that ``MODEL.QMIMIC.TEACHER`` names."""
+    return meta_architecture == QUANT_MIMIC or _is_ours(meta_architecture, "QuantMimic")
 
 
 def head_section(meta_architecture: str) -> str:
     """The name of :func:`head_node` below ``MODEL``."""
-    if is_derived(meta_architecture, RetinaNet):
-        return "RETINANET"
-    return "FCOS" if is_derived(meta_architecture, FCOS) else "ROI_HEADS"
+    family = family_of(meta_architecture)
+    return family.section if family and family.section else _DEFAULT_SECTION
 
 
 def head_node(cfg: CfgNode) -> CfgNode:
@@ -66,6 +150,72 @@ def head_node_key(cfg: CfgNode) -> str:
 def head_features(cfg: CfgNode) -> List[str]:
     """Names of the backbone's maps that these heads read, in their order."""
     return list(head_node(cfg).IN_FEATURES)
+
+
+def _registered_class(meta_architecture: str) -> Optional[type]:
+    found = META_ARCH_REGISTRY.get(meta_architecture) if meta_architecture in META_ARCH_REGISTRY else None
+    return found if inspect.isclass(found) else None
+
+
+def _class_names(prefixes: Tuple[str, ...]) -> FrozenSet[str]:
+    return frozenset(prefix + family.name for prefix in prefixes for family in FAMILIES)
+
+
+def _is_ours(meta_architecture: str, *prefixes: str) -> bool:
+    kind = _registered_class(meta_architecture)
+    return kind is not None and not _class_names(prefixes).isdisjoint(each.__name__ for each in kind.__mro__)
+
+
+# --------------------------------------------------------------------------------------------------- of a model
+
+
+def family_of_model(model: nn.Module) -> Optional[Family]:
+    """The family of a detector; None for one of another kind."""
+    return next((each for each in FAMILIES if isinstance(model, each.detector)), None)
+
+
+def num_classes_section(model: nn.Module) -> str:
+    """The node below MODEL with a detector's NUM_CLASSES; "" where another project keeps the number elsewhere."""
+    if hasattr(model, "roi_heads"):
+        return _DEFAULT_SECTION
+    family = family_of_model(model)
+    return family.section if family else ""
+
+
+def quantized_name(model: nn.Module) -> str:
+    """
+    The registered class of this package that builds such a detector without a mimic, with a quantizer or none; "" where
+    there is no such class.
+    """
+    family = family_of_model(model)
+    name = f"Quant{family.name}" if family else ""
+    is_plain = family is not None and type(model) is family.detector
+    is_ours = name in (each.__name__ for each in type(model).__mro__)
+    return name if name in META_ARCH_REGISTRY and (is_plain or is_ours) else ""
+
+
+def head_modules(model: nn.Module) -> Dict[str, nn.Module]:
+    """Those that the detector has, by name; with precomputed proposals there is no proposal generator."""
+    heads = {name: getattr(model, name, None) for name in HEAD_MODULES}
+    return {name: head for name, head in heads.items() if isinstance(head, nn.Module)}
+
+
+def output_layers(model: nn.Module) -> List[nn.Module]:
+    """The layers that give logits and box offsets."""
+    layers = []
+    for path in _OUTPUTS:
+        found = functools.reduce(lambda owner, name: getattr(owner, name, None), path.split("."), model)
+        layers += list(found) if isinstance(found, nn.ModuleList) else [found]
+    return [each for each in layers if isinstance(each, nn.Module)]
+
+
+def own_regions(model: nn.Module) -> List[str]:
+    """Those of :data:`DETECTOR_REGIONS` that the detector gives."""
+    return [
+        source
+        for source, modules in DETECTOR_REGIONS.items()
+        if any(getattr(model, name, None) is not None for name in modules)
+    ]
 
 
 @contextlib.contextmanager

@@ -10,8 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from qmimic_d2.engine import describe_error
 from qmimic_d2.files import read_json
-from qmimic_d2.modeling.family import QUANT_MIMIC, head_section, is_derived
-from qmimic_d2.modeling.meta_arch.quant_mimic import MimicStudent
+from qmimic_d2.modeling.family import QUANT_MIMIC, head_section, imitates
 from qmimic_d2.report.held_out import HeldOut, parse_held_out
 from qmimic_d2.report.metrics import Metrics, read_metrics
 from qmimic_d2.report.numbers import is_number
@@ -75,7 +74,7 @@ class Run:
     def has_teacher(self) -> bool:
         """Whether it was trained beside one. A class that is not registered here may be anything."""
         name = self.meta_architecture
-        may_have_one = name == QUANT_MIMIC or is_derived(name, MimicStudent) or name not in META_ARCH_REGISTRY
+        may_have_one = imitates(name) or name not in META_ARCH_REGISTRY
         return may_have_one and bool(self.setting("MODEL.QMIMIC.TEACHER.CONFIG_FILE"))
 
     @property

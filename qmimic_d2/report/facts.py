@@ -2,9 +2,7 @@
 
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
-from qmimic_d2.modeling.family import QUANT_MIMIC, detector_name, head_section, is_derived
-from qmimic_d2.modeling.meta_arch.quant_mimic import MimicStudent
-from qmimic_d2.modeling.quantized_detector import QuantizedDetector
+from qmimic_d2.modeling.family import detector_name, family_of, has_quantizer_keys, head_section, imitates
 from qmimic_d2.report.collect import Run
 
 __all__ = ["describe_backbone", "describe_run", "split_common"]
@@ -13,9 +11,6 @@ NONE = "none"
 UNKNOWN = "not known"
 # Of a run without a teacher, what the mimic's settings are.
 NOT_APPLICABLE = ""
-
-# What the heads of a one-stage detector are called, by their section of the config.
-_ONE_STAGE = {"RETINANET": "RetinaNet", "FCOS": "FCOS"}
 
 
 def describe_run(run: Run) -> Dict[str, str]:
@@ -73,9 +68,10 @@ def describe_backbone(config: Dict[str, Any]) -> str:
 
 def _heads(config: Dict[str, Any]) -> str:
     model = config["MODEL"]
-    section = head_section(detector_name(model))
-    node = model[section]
-    return f"{_ONE_STAGE.get(section) or node['NAME']} on {', '.join(node['IN_FEATURES'])}"
+    name = detector_name(model)
+    node = model[head_section(name)]
+    # a one-stage family has no choice of heads, so its node has no NAME
+    return f"{node['NAME'] if 'NAME' in node else family_of(name).name} on {', '.join(node['IN_FEATURES'])}"
 
 
 def _input(config: Dict[str, Any]) -> str:
@@ -97,8 +93,7 @@ def _teacher(run: Run) -> str:
 def _quantizer(config: Dict[str, Any]) -> str:
     model = config["MODEL"]
     node = model["QMIMIC"]["QUANTIZER"]
-    name = model["META_ARCHITECTURE"]
-    if not (name == QUANT_MIMIC or is_derived(name, QuantizedDetector)) or not node["NAME"]:
+    if not has_quantizer_keys(model["META_ARCHITECTURE"]) or not node["NAME"]:
         return NONE
     codes = f", {node['NUM_CODES']} codes" if node["NUM_CODES"] else ""
     return f"{node['NAME']}, s = {node['STRIDE']:g}{codes}{', signed' if node['SIGNED'] else ''}"
@@ -109,8 +104,7 @@ def _quantized(config: Dict[str, Any]) -> str:
     node = model["QMIMIC"]["QUANTIZER"]
     if _quantizer(config) == NONE:
         return NOT_APPLICABLE
-    name = model["META_ARCHITECTURE"]
-    is_student = name == QUANT_MIMIC or is_derived(name, MimicStudent)
+    is_student = imitates(model["META_ARCHITECTURE"])
     places = ["teacher"] if is_student and node["TEACHER_ON"] else []
     if "features" in node["STUDENT_AT"]:
         places.append("own map")

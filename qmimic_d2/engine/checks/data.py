@@ -9,8 +9,6 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from detectron2.modeling import RetinaNet
-from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
@@ -20,6 +18,7 @@ from qmimic_d2.data.checks.dicts import inspect_dicts
 from qmimic_d2.data.checks.image_files import ImageFile, check_image_files
 from qmimic_d2.data.loading import class_names, is_coco, is_pascal_voc, keep_repaired
 from qmimic_d2.data.pascal_voc import check_pascal_voc, load_pascal_voc
+from qmimic_d2.modeling.family import num_classes_section
 
 __all__ = ["ModelClasses", "check_datasets", "check_evaluated_classes", "class_difference", "model_classes"]
 
@@ -53,13 +52,8 @@ class _DataSet(NamedTuple):
 
 def model_classes(cfg: CfgNode, model: nn.Module) -> Optional[ModelClasses]:
     """None for a model of another project that keeps its number of classes elsewhere."""
-    if hasattr(model, "roi_heads"):
-        return ModelClasses("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES)
-    if isinstance(model, RetinaNet):
-        return ModelClasses("MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES)
-    if isinstance(model, FCOS):
-        return ModelClasses("MODEL.FCOS.NUM_CLASSES", cfg.MODEL.FCOS.NUM_CLASSES)
-    return None
+    section = num_classes_section(model)
+    return ModelClasses(f"MODEL.{section}.NUM_CLASSES", cfg.MODEL[section].NUM_CLASSES) if section else None
 
 
 def check_datasets(cfg: CfgNode, classes: Optional[ModelClasses] = None, *, eval_only: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Callable, Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qmimic_d2.diagnostics.feature_comparison import FeatureComparison
 from qmimic_d2.diagnostics.gradient_meter import GradientMeter
+from qmimic_d2.modeling.family import DETECTOR_REGIONS, head_modules, own_regions
 from qmimic_d2.modeling.image_counts import named
 from qmimic_d2.modeling.mimic.attachment import Attachment
 from qmimic_d2.modeling.mimic.loss import Pair, RoIMimicLoss
@@ -32,9 +33,6 @@ from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, load_teacher_modules
 from qmimic_d2.modeling.mimic.weight import BalancedWeight, MimicWeight, build_mimic_weight
 
 __all__ = ["Mimic", "MimicSettings", "check_detector"]
-
-# Submodules that INIT_HEADS_FROM_TEACHER fills, where a detector has them.
-_HEADS = ("proposal_generator", "roi_heads", "head")
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,7 @@ class Mimic(Attachment, RoIMimicLoss):
         if self.teacher is None:
             teacher = self.build_teacher().to(self.device)
             if self._load_heads is not None and not self._has_loaded_heads:
-                self._load_heads(_heads(self.detector))
+                self._load_heads(head_modules(self.detector))
                 self._has_loaded_heads = True
             self.teacher = teacher
 
@@ -208,10 +206,11 @@ class Mimic(Attachment, RoIMimicLoss):
 
     def _hooks(self, model: nn.Module) -> List[RemovableHandle]:
         check_detector(model, self.settings)
+        heads = head_modules(model).values()
         return [
             *super()._hooks(model),
             *self.record.watch(model),
-            *(head._register_load_state_dict_pre_hook(self._note_loaded_heads) for head in _heads(model).values()),
+            *(head._register_load_state_dict_pre_hook(self._note_loaded_heads) for head in heads),
             # also after an error, so that nothing of a failed step is kept
             model.register_forward_hook(self._on_end, with_kwargs=True, always_call=True),
         ]
@@ -307,12 +306,8 @@ def check_detector(model: nn.Module, settings: MimicSettings) -> None:
         ValueError: the detector has no such regions as the settings ask for, or rotated ones.
     """
     heads = {name: getattr(model, name, None) for name in ("proposal_generator", "roi_heads")}
-    available: Sequence[str] = [
-        each
-        for each in ROI_SOURCES
-        if not (each == "sampled" and heads["roi_heads"] is None)
-        and not (each == "proposals" and not any(heads.values()))
-    ]
+    given = own_regions(model)
+    available = [each for each in ROI_SOURCES if each not in DETECTOR_REGIONS or each in given]
     check_roi_source(settings.roi_source, available)
     if isinstance(heads["proposal_generator"], RRPN) or isinstance(heads["roi_heads"], RROIHeads):
         raise ValueError(
@@ -326,9 +321,3 @@ def check_detector(model: nn.Module, settings: MimicSettings) -> None:
             'MODEL.QMIMIC.MIMIC.ROI_SOURCE is "sampled", but Res5ROIHeads keeps its sampled proposals to '
             'itself; set it to "proposals" or "ground_truth"'
         )
-
-
-def _heads(model: nn.Module) -> Dict[str, nn.Module]:
-    """Those that the detector has; with precomputed proposals there is no proposal generator."""
-    heads = {name: getattr(model, name, None) for name in _HEADS}
-    return {name: head for name, head in heads.items() if isinstance(head, nn.Module)}

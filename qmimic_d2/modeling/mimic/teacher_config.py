@@ -8,21 +8,13 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import (
-    META_ARCH_REGISTRY,
-    Backbone,
-    GeneralizedRCNN,
-    ProposalNetwork,
-    build_backbone,
-    build_proposal_generator,
-)
+from detectron2.modeling import Backbone, build_backbone, build_proposal_generator
 from detectron2.utils.logger import log_first_n
 from torch import nn
 
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.config_files import find_config_file
-from qmimic_d2.modeling.family import is_meta_architecture
-from qmimic_d2.modeling.quantized_detector import QuantizedDetector
+from qmimic_d2.modeling.family import detector_name, family_of, has_quantizer_keys
 from qmimic_d2.near_names import near_names
 from qmimic_d2.yaml.config import merge_config
 
@@ -166,7 +158,8 @@ def _read_lazy(path: str, student_cfg: CfgNode) -> TeacherConfig:
 
 def _build_generator(teacher: CfgNode, shapes: Dict[str, ShapeSpec]) -> Optional[nn.Module]:
     # RPN is the default of the key even of a one-stage detector, which has none
-    has_one = issubclass(META_ARCH_REGISTRY.get(teacher.MODEL.META_ARCHITECTURE), (GeneralizedRCNN, ProposalNetwork))
+    family = family_of(detector_name(teacher.MODEL))
+    has_one = family is not None and "proposal_generator" in family.heads
     return build_proposal_generator(teacher, shapes) if has_one else None
 
 
@@ -188,7 +181,7 @@ def _check_new_keys(added: Sequence[str], before: CfgNode) -> None:
 
 def _warn_of_other_codes(path: str, teacher: CfgNode, student: CfgNode) -> None:
     """The student's node decides on codes; a teacher that was trained with others should be known."""
-    if not is_meta_architecture(teacher, QuantizedDetector):
+    if not has_quantizer_keys(teacher.MODEL.META_ARCHITECTURE):
         return
     theirs, ours = teacher.MODEL.QMIMIC.QUANTIZER, student.MODEL.QMIMIC.QUANTIZER
     names = ("NAME", "STRIDE", "NUM_CODES", "SIGNED")
