@@ -132,3 +132,43 @@ def test_paths_of_a_machine_are_recognized():
         assert MACHINE_PATH.search(path), path
     for path in ("configs/" "home/x.yaml", "https://host/tmp/x", "a/opt/b", "~/tmp/x", "./" "work/x", "s3://" "root/x"):
         assert not MACHINE_PATH.search(path), path
+
+
+# What a family is known by: Detectron2's classes, the nodes of its heads, its modules.
+FAMILY_CLASSES = {"GeneralizedRCNN", "RetinaNet", "FCOS", "DenseDetector", "ProposalNetwork", "PanopticFPN"}
+FAMILY_TEXTS = {"ROI_HEADS", "RETINANET", "FCOS", "roi_heads", "head", "head_in_features", *FAMILY_CLASSES}
+
+
+def decisions_of_family(tree):
+    """
+    Lines that decide which family a detector is, wherever a name or text of a family is compared or looked up.
+
+    Only one use of a family's class is no decision: to derive a registered class from it.
+    """
+    bases = {id(each) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for each in node.bases}
+    for node in ast.walk(tree):
+        name = getattr(node, "id", getattr(node, "attr", "")) if id(node) not in bases else ""
+        is_node_of_cfg = getattr(getattr(node, "value", None), "attr", "") == "MODEL"
+        if name in FAMILY_CLASSES and not is_node_of_cfg:
+            yield node.lineno
+        is_test = isinstance(node, ast.Compare) or (
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr"
+        )
+        if is_test and any(isinstance(each, ast.Constant) and each.value in FAMILY_TEXTS for each in ast.walk(node)):
+            yield node.lineno
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != "qmimic_d2.modeling.family"])
+def test_one_module_decides_the_family(name):
+    places = [f"{name}:{line}" for line in decisions_of_family(TREES[name])]
+    assert not places, f"{places} decide the family of a detector; ask qmimic_d2.modeling.family"
+
+
+def test_decisions_of_family_are_recognized():
+    home = "qmimic_d2.modeling.family"
+    assert len(list(decisions_of_family(TREES[home]))) > 5
+    for text in ("isinstance(model, FCOS)", "x is m.RetinaNet", "{GeneralizedRCNN: 1}", "hasattr(model, 'roi_heads')",
+                 "section == 'FCOS'", "name in ('RETINANET', 'FCOS')"):
+        assert list(decisions_of_family(ast.parse(text))), text
+    for text in ("class QuantFCOS(FCOS): pass", "from x import FCOS", "cfg.MODEL.FCOS", "model.roi_heads"):
+        assert not list(decisions_of_family(ast.parse(text))), text

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from typing import Callable, Optional, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Union
 
 import torch
 from detectron2.config import CfgNode
@@ -14,10 +14,23 @@ from qmimic_d2.modeling.mimic.loss import Pair
 from qmimic_d2.modeling.mimic.mimic import Mimic, MimicSettings, check_detector
 from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, teacher_shapes
 from qmimic_d2.modeling.mimic.teacher_config import TeacherConfigError
+from qmimic_d2.modeling.quantizer import Quantizer, build_quantizer
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer, check_features
 from qmimic_d2.modeling.trunk_adapter import is_in_trunk
 
-__all__ = ["attach_mimic", "attach_quantizer", "attached_mimic", "takes_a_teacher", "warn_of_unused_teacher"]
+__all__ = [
+    "attach_mimic",
+    "attach_parts",
+    "attach_quantizer",
+    "attached_mimic",
+    "mimic_arguments",
+    "quantizer_arguments",
+    "takes_a_teacher",
+    "warn_of_unused_teacher",
+]
+
+# Values that MODEL.QMIMIC.QUANTIZER.STUDENT_AT may hold.
+_STUDENT_PLACES = ("features", "mimic")
 
 
 def attach_mimic(
@@ -43,6 +56,51 @@ def attach_mimic(
     mimic = _build(model, cfg, distance)
     mimic.attach(model)
     return mimic
+
+
+def attach_parts(
+    model: nn.Module,
+    *,
+    quantizer: Optional[Quantizer] = None,
+    quantized_features: Sequence[str] = (),
+    mimic: Union[Mimic, Callable[[nn.Module], Any], None] = None,
+) -> None:
+    """
+    Attaches what is given, in the order that a config's detector has it.
+
+    Args:
+        quantizer: of the named maps, so that everything behind the backbone reads codes; None: full precision.
+        quantized_features: names among the backbone's outputs.
+        mimic: one that hangs on no detector yet, or a function that hangs one on the detector; None: no mimic.
+
+    Raises:
+        ValueError: a name is not among the backbone's outputs, or as :func:`attach_mimic`.
+    """
+    if quantizer is not None:
+        attach_quantizer(model.backbone, quantizer, quantized_features)
+    if mimic is not None:
+        attach = mimic.attach if isinstance(mimic, Mimic) else mimic
+        attach(model)
+
+
+def quantizer_arguments(cfg: CfgNode) -> Dict[str, Any]:
+    """The arguments of :func:`attach_parts` for the quantizer that a config describes."""
+    quantizer, node = build_quantizer(cfg), cfg.MODEL.QMIMIC.QUANTIZER
+    unknown = [place for place in node.STUDENT_AT if place not in _STUDENT_PLACES]
+    if unknown:
+        raise ValueError(
+            f"MODEL.QMIMIC.QUANTIZER.STUDENT_AT is {node.STUDENT_AT!r}; it may hold {list(_STUDENT_PLACES)}, and [] "
+            "stands for neither"
+        )
+    return {
+        "quantizer": quantizer if "features" in node.STUDENT_AT else None,
+        "quantized_features": tuple(node.IN_FEATURES or head_features(cfg)),
+    }
+
+
+def mimic_arguments(cfg: CfgNode) -> Dict[str, Any]:
+    """The argument of :func:`attach_parts` for the mimic that a config describes."""
+    return {"mimic": functools.partial(attach_mimic, cfg=cfg)}
 
 
 def attached_mimic(model: nn.Module) -> Optional[Mimic]:

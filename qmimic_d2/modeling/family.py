@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Tuple, Union
 
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, ProposalNetwork
@@ -23,6 +23,7 @@ __all__ = [
     "detector_name",
     "family_of",
     "family_of_model",
+    "features_read_by",
     "has_quantizer_keys",
     "head_features",
     "head_modules",
@@ -112,9 +113,9 @@ def detector_name(model: Mapping[str, Any]) -> str:
     return model["QMIMIC"]["META_ARCHITECTURE"] if name == QUANT_MIMIC else name
 
 
-def family_of(meta_architecture: str) -> Optional[Family]:
-    """The family of a registered name; None for an unregistered one, or a detector of another kind."""
-    kind = _registered_class(meta_architecture)
+def family_of(detector: Union[str, type]) -> Optional[Family]:
+    """The family of a registered name or a class; None for an unregistered name, or a detector of another kind."""
+    kind = _registered_class(detector) if isinstance(detector, str) else detector
     return next((each for each in FAMILIES if kind is not None and issubclass(kind, each.detector)), None)
 
 
@@ -171,7 +172,7 @@ def _is_ours(meta_architecture: str, *prefixes: str) -> bool:
 
 def family_of_model(model: nn.Module) -> Optional[Family]:
     """The family of a detector; None for one of another kind."""
-    return next((each for each in FAMILIES if isinstance(model, each.detector)), None)
+    return family_of(type(model))
 
 
 def num_classes_section(model: nn.Module) -> str:
@@ -192,6 +193,12 @@ def quantized_name(model: nn.Module) -> str:
     is_plain = family is not None and type(model) is family.detector
     is_ours = name in (each.__name__ for each in type(model).__mro__)
     return name if name in META_ARCH_REGISTRY and (is_plain or is_ours) else ""
+
+
+def features_read_by(model: nn.Module) -> List[str]:
+    """Names of the backbone's maps that a detector's heads read; [] where they do not tell."""
+    owner = model if hasattr(model, "head_in_features") else getattr(model, "roi_heads", None)
+    return list(getattr(owner, "head_in_features", None) or getattr(owner, "in_features", ()))
 
 
 def head_modules(model: nn.Module) -> Dict[str, nn.Module]:

@@ -4,8 +4,8 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 
+from qmimic_d2.modeling.attach import attach_parts, quantizer_arguments
 from qmimic_d2.modeling.backbone.build import resolve_norm
-from qmimic_d2.modeling.quantized_detector import QuantizedDetector
 from qmimic_d2.modeling.quantizer_hook import check_features
 from qmimic_d2.modeling.trunk_adapter import build_trunk_adapter, is_in_trunk
 
@@ -13,7 +13,7 @@ __all__ = ["QuantFCOS"]
 
 
 @META_ARCH_REGISTRY.register()
-class QuantFCOS(QuantizedDetector, FCOS):
+class QuantFCOS(FCOS):
     """
     Detectron2's FCOS with a quantizer on its backbone's features, and nothing else: what
     :class:`~qmimic_d2.modeling.QuantRCNN` is to an R-CNN.
@@ -22,12 +22,14 @@ class QuantFCOS(QuantizedDetector, FCOS):
     """
 
     @configurable
-    def __init__(self, **kwargs):
+    def __init__(self, *, quantizer=None, quantized_features=(), mimic=None, **kwargs):
         """
         Args:
-            kwargs: of :class:`QuantizedDetector` and :class:`FCOS`.
+            quantizer, quantized_features, mimic: see :func:`qmimic_d2.modeling.attach.attach_parts`.
+            kwargs: of :class:`FCOS`.
         """
         super().__init__(**kwargs)
+        attach_parts(self, quantizer=quantizer, quantized_features=quantized_features, mimic=mimic)
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
@@ -49,7 +51,7 @@ class QuantFCOS(QuantizedDetector, FCOS):
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            **cls.quantizer_arguments(cfg),
+            **quantizer_arguments(cfg),
         }
 
 

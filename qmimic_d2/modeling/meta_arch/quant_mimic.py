@@ -1,22 +1,17 @@
 """The students in training: detectors that imitate a frozen, quantized teacher. Registered names of attach_mimic."""
 
-import functools
-from typing import Any, Callable, Dict, Union
-
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
-from qmimic_d2.modeling.attach import attach_mimic, attach_quantizer
+from qmimic_d2.modeling.attach import attach_parts, mimic_arguments, quantizer_arguments
 from qmimic_d2.modeling.family import QUANT_MIMIC, detector_name
 from qmimic_d2.modeling.meta_arch.quant_fcos import QuantFCOS
 from qmimic_d2.modeling.meta_arch.quant_rcnn import QuantRCNN
 from qmimic_d2.modeling.meta_arch.quant_retinanet import QuantRetinaNet
-from qmimic_d2.modeling.mimic.mimic import Mimic
-from qmimic_d2.modeling.quantized_detector import QuantizedDetector
 from qmimic_d2.modeling.trunk_adapter import is_in_trunk
 
-__all__ = ["MimicStudent", "QuantMimic", "QuantMimicFCOS", "QuantMimicRCNN", "QuantMimicRetinaNet"]
+__all__ = ["QuantMimic", "QuantMimicFCOS", "QuantMimicRCNN", "QuantMimicRetinaNet"]
 
 
 @META_ARCH_REGISTRY.register()
@@ -48,52 +43,36 @@ def QuantMimic(cfg: CfgNode) -> nn.Module:
     detector.MODEL.META_ARCHITECTURE = name
     detector.freeze()
     model = META_ARCH_REGISTRY.get(name)(detector)
-    args = QuantizedDetector.quantizer_arguments(detector)
-    if args["quantizer"] is not None:
-        attach_quantizer(model.backbone, args["quantizer"], args["quantized_features"])
-    attach_mimic(model, detector)
+    attach_parts(model, **quantizer_arguments(detector), **mimic_arguments(detector))
     return model
 
 
-class MimicStudent(nn.Module):
-    """Hangs a mimic on the detector class it stands in front of. Without a teacher it is that class."""
-
-    @configurable
-    def __init__(self, *, mimic: Union[Mimic, Callable[[nn.Module], Any], None] = None, **kwargs):
-        """
-        Args:
-            mimic: one that hangs on no detector yet, or a function that hangs one on the detector; None: no mimic.
-            kwargs: of the detector class.
-        """
-        super().__init__(**kwargs)
-        if mimic is not None:
-            attach = mimic.attach if isinstance(mimic, Mimic) else mimic
-            attach(self)
+@META_ARCH_REGISTRY.register()
+class QuantMimicRCNN(QuantRCNN):
+    """:class:`QuantRCNN` with ``loss_mimic`` among its losses."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
-        return {**super().from_config(cfg), **cls.mimic_arguments(cfg)}
-
-    @staticmethod
-    def mimic_arguments(cfg: CfgNode) -> Dict[str, Any]:
-        """The arguments of ``__init__`` that a config adds to the detector's."""
-        return {"mimic": functools.partial(attach_mimic, cfg=cfg)}
+        return {**super().from_config(cfg), **mimic_arguments(cfg)}
 
 
 @META_ARCH_REGISTRY.register()
-class QuantMimicRCNN(MimicStudent, QuantRCNN):
-    """:class:`QuantRCNN` with ``loss_mimic`` among its losses."""
-
-
-@META_ARCH_REGISTRY.register()
-class QuantMimicRetinaNet(MimicStudent, QuantRetinaNet):
+class QuantMimicRetinaNet(QuantRetinaNet):
     """
     :class:`QuantRetinaNet` with ``loss_mimic`` among its losses.
 
     It proposes and samples no regions, so ``MODEL.QMIMIC.MIMIC.ROI_SOURCE`` has to name others.
     """
 
+    @classmethod
+    def from_config(cls, cfg: CfgNode):
+        return {**super().from_config(cfg), **mimic_arguments(cfg)}
+
 
 @META_ARCH_REGISTRY.register()
-class QuantMimicFCOS(MimicStudent, QuantFCOS):
+class QuantMimicFCOS(QuantFCOS):
     """:class:`QuantFCOS` with ``loss_mimic`` among its losses; the same is true of its regions."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode):
+        return {**super().from_config(cfg), **mimic_arguments(cfg)}

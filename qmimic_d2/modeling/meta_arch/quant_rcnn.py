@@ -9,15 +9,15 @@ from detectron2.modeling import (
 )
 from detectron2.modeling.roi_heads import Res5ROIHeads
 
+from qmimic_d2.modeling.attach import attach_parts, quantizer_arguments
 from qmimic_d2.modeling.family import named_head_features
-from qmimic_d2.modeling.quantized_detector import QuantizedDetector
 from qmimic_d2.modeling.trunk_adapter import build_trunk_adapter, check_proposal_levels, is_in_trunk
 
 __all__ = ["QuantRCNN"]
 
 
 @META_ARCH_REGISTRY.register()
-class QuantRCNN(QuantizedDetector, GeneralizedRCNN):
+class QuantRCNN(GeneralizedRCNN):
     """
     Detectron2's R-CNN with a quantizer on its backbone's features, and nothing else.
 
@@ -26,10 +26,11 @@ class QuantRCNN(QuantizedDetector, GeneralizedRCNN):
     """
 
     @configurable
-    def __init__(self, **kwargs):
+    def __init__(self, *, quantizer=None, quantized_features=(), mimic=None, **kwargs):
         """
         Args:
-            kwargs: of :class:`QuantizedDetector` and :class:`GeneralizedRCNN`.
+            quantizer, quantized_features, mimic: see :func:`qmimic_d2.modeling.attach.attach_parts`.
+            kwargs: of :class:`GeneralizedRCNN`.
 
         Raises:
             ValueError: as these do, or ``Res5ROIHeads`` has a stage of other widths than the backbone.
@@ -37,6 +38,7 @@ class QuantRCNN(QuantizedDetector, GeneralizedRCNN):
         super().__init__(**kwargs)
         if isinstance(self.roi_heads, Res5ROIHeads):
             self._check_res5(self.roi_heads)
+        attach_parts(self, quantizer=quantizer, quantized_features=quantized_features, mimic=mimic)
 
     def _check_res5(self, heads: Res5ROIHeads) -> None:
         name = heads.in_features[0]
@@ -61,4 +63,4 @@ class QuantRCNN(QuantizedDetector, GeneralizedRCNN):
             # these read the wider maps
             args["proposal_generator"] = build_proposal_generator(cfg, backbone.output_shape())
             args["roi_heads"] = build_roi_heads(cfg, backbone.output_shape())
-        return {**args, **cls.quantizer_arguments(cfg)}
+        return {**args, **quantizer_arguments(cfg)}

@@ -4,27 +4,29 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
 
+from qmimic_d2.modeling.attach import attach_parts, quantizer_arguments
 from qmimic_d2.modeling.family import named_head_features
-from qmimic_d2.modeling.quantized_detector import QuantizedDetector
 from qmimic_d2.modeling.trunk_adapter import build_trunk_adapter, is_in_trunk
 
 __all__ = ["QuantRetinaNet"]
 
 
 @META_ARCH_REGISTRY.register()
-class QuantRetinaNet(QuantizedDetector, RetinaNet):
+class QuantRetinaNet(RetinaNet):
     """
     Detectron2's RetinaNet with a quantizer on its backbone's features, and nothing else: what
     :class:`~qmimic_d2.modeling.QuantRCNN` is to an R-CNN.
     """
 
     @configurable
-    def __init__(self, **kwargs):
+    def __init__(self, *, quantizer=None, quantized_features=(), mimic=None, **kwargs):
         """
         Args:
-            kwargs: of :class:`QuantizedDetector` and :class:`RetinaNet`.
+            quantizer, quantized_features, mimic: see :func:`qmimic_d2.modeling.attach.attach_parts`.
+            kwargs: of :class:`RetinaNet`.
         """
         super().__init__(**kwargs)
+        attach_parts(self, quantizer=quantizer, quantized_features=quantized_features, mimic=mimic)
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
@@ -35,4 +37,4 @@ class QuantRetinaNet(QuantizedDetector, RetinaNet):
             shapes = args["backbone"].output_shape()
             # it reads the wider maps
             args["head"] = RetinaNetHead(cfg, [shapes[name] for name in args["head_in_features"]])
-        return {**args, **cls.quantizer_arguments(cfg)}
+        return {**args, **quantizer_arguments(cfg)}
