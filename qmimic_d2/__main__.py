@@ -14,7 +14,7 @@ __all__ = ["build_parser", "main"]
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse repeats arguments as they came; a terminal must not act on them."""
+    """Escapes what a terminal would act on in the arguments that argparse repeats."""
 
     def _print_message(self, message: str, file: Optional[TextIO] = None) -> None:
         if message:
@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m qmimic_d2",
         description="Quantization mimic for Detectron2. Training and evaluation are train_net.py's.",
-        epilog="python -m qmimic_d2 COMMAND --help tells the arguments of a command.",
+        epilog="python -m qmimic_d2 COMMAND --help lists the arguments of a command.",
     )
     parser.add_argument(
         "--import",
@@ -54,23 +54,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """
-    Args:
-        argv: arguments behind the program's name; None for those of the process.
+    Runs a command, and returns its exit status: 130 after Ctrl-C.
 
-    Returns:
-        The exit status; 130 after Ctrl-C.
+    Args:
+        argv: arguments after the program's name; None for those of the process.
 
     Raises:
-        SystemExit: after ``--help``, and with status 2 after a mistake in the arguments or a module of ``--import``
-            that is not there.
+        SystemExit: after ``--help``, and with status 2 after a mistake in the arguments or ``--import``.
     """
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     args = parser.parse_args(arguments)
-    if overrides and not hasattr(args, "opts"):
-        parser.error(f"this command takes no KEY VALUE pairs, got {' '.join(overrides)}")
     if hasattr(args, "opts"):
-        args.opts = [*args.opts, *overrides]
+        args.opts += overrides
+    elif overrides:
+        parser.error(f"this command takes no KEY VALUE pairs, got {' '.join(overrides)}")
     with usage_errors():
         for module in args.modules:
             importlib.import_module(module)

@@ -2,12 +2,13 @@
 
 import argparse
 import math
-from typing import Tuple
+from typing import Any, Callable, Tuple
 
 __all__ = [
     "count",
     "image_size",
     "non_negative",
+    "num_codes",
     "positive",
     "positive_number",
     "score",
@@ -16,80 +17,41 @@ __all__ = [
     "threads_or_default",
 ]
 
-_LONGEST_SIDE = 65536
-_MOST_THREADS = 1024
+
+def _number(kind: type, is_valid: Callable[[float], bool], wanted: str) -> Callable[[str], Any]:
+    """A type for argparse: ``kind`` of the text, where it is valid. NaN stands for a text that is no such number."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text!r}: give {wanted}")
+        return value
+
+    return convert
 
 
-def count(text: str) -> int:
-    """A whole number, 0 or more."""
-    return _whole(text, 0)
-
-
-def positive(text: str) -> int:
-    """A whole number, 1 or more."""
-    return _whole(text, 1)
-
-
-def side(text: str) -> int:
-    """A side of an image in pixels, 1 or more."""
-    return _whole(text, 1, _LONGEST_SIDE)
-
-
-def threads(text: str) -> int:
-    """A number of threads, 1 or more."""
-    return _whole(text, 1, _MOST_THREADS)
-
-
-def threads_or_default(text: str) -> int:
-    """A number of threads; 0 leaves the choice to the library."""
-    return _whole(text, 0, _MOST_THREADS)
+count = _number(int, lambda value: value >= 0, "a whole number, 0 or more")
+positive = _number(int, lambda value: value >= 1, "a whole number, 1 or more")
+# A side of an image in pixels.
+side = _number(int, lambda value: 1 <= value <= 65536, "a whole number from 1 to 65536")
+threads = _number(int, lambda value: 1 <= value <= 1024, "a whole number from 1 to 1024")
+# 0 leaves the number of threads to the library.
+threads_or_default = _number(int, lambda value: 0 <= value <= 1024, "a whole number from 0 to 1024")
+# Size of a dictionary.
+num_codes = _number(int, lambda value: value == 0 or value >= 2, "2 or more, zero included, or 0 for an unbounded one")
+score = _number(float, lambda value: 0.0 <= value <= 1.0, "a number from 0 to 1")
+non_negative = _number(float, lambda value: 0.0 <= value < math.inf, "a finite number, 0 or more")
+positive_number = _number(float, lambda value: 0.0 < value < math.inf, "a finite number above 0")
 
 
 def image_size(text: str) -> Tuple[int, int]:
     """Height and width, from such as "480x640"."""
     height, _, width = text.lower().partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; give height and width such as 480x640")
-    return side(height), side(width)
-
-
-def score(text: str) -> float:
-    """A number from 0 to 1."""
-    value = _number(text)
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no score; give a number from 0 to 1")
-    return value
-
-
-def non_negative(text: str) -> float:
-    """A finite number, 0 or more."""
-    value = _number(text)
-    if not (math.isfinite(value) and value >= 0.0):
-        raise argparse.ArgumentTypeError(f"{text!r}: give a finite number, 0 or more")
-    return value
-
-
-def positive_number(text: str) -> float:
-    """A finite number above 0."""
-    value = _number(text)
-    if not (math.isfinite(value) and value > 0.0):
-        raise argparse.ArgumentTypeError(f"{text!r}: give a finite number above 0")
-    return value
-
-
-def _number(text: str) -> float:
     try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def _whole(text: str, least: int, most: float = math.inf) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if not least <= value <= most:
-        bounds = f"{least} or more" if most == math.inf else f"{least} to {most}"
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of {bounds}; give a whole one")
-    return value
+        return side(height), side(width)
+    except argparse.ArgumentTypeError:
+        message = f"{text!r} is no size; give height and width such as 480x640, each at most 65536"
+        raise argparse.ArgumentTypeError(message) from None

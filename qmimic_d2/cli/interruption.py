@@ -7,25 +7,14 @@ from typing import Iterator
 
 __all__ = ["Interruption", "noted_interruption"]
 
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
-
 
 class Interruption:
-    """
-    Attributes:
-        reason: such as "stopped by SIGTERM"; "" as long as nothing came.
-    """
+    """Its ``reason`` is "" until a signal comes, then such as "stopped by SIGTERM"."""
 
-    def __init__(self):
-        self.reason = ""
+    reason = ""
 
     def note(self, number: int, frame: object) -> None:
-        """
-        A signal's handler.
-
-        Raises:
-            KeyboardInterrupt: at the second signal, should the work at hand not end.
-        """
+        """The signals' handler. A second signal raises KeyboardInterrupt, in case the work at hand does not end."""
         if self.reason:
             raise KeyboardInterrupt
         self.reason = f"stopped by {signal.Signals(number).name}"
@@ -36,9 +25,9 @@ def noted_interruption() -> Iterator[Interruption]:
     """Within the block, Ctrl-C and a request to end are noted; in a thread that gets no signals, nothing changes."""
     interruption, earlier = Interruption(), {}
     if threading.current_thread() is threading.main_thread():
-        numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
-        for number in numbers:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 earlier[number] = signal.signal(number, interruption.note)
     try:
         yield interruption

@@ -65,13 +65,10 @@ def load_model_config(args: argparse.Namespace) -> CfgNode:
     The config that the arguments name, for a use that needs no file of a teacher.
 
     Raises:
-        KeyError, ValueError, FileNotFoundError: as :func:`qmimic_d2.engine.load_config`; also for a KEY
-            without VALUE.
+        KeyError, ValueError, FileNotFoundError: as :func:`load_config` and :func:`key_value_pairs`.
     """
-    opts = key_value_pairs(args)
-    if args.weights:
-        opts += ["MODEL.WEIGHTS", args.weights]
-    return load_config(args.config_file, opts, eval_only=True, device=args.device)
+    weights = ["MODEL.WEIGHTS", args.weights] if args.weights else []
+    return load_config(args.config_file, key_value_pairs(args) + weights, eval_only=True, device=args.device)
 
 
 def weights_key(args: argparse.Namespace) -> str:
@@ -81,12 +78,7 @@ def weights_key(args: argparse.Namespace) -> str:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """
-    Within the block, what a user can put right is reported in a line on stderr instead of a traceback.
-
-    Raises:
-        SystemExit: with status 2.
-    """
+    """Within the block, a user's mistake is one line on stderr and exit status 2, without a traceback."""
     try:
         yield
     except (KeyError, ValueError, OSError, ImportError, yaml.YAMLError) as error:
@@ -98,23 +90,17 @@ def split_overrides(argv: Sequence[str]) -> Tuple[List[str], List[str]]:
     """
     Splits KEY VALUE pairs off the end of the arguments.
 
-    argparse alone would take them for further values of a flag before them that takes several.
+    argparse alone takes them for further values of a flag before them that takes several.
 
     Returns:
         The arguments before the pairs, and the pairs.
     """
-    argv = list(argv)
-    sections = _top_level_keys()
-    end = len(argv)
-    while end >= 2 and _KEY.fullmatch(argv[end - 2]) and argv[end - 2].partition(".")[0] in sections:
-        end -= 2
-    return argv[:end], argv[end:]
-
-
-def _top_level_keys() -> List[str]:
     cfg = get_cfg()
     add_qmimic_config(cfg)
-    return list(cfg)
+    end = len(argv)
+    while end >= 2 and _KEY.fullmatch(argv[end - 2]) and argv[end - 2].partition(".")[0] in cfg:
+        end -= 2
+    return list(argv[:end]), list(argv[end:])
 
 
 def _device(text: str) -> str:

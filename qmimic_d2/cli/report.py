@@ -19,33 +19,17 @@ from qmimic_d2.report import collect_runs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of train_net.py, or NAME=FOLDER")
-    parser.add_argument(
-        "-o", "--output", default="report.html", metavar="FILE", help="the page (default: %(default)s)"
-    )
-    parser.add_argument("--title", default="Quantization Mimic", help="its heading (default: %(default)s)")
-    parser.add_argument(
-        "--images",
-        type=count,
-        default=6,
-        metavar="N",
-        help="sample images with ground truth and detections; 0 = none (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--score-threshold",
-        type=score,
-        default=0.5,
-        metavar="SCORE",
-        help="draw no detections below it (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="CPU threads for the time of an image (default: %(default)s)",
-    )
-    parser.add_argument("--no-latency", action="store_true", help="do not measure the time of an image")
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="output folder of train_net.py, or NAME=FOLDER")
+    add("-o", "--output", default="report.html", metavar="FILE", help="the page (default: %(default)s)")
+    add("--title", default="Quantization Mimic", help="its heading (default: %(default)s)")
+    images = "sample images with ground truth and detections; 0 = none (default: %(default)s)"
+    add("--images", type=count, default=6, metavar="N", help=images)
+    least = "draw no detections below it (default: %(default)s)"
+    add("--score-threshold", type=score, default=0.5, metavar="SCORE", help=least)
+    threads = "CPU threads for the time of an image (default: %(default)s)"
+    add("--threads", type=positive, default=1, metavar="N", help=threads)
+    add("--no-latency", action="store_true", help="do not measure the time of an image")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,11 +5,11 @@ Everything a run needs is looked at once, in the launching process: values, data
 weights and the teacher's files. What only construction can tell is told by constructing and throwing away.
 """
 
-from typing import Iterable, Sequence, Type
+from typing import Sequence, Type
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
@@ -28,7 +28,7 @@ from qmimic_d2.engine.trainer import (
     load_evaluated_weights,
 )
 from qmimic_d2.modeling.attach import warn_of_unused_teacher
-from qmimic_d2.near_names import near_names
+from qmimic_d2.near_names import check_registered
 
 __all__ = ["check_run"]
 
@@ -177,19 +177,9 @@ def _check_registered(cfg: CfgNode, eval_only: bool) -> None:
     key, names = ("DATASETS.TEST", cfg.DATASETS.TEST) if eval_only else ("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
     if not names:
         raise ValueError(f"{key} is {names}; name a registered data set")
-    known = DatasetCatalog.list()
-    for key, name in [(key, name) for name in names] + [("DATASETS.TEST", name) for name in cfg.DATASETS.TEST]:
-        if name not in known:
-            raise KeyError(_unknown_dataset(key, name, known))
-
-
-def _unknown_dataset(key: str, name: str, known: Iterable[str]) -> str:
-    near = near_names(name, known, count=5, cutoff=0.4)
-    hint = f"near names are {near}" if near else f"registered are {sorted(known)}"
-    return (
-        f"{key} names {name!r}, which is not registered; {hint}. Register your own with "
-        "detectron2.data.datasets.register_coco_instances before the training starts"
-    )
+    advice = "Register your own with detectron2.data.datasets.register_coco_instances before the training starts"
+    check_registered(key, names, advice)
+    check_registered("DATASETS.TEST", cfg.DATASETS.TEST, advice)
 
 
 def _check_evaluator(cfg: CfgNode, name: str) -> None:
