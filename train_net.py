@@ -16,7 +16,6 @@ from qmimic_d2.engine import (
     MimicEvaluator,
     Trainer,
     argument_parser,
-    check_output_folder,
     check_run,
     describe_error,
     launch_processes,
@@ -52,7 +51,6 @@ if __name__ == "__main__":
             resume=args.resume,
             device="cpu" if args.num_processes else "",
         )
-        check_output_folder(cfg.OUTPUT_DIR)
         check_run(cfg, num_processes(args), eval_only=args.eval_only, resume=args.resume)
     except (KeyError, ValueError, OSError) as error:
         sys.exit(describe_error(error))

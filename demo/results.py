@@ -19,6 +19,7 @@ from qmimic_d2.files import write_json
 from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.report import collect_run
 from qmimic_d2.report.page import write_report
+from qmimic_d2.run_folder import METRICS, read_evaluation
 
 __all__ = ["Model", "write_results"]
 
@@ -50,10 +51,9 @@ def write_results(models: Sequence[Model], folder: str) -> None:
 
 
 def _row(model: Model, folder: str) -> Dict[str, Any]:
-    with open(os.path.join(folder, model.name, "evaluation.json"), encoding="utf-8") as file:
-        figures = json.load(file)["results"]["bbox"]
+    figures = read_evaluation(os.path.join(folder, model.name))["bbox"]
     cost = measure_cost(model.cfg, model.cfg.INPUT.MIN_SIZE_TEST, model.cfg.INPUT.MIN_SIZE_TEST)
-    metrics = os.path.join(folder, model.name, "metrics.json")
+    metrics = os.path.join(folder, model.name, METRICS)
     match = _match_ratio(metrics)
     return {
         "label": model.label,

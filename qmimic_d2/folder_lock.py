@@ -8,7 +8,7 @@ from typing import IO, Dict, Iterator, Set
 
 import portalocker
 
-__all__ = ["FolderInUseError", "alone_in", "hold_folder"]
+__all__ = ["FolderInUseError", "alone_in", "check_free", "hold_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,18 @@ def alone_in(folder: str) -> Iterator[None]:
     finally:
         _open_files.discard(file)
         file.close()
+
+
+def check_free(folder: str) -> None:
+    """
+    Makes no file where there is no lock yet.
+
+    Raises:
+        FolderInUseError: another process holds the folder's lock; names the process.
+    """
+    if os.path.exists(os.path.join(folder, _NAME)):
+        with alone_in(folder):
+            pass
 
 
 def hold_folder(folder: str) -> None:

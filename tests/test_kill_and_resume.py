@@ -8,7 +8,8 @@ import torch
 from tiny_training import Recorder, registered_data, training_cfg
 
 from qmimic_d2.engine import Trainer
-from qmimic_d2.engine.metrics_file import MetricsWriter, has_row
+from qmimic_d2.engine.metrics_file import MetricsWriter
+from qmimic_d2.run_folder import has_metric
 
 
 class Killed(BaseException):
@@ -172,7 +173,7 @@ def test_half_a_line_at_the_end_is_removed(tmp_path, caplog):
 
 def test_rows_are_looked_up_among_damaged_ones(tmp_path):
     path = tmp_path / "metrics.json"
-    assert not has_row(str(path), 1, "bbox/AP")
+    assert not has_metric(str(tmp_path), 1, "bbox/AP")
     path.write_text('[]\n{\n' + "[" * 100_000 + '\n{"iteration": 1, "bbox/AP": NaN}\n{"iteration": 3}\n')
-    assert has_row(str(path), 1, "bbox/AP")
-    assert not has_row(str(path), 1, "lr") and not has_row(str(path), 3, "bbox/AP")
+    assert has_metric(str(tmp_path), 1, "bbox/AP")
+    assert not has_metric(str(tmp_path), 1, "lr") and not has_metric(str(tmp_path), 3, "bbox/AP")

@@ -64,7 +64,7 @@ def test_what_is_no_folder(tmp_path, kind, below):
         ("", "name a folder"),
         ("  ", "name a folder"),
         ("s3://bucket/run", "an address"),
-        ("a\0b", "null"),
+        ("a\0b", "choose a name"),
         ("x" * 300, "too long"),
         ("/proc/version/run", "no folder"),
     ],

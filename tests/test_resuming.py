@@ -9,7 +9,8 @@ import torch
 from tiny_training import Recorder, registered_data, training_cfg
 
 from qmimic_d2.checkpoint.checkpointer import DivergedError
-from qmimic_d2.engine import Trainer, check_output_folder, check_run, load_config
+from qmimic_d2.engine import Trainer, check_run, load_config
+from qmimic_d2.engine.checks.output_folder import check_output_dir
 from qmimic_d2.folder_lock import FolderInUseError, alone_in
 
 
@@ -155,7 +156,7 @@ def optimizer_of(content):
 
 
 DAMAGES = {
-    "no config.yaml content": (lambda run: (run / "config.yaml").write_bytes(b""), "config.yaml' is damaged .0 bytes"),
+    "no config.yaml content": (lambda run: (run / "config.yaml").write_bytes(b""), "is damaged .it is no Detectron2"),
     "no YAML": (lambda run: (run / "config.yaml").write_text("{a: ["), "config.yaml' is damaged .ParserError"),
     "binary": (lambda run: (run / "config.yaml").write_bytes(b"\x00\xff" * 9), "config.yaml' is damaged"),
     "a list": (lambda run: (run / "config.yaml").write_text("- 1\n"), "config.yaml' is damaged"),
@@ -211,14 +212,14 @@ def test_a_seed_that_cannot_be_read(tmp_path, content):
 @pytest.mark.parametrize("name", ["a?b", "a#b", "a\tb", "a\nb", "a\x1b[31mb", "a\udcffb", "a\u202eb"])
 def test_a_folder_whose_checkpoints_could_not_be_found_again(tmp_path, name):
     with pytest.raises(ValueError, match="OUTPUT_DIR is .*choose a name of letters") as error:
-        check_output_folder(str(tmp_path / name))
+        check_output_dir(str(tmp_path / name))
     assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize("name", ["a b", "ä", "模型", "a%20b", "a;b", "a:b", "a&b=c", "(a)[b]{c}", "$a'\"", "-a"])
 def test_a_folder_of_any_other_name_trains_and_resumes(tmp_path, data, name):
     folder = tmp_path / name
-    check_output_folder(str(folder))
+    check_output_dir(str(folder))
     trained(cfg_of(folder, data, "SOLVER.MAX_ITER", 1))
     check_run(cfg_of(folder, data), 1, resume=True)
     trainer = Trainer(cfg_of(folder, data))
@@ -227,12 +228,10 @@ def test_a_folder_of_any_other_name_trains_and_resumes(tmp_path, data, name):
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-    check_output_folder(str(tmp_path / "new"))
-    check_output_folder("")
-    check_output_folder("store://bucket")
+    check_output_dir(str(tmp_path / "new"))
     assert os.listdir(tmp_path) == []
     with alone_in(str(tmp_path)), pytest.raises(FolderInUseError, match="another process is at work in"):
-        check_output_folder(str(tmp_path))
+        check_output_dir(str(tmp_path))
 
 
 # ---- divergence

@@ -18,6 +18,7 @@ from detectron2.config import CfgNode
 from qmimic_d2.files import read_json, write_json
 from qmimic_d2.folder_lock import FolderInUseError, alone_in
 from qmimic_d2.orphans import start_tied
+from qmimic_d2.run_folder import METRICS
 
 __all__ = ["Task", "run_tasks"]
 
@@ -280,7 +281,7 @@ def _status(running: Sequence[_Running], waiting: Sequence[Task], jobs: int, sec
 
 
 def _progress(task: Task) -> str:
-    path = os.path.join(task.output_dir, "metrics.json") if task.output_dir else ""
+    path = os.path.join(task.output_dir, METRICS) if task.output_dir else ""
     if not task.max_iter or not os.path.isfile(path):
         return ""
     with open(path, encoding="utf-8", errors="replace") as file:

@@ -13,6 +13,7 @@ from package_versions import package_versions
 from qmimic_d2.checkpoint.checkpointer import weights_digest
 from qmimic_d2.checkpoint.reader import read_checkpoint
 from qmimic_d2.files import write_json
+from qmimic_d2.run_folder import DETECTIONS, EVALUATION, METRICS, MIMIC, read_evaluation
 
 __all__ = ["Record", "Records", "digest_of_weights", "figures_of_run", "versions"]
 
@@ -78,14 +79,13 @@ def figures_of_run(folder: str) -> Dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError, KeyError: there is no evaluation, or one without boxes.
     """
-    with open(os.path.join(folder, "evaluation.json"), encoding="utf-8") as file:
-        boxes = json.load(file)["results"]["bbox"]
+    boxes = read_evaluation(folder)["bbox"]
     if boxes["AP"] is None:
         if not _detected_nothing(folder):
-            raise ValueError(f"{folder}/evaluation.json has no AP; the data set has no annotations")
+            raise ValueError(f"{folder}/{EVALUATION} has no AP; the data set has no annotations")
         boxes = dict.fromkeys(boxes, 0.0)
-    measures = _scalars(os.path.join(folder, "metrics.json"))
-    measures.update(_heldout(os.path.join(folder, "mimic.json")))
+    measures = _scalars(os.path.join(folder, METRICS))
+    measures.update(_heldout(os.path.join(folder, MIMIC)))
     return {
         **{name: _rounded(boxes[name]) for name in ("AP", "AP50", "AP75")},
         "per_class": {
@@ -96,7 +96,7 @@ def figures_of_run(folder: str) -> Dict[str, Any]:
 
 
 def _detected_nothing(folder: str) -> bool:
-    path = os.path.join(folder, "inference", "coco_instances_results.json")
+    path = os.path.join(folder, DETECTIONS)
     if not os.path.isfile(path):
         return False
     with open(path, encoding="utf-8") as file:

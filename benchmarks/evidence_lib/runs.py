@@ -16,12 +16,12 @@ from evidence_lib.records import DONE, FAILED, Record, Records, digest_of_weight
 from evidence_lib.settings import config_digest, settings_of
 from qmimic_d2.analysis import measure_cost
 from qmimic_d2.engine import load_config
+from qmimic_d2.run_folder import FINAL_CHECKPOINT, INFERENCE, TAG
 from task_runner import Task
 
 __all__ = ["DONE", "FAILED", "NOT_YET", "OPEN", "Runs"]
 
 OPEN, NOT_YET = "open", "not yet"
-_FINAL = "model_final.pth"
 
 
 class Runs:
@@ -141,7 +141,7 @@ class Runs:
 
     def _has_weights(self, teacher: Run) -> bool:
         """Whether the output folder has the weights that the teacher's record tells of."""
-        path, recorded = os.path.join(self._folder(teacher), _FINAL), self._recorded_weights(teacher)
+        path, recorded = os.path.join(self._folder(teacher), FINAL_CHECKPOINT), self._recorded_weights(teacher)
         return bool(recorded) and os.path.isfile(path) and digest_of_weights(path) == recorded
 
     def _is_below(self, run: Run, teachers: Set[str]) -> bool:
@@ -164,7 +164,7 @@ class Runs:
 
     def _task(self, run: Run, is_forced: bool) -> Task:
         variant, folder = run.variant, self._folder(run)
-        weights = {need.variant.name: f"{self._folder(need)}/{_FINAL}" for need in self._needs(run)}
+        weights = {need.variant.name: f"{self._folder(need)}/{FINAL_CHECKPOINT}" for need in self._needs(run)}
         opts = ["OUTPUT_DIR", folder, "SEED", str(run.seed), *variant.opts, *self._opts]
         if variant.teacher:
             opts += ["MODEL.QMIMIC.TEACHER.WEIGHTS", weights[variant.teacher]]
@@ -204,10 +204,10 @@ class Runs:
             "versions": versions(),
         }
         if not run.variant.eval_only:
-            record["weights"] = digest_of_weights(os.path.join(folder, _FINAL))
+            record["weights"] = digest_of_weights(os.path.join(folder, FINAL_CHECKPOINT))
         self.records.write(record)
         is_teacher = any(run.variant.name in each.needs for each in self.matrix.variants.values())
-        _tidy(folder, keep=(_FINAL,) if is_teacher else ())
+        _tidy(folder, keep=(FINAL_CHECKPOINT,) if is_teacher else ())
 
     def _write_failure(self, run: Run, reason: str) -> None:
         self.records.write({**self._head(run, FAILED), "reason": reason, "versions": versions()})
@@ -237,6 +237,6 @@ class Runs:
 def _tidy(folder: str, keep: Sequence[str]) -> None:
     """Removes what is large and not needed any more: checkpoints and the single detections."""
     for name in os.listdir(folder):
-        if (name.endswith(".pth") or name == "last_checkpoint") and name not in keep:
+        if (name.endswith(".pth") or name == TAG) and name not in keep:
             os.remove(os.path.join(folder, name))
-    shutil.rmtree(os.path.join(folder, "inference"), ignore_errors=True)
+    shutil.rmtree(os.path.join(folder, INFERENCE), ignore_errors=True)

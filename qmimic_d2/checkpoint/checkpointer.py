@@ -41,6 +41,7 @@ from qmimic_d2.checkpoint.reader import (
 )
 from qmimic_d2.checkpoint.training_entries import rename_old_entries
 from qmimic_d2.files import whole_file
+from qmimic_d2.run_folder import TAG
 
 __all__ = [
     "DivergedError",
@@ -174,7 +175,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return os.path.join(self.save_dir, name)
 
     def _tag(self) -> str:
-        return os.path.join(self.save_dir, "last_checkpoint")
+        return os.path.join(self.save_dir, TAG)
 
     def save(self, name: str, **kwargs: Any) -> None:
         """

@@ -3,7 +3,6 @@
 from qmimic_d2.diagnostics.mimic_summary import MimicSummary
 from qmimic_d2.engine.checks.preflight import check_run
 from qmimic_d2.engine.mimic_evaluator import MimicEvaluator, add_mimic_hook
-from qmimic_d2.engine.resuming import check_output_folder
 from qmimic_d2.engine.setup import (
     argument_parser,
     describe_error,
@@ -22,7 +21,6 @@ __all__ = [
     "argument_parser",
     "build_checkpointer",
     "build_evaluator",
-    "check_output_folder",
     "check_run",
     "describe_error",
     "launch_processes",

@@ -4,12 +4,12 @@ import json
 import logging
 import os
 from collections import defaultdict
-from typing import Any, Callable, Dict, Iterator
+from typing import Any, Callable, Dict
 
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventWriter, get_event_storage
 
-__all__ = ["MetricsWriter", "WriteMetrics", "has_row"]
+__all__ = ["MetricsWriter", "WriteMetrics"]
 
 
 class MetricsWriter(EventWriter):
@@ -67,24 +67,6 @@ class WriteMetrics(HookBase):
     def after_step(self) -> None:
         if self._is_due(self.trainer.iter + 1, self.trainer.max_iter):
             self._writer.write()
-
-
-def has_row(path: str, iteration: int, key: str) -> bool:
-    """Whether a metrics.json has a figure of an iteration. Lines that cannot be read are passed over."""
-    return any(row.get("iteration") == iteration and key in row for row in _rows(path))
-
-
-def _rows(path: str) -> Iterator[Dict[str, Any]]:
-    if not os.path.isfile(path):
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict):
-                yield row
 
 
 def _remove_half_line(path: str) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 from detectron2.config import CfgNode, configurable
@@ -16,11 +15,11 @@ from qmimic_d2.analysis.calibration import evenly_spaced
 from qmimic_d2.data.loading import load_dataset
 from qmimic_d2.data.mapper import ImageMapper
 from qmimic_d2.diagnostics.feature_comparison import FeatureComparison, histogram_codes
-from qmimic_d2.files import write_json
 from qmimic_d2.modeling.attach import attached_mimic, takes_a_teacher, warn_of_unused_teacher
 from qmimic_d2.modeling.mimic.mimic import Mimic
 from qmimic_d2.modeling.quantizer import CodeQuantizer
 from qmimic_d2.randomness import own_randomness
+from qmimic_d2.run_folder import MIMIC, write_mimic
 
 __all__ = ["MimicEvaluator", "add_mimic_hook"]
 
@@ -110,7 +109,8 @@ class MimicEvaluator:
         if self._is_on and takes_a_teacher(model) and model.mimic.teacher is None:
             logging.getLogger(__name__).info(
                 "Student and teacher are not compared: only a training loads the teacher. Its own last comparison is "
-                "in mimic.json of its OUTPUT_DIR"
+                "in %s of its OUTPUT_DIR",
+                MIMIC,
             )
             return {}
         if not self.measures(model):
@@ -159,7 +159,7 @@ class MimicEvaluator:
             "levels": {name: _level_content(each, quantizer) for name, each in comparisons.items()},
         }
         if self._output_dir:
-            write_json(os.path.join(self._output_dir, "mimic.json"), content)
+            write_mimic(self._output_dir, content)
 
 
 def add_mimic_hook(built: Sequence[Optional[HookBase]], cfg: CfgNode, model: nn.Module) -> List[Optional[HookBase]]:

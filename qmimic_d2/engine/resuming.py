@@ -10,7 +10,6 @@ import logging
 import os
 import reprlib
 from typing import Any, Dict, List, Mapping, Optional, Sequence
-from urllib.parse import urlparse
 
 import torch
 from detectron2.config import CfgNode
@@ -18,17 +17,14 @@ from torch import nn
 
 from qmimic_d2.checkpoint.checkpointer import SafeCheckpointer, check_resumed_state, tensors_in
 from qmimic_d2.checkpoint.reader import local_path, read_mapping, subject
-from qmimic_d2.folder_lock import alone_in
-from qmimic_d2.yaml.file import read_yaml
+from qmimic_d2.run_folder import CONFIG, TAG, read_config
 
 __all__ = [
     "apply_solver",
-    "check_output_folder",
     "check_resuming",
     "check_trainer_state",
     "current_settings",
     "damaged_config",
-    "is_local",
     "saved_config",
 ]
 
@@ -38,33 +34,6 @@ logger = logging.getLogger(__name__)
 _HYPERPARAMETERS = {"SGD": "momentum", "AdamW": "betas"}
 
 
-def check_output_folder(folder: str) -> None:
-    """
-    Looks at OUTPUT_DIR before anything is written.
-
-    Raises:
-        ValueError: OUTPUT_DIR has characters with which a checkpoint in it could not be found again.
-        FolderInUseError: another process writes there; names it.
-    """
-    if not is_local(folder):
-        return
-    odd = sorted({each for each in folder if not each.isprintable() or each in "?#"})
-    # Detectron2 reads a checkpoint's path as an address, in which these mean something else or are dropped.
-    if odd or urlparse(folder).geturl() != folder:
-        raise ValueError(
-            f"OUTPUT_DIR is {folder!r}, in which {odd or 'a part'} would be read as that of an address; choose a "
-            "name of letters, digits, '-', '_' and '.'"
-        )
-    if os.path.isdir(folder):
-        with alone_in(folder):
-            pass
-
-
-def is_local(folder: str) -> bool:
-    """Whether OUTPUT_DIR is a folder of this machine: neither empty nor an address."""
-    return bool(folder) and "://" not in folder
-
-
 def saved_config(folder: str) -> Optional[Mapping[str, Any]]:
     """
     What ``config.yaml`` of an earlier run in a folder holds; None where there is none.
@@ -72,24 +41,19 @@ def saved_config(folder: str) -> Optional[Mapping[str, Any]]:
     Raises:
         ValueError: the file is damaged; see :func:`damaged_config`.
     """
-    path = os.path.join(folder, "config.yaml")
-    if not os.path.isfile(path):
+    if not os.path.isfile(os.path.join(folder, CONFIG)):
         return None
     try:
-        content = read_yaml(path)
+        return read_config(folder)
     except (OSError, ValueError) as error:
-        raise damaged_config(folder, type(error.__cause__ or error).__name__) from error
-    if not isinstance(content, dict):
-        raise damaged_config(folder, f"{os.path.getsize(path)} bytes without any key")
-    return content
+        raise damaged_config(folder, type(error.__cause__).__name__ if error.__cause__ else str(error)) from error
 
 
 def damaged_config(folder: str, reason: str) -> ValueError:
     """The error of a ``config.yaml`` that cannot be what a run has written."""
-    path = os.path.join(folder, "config.yaml")
     return ValueError(
-        f"{path!r} is damaged ({reason}), and --resume compares its settings with the new ones. Put the file back, or "
-        "delete it and give the run's SEED with --resume"
+        f"{os.path.join(folder, CONFIG)!r} is damaged ({reason}), and --resume compares its settings with the "
+        "new ones. Put the file back, or delete it and give the run's SEED with --resume"
     )
 
 
@@ -109,7 +73,7 @@ def check_resuming(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> None:
     checkpointer = SafeCheckpointer(nn.Module(), cfg.OUTPUT_DIR, save_to_disk=False)
     if not checkpointer.has_checkpoint():
         return
-    tag, last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"), checkpointer.get_checkpoint_file()
+    tag, last = os.path.join(cfg.OUTPUT_DIR, TAG), checkpointer.get_checkpoint_file()
     content = read_mapping(local_path(last, tag), last, tag)
     check_resumed_state(content, ["trainer"], last, tag)
     source = subject(tag, last)
@@ -152,7 +116,7 @@ def check_trainer_state(
     ):
         raise ValueError(
             f"{source} has a damaged state of the training (optimizer, schedule or iteration). Write the name of an "
-            "earlier checkpoint into last_checkpoint, or begin a training from its weights without --resume"
+            f"earlier checkpoint into {TAG}, or begin a training from its weights without --resume"
         )
     if iteration >= max_iter:
         raise ValueError(

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -24,13 +24,14 @@ from torch import nn
 from qmimic_d2.checkpoint.checkpointer import DivergedError
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.config_files import find_config_file
-from qmimic_d2.engine.resuming import damaged_config, is_local, saved_config
-from qmimic_d2.files import remove_leftovers, write_text
+from qmimic_d2.engine.resuming import damaged_config, saved_config
+from qmimic_d2.files import remove_leftovers
 from qmimic_d2.folder_lock import FolderInUseError, hold_folder
 from qmimic_d2.modeling.mimic.teacher_config import load_teacher_config
 from qmimic_d2.modeling.trunk_adapter import is_in_trunk, trained_trunk_channels, trunk_channels
 from qmimic_d2.near_names import near_names
 from qmimic_d2.orphans import die_with_parent
+from qmimic_d2.run_folder import TAG, TEACHER_CONFIG, is_local, write_configs
 from qmimic_d2.yaml.config import config_keys, describe_mismatch, merge_config
 
 __all__ = [
@@ -42,7 +43,6 @@ __all__ = [
     "set_up_process",
 ]
 
-_TEACHER_COPY = "teacher_config"
 # Status of a process that has said already what went wrong.
 _SAID = 65
 
@@ -214,8 +214,7 @@ def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     if comm.is_main_process() and cfg.OUTPUT_DIR:
         PathManager.mkdirs(cfg.OUTPUT_DIR)
-        for name, text in _run_files(cfg).items():
-            write_text(os.path.join(cfg.OUTPUT_DIR, name), text)
+        _write_configs(cfg)
     return cfg
 
 
@@ -332,26 +331,22 @@ def _trained_widths(cfg: CfgNode, resume: bool) -> List[int]:
     """Those of the checkpoint that is evaluated: the last one of OUTPUT_DIR when resuming, else MODEL.WEIGHTS."""
     last = DetectionCheckpointer(nn.Module(), cfg.OUTPUT_DIR, save_to_disk=False)
     if resume and last.has_checkpoint():
-        return trained_trunk_channels(cfg, last.get_checkpoint_file(), os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+        return trained_trunk_channels(cfg, last.get_checkpoint_file(), os.path.join(cfg.OUTPUT_DIR, TAG))
     return trained_trunk_channels(cfg, cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else []
 
 
-def _run_files(cfg: CfgNode) -> Dict[str, str]:
-    """Contents of the files in OUTPUT_DIR that repeat the run, by name."""
-    saved = cfg.clone()
+def _write_configs(cfg: CfgNode) -> None:
+    saved, teacher_dump = cfg.clone(), ""
     saved.defrost()
-    files = {}
     if cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE:
         teacher = load_teacher_config(cfg)
         node = saved.MODEL.QMIMIC.TEACHER
         node.WEIGHTS = _absolute(node.WEIGHTS or teacher.weights)
-        if teacher.dump:
-            files[f"{_TEACHER_COPY}.yaml"] = teacher.dump
-            node.CONFIG_FILE = f"{_TEACHER_COPY}.yaml"
-            node.OPTS = []
+        teacher_dump = teacher.dump
+        if teacher_dump:
+            node.CONFIG_FILE, node.OPTS = TEACHER_CONFIG, []
     saved.MODEL.WEIGHTS = _absolute(saved.MODEL.WEIGHTS)
-    files["config.yaml"] = saved.dump()
-    return files
+    write_configs(cfg.OUTPUT_DIR, saved.dump(), teacher_dump)
 
 
 def _absolute(path: str) -> str:

@@ -38,13 +38,13 @@ from qmimic_d2.engine.hooks import (
     SaveOnInterrupt,
     SeedEachIteration,
 )
-from qmimic_d2.engine.metrics_file import MetricsWriter, WriteMetrics, has_row
+from qmimic_d2.engine.metrics_file import MetricsWriter, WriteMetrics
 from qmimic_d2.engine.mimic_evaluator import add_mimic_hook
 from qmimic_d2.engine.resuming import apply_solver, check_trainer_state, current_settings
 from qmimic_d2.evaluation import PascalVOCEvaluator, WiderFaceEvaluator
-from qmimic_d2.files import write_json
 from qmimic_d2.modeling.backbone.imagenet_names import converted_imagenet_weights
 from qmimic_d2.orphans import tie_worker
+from qmimic_d2.run_folder import FINAL_CHECKPOINT, INFERENCE, METRICS, TAG, has_metric, write_evaluation
 
 __all__ = ["Trainer", "build_checkpointer", "build_evaluator", "load_evaluated_weights"]
 
@@ -150,9 +150,8 @@ class Trainer(DefaultTrainer):
         done = self.start_iter
         if not self._is_evaluation_due(done, self.max_iter):
             return False
-        path = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
         # The first process decides: it has written the file.
-        return comm.all_gather(not has_row(path, done - 1, self._best_metric()))[0]
+        return comm.all_gather(not has_metric(self.cfg.OUTPUT_DIR, done - 1, self._best_metric()))[0]
 
     def run_step(self) -> None:
         """
@@ -181,13 +180,13 @@ class Trainer(DefaultTrainer):
 
     def _complete_final_checkpoint(self) -> None:
         """Writes ``model_final.pth`` where a kill came before it; a longer training may have left an earlier one."""
-        path = os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth")
+        path = os.path.join(self.cfg.OUTPUT_DIR, FINAL_CHECKPOINT)
         try:
             done = read_mapping(path, path, "").get("iteration")
         except (OSError, ValueError):
             done = None
         if done != self.max_iter - 1:
-            self.checkpointer.save("model_final", iteration=self.max_iter - 1)
+            self.checkpointer.save(os.path.splitext(FINAL_CHECKPOINT)[0], iteration=self.max_iter - 1)
 
     def after_train(self) -> None:
         """As :meth:`DefaultTrainer.after_train`; data-loader workers end here, not when the process does."""
@@ -231,7 +230,7 @@ class Trainer(DefaultTrainer):
         for index, writer in enumerate(writers):
             if isinstance(writer, JSONWriter):
                 writer.close()
-                self._metrics = writers[index] = MetricsWriter(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
+                self._metrics = writers[index] = MetricsWriter(os.path.join(self.cfg.OUTPUT_DIR, METRICS))
         return writers
 
     def _write_metrics(self, is_due: Callable[[int, int], bool]) -> Optional[HookBase]:
@@ -261,10 +260,7 @@ class Trainer(DefaultTrainer):
         _share_buffers(model)
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process() and cfg.OUTPUT_DIR and cfg.DATASETS.TEST:
-            write_json(
-                os.path.join(cfg.OUTPUT_DIR, "evaluation.json"),
-                {"datasets": list(cfg.DATASETS.TEST), "results": results},
-            )
+            write_evaluation(cfg.OUTPUT_DIR, cfg.DATASETS.TEST, results)
         return results
 
     @classmethod
@@ -323,7 +319,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         FileNotFoundError: WIDER FACE's ground truth is missing.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "")
-    output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
+    output_dir = os.path.join(cfg.OUTPUT_DIR, INFERENCE)
     if kind == "coco":
         return build_coco_evaluator(dataset_name, output_dir)
     if kind == "pascal_voc":
@@ -363,7 +359,7 @@ def load_evaluated_weights(model: nn.Module, cfg: CfgNode, *, resume: bool = Fal
     """
     checkpointer = build_checkpointer(model, cfg.OUTPUT_DIR)
     if resume and checkpointer.has_checkpoint():
-        tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+        tag = os.path.join(cfg.OUTPUT_DIR, TAG)
         checkpointer.load_for_evaluation(checkpointer.get_checkpoint_file(), key=tag)
     else:
         checkpointer.load_for_evaluation(cfg.MODEL.WEIGHTS)

@@ -23,12 +23,12 @@ from qmimic_d2.files import whole_file, write_text
 from qmimic_d2.modeling.family import QUANT_MIMIC, quantized_name
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 from qmimic_d2.modeling.trunk_adapter import is_in_trunk, trunk_channels
+from qmimic_d2.run_folder import CONFIG as CONFIG_NAME
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "StudentExport", "export_student", "student_config"]
 
 logger = logging.getLogger(__name__)
 
-CONFIG_NAME = "config.yaml"
 WEIGHTS_NAME = "model.pth"
 
 # Where the modules of a stock model come from.

@@ -13,6 +13,7 @@ from qmimic_d2.modeling.mimic.adapter import build_adapter
 from qmimic_d2.modeling.mimic.teacher import teacher_shapes
 from qmimic_d2.modeling.mimic.teacher_config import TeacherConfigError
 from qmimic_d2.modeling.quantizer_hook import check_features
+from qmimic_d2.run_folder import CONFIG
 
 __all__ = [
     "PLACEMENTS",
@@ -109,7 +110,7 @@ def trunk_channels(cfg: CfgNode) -> Dict[str, int]:
     names = list(node.IN_FEATURES or head_features(cfg))
     widths = list(node.TRUNK_CHANNELS)
     how = (
-        "give one width for each, as config.yaml of the training's OUTPUT_DIR does, or name the teacher in "
+        f"give one width for each, as {CONFIG} of the training's OUTPUT_DIR does, or name the teacher in "
         "MODEL.QMIMIC.TEACHER.CONFIG_FILE"
     )
     if not widths and cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE:

@@ -2,14 +2,13 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from qmimic_d2.engine import describe_error
-from qmimic_d2.files import read_json
 from qmimic_d2.modeling.family import QUANT_MIMIC, head_section, imitates
 from qmimic_d2.report.held_out import HeldOut, parse_held_out
 from qmimic_d2.report.metrics import Metrics, read_metrics
@@ -22,13 +21,21 @@ from qmimic_d2.report.run_config import (
     setting,
     texts,
 )
+from qmimic_d2.run_folder import (
+    CONFIG,
+    DETECTIONS,
+    EVALUATION,
+    FINAL_CHECKPOINT,
+    METRICS,
+    MIMIC,
+    TAG,
+    is_run,
+    last_checkpoint,
+    read_evaluation,
+    read_mimic,
+)
 
 __all__ = ["Run", "collect_run", "collect_runs"]
-
-# A folder with none of these is no run.
-_SIGNS = ("config.yaml", "metrics.json", "evaluation.json")
-
-_LONGEST_NAME = 4096
 
 
 @dataclass
@@ -93,7 +100,7 @@ class Run:
     @property
     def detections(self) -> str:
         """The evaluation's detections, a path; "" where there are none, or where several test sets share the file."""
-        path = os.path.join(self.folder, "inference", "coco_instances_results.json")
+        path = os.path.join(self.folder, DETECTIONS)
         is_its_own = len(texts(self.setting("DATASETS.TEST"))) == 1
         return path if is_its_own and os.path.isfile(path) else ""
 
@@ -170,42 +177,38 @@ def collect_run(folder: str, *, name: str = "", cfg: Optional[CfgNode] = None, w
     """
     _check_folder(folder)
     run = Run(name=name or os.path.basename(os.path.realpath(folder)), folder=folder)
-    run.weights = _checkpoint(folder) or weights
+    run.weights = last_checkpoint(folder) or weights
     _read_configs(run, cfg)
     _read_metrics(run)
     _read_figures(run)
     if not run.weights:
-        run.notes.append("no checkpoint: neither model_final.pth nor the file that last_checkpoint names is there")
+        run.notes.append(f"no checkpoint: neither {FINAL_CHECKPOINT} nor the file that {TAG} names is there")
     if run.has_teacher:
         _read_held_out(run)
         for what, key in (("match ratio", "match_ratio"), ("gradient share", "grad_share_map")):
             if run.metrics.series and not run.metrics.of(f"qmimic/{key}", run.levels):
-                run.notes.append(f"no {what} over time: metrics.json has no qmimic/{key}")
+                run.notes.append(f"no {what} over time: {METRICS} has no qmimic/{key}")
     return run
 
 
 def _check_folder(folder: str) -> None:
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"there is no folder {folder!r}; give output folders of train_net.py")
-    if _is_run(folder):
+    if is_run(folder):
         return
-    below = [each for each in sorted(os.listdir(folder)) if _is_run(os.path.join(folder, each))]
+    below = [each for each in sorted(os.listdir(folder)) if is_run(os.path.join(folder, each))]
     hint = f" The folders in it that do: {', '.join(below)}" if below else ""
     raise ValueError(
-        f"{folder!r} is no output folder of train_net.py: it holds none of {', '.join(_SIGNS)}.{hint}"
+        f"{folder!r} is no output folder of train_net.py: it holds none of {CONFIG}, {METRICS}, {EVALUATION}.{hint}"
     )
-
-
-def _is_run(folder: str) -> bool:
-    return any(os.path.isfile(os.path.join(folder, sign)) for sign in _SIGNS)
 
 
 def _read_configs(run: Run, given: Optional[CfgNode]) -> None:
     left_out = "no architecture, parameters, FLOPs, latency and pictures"
-    if not _is_there(run, "config.yaml"):
+    if not _is_there(run, CONFIG):
         if given is None:
-            absence = _absence(run, "config.yaml")
-            run.notes.append(f"{left_out}: config.yaml is {absence} (an evaluation alone writes none)")
+            absence = _absence(run, CONFIG)
+            run.notes.append(f"{left_out}: {CONFIG} is {absence} (an evaluation alone writes none)")
         else:
             run.config = yaml.safe_load(given.dump())
             run.cfg = on_cpu(given, run.weights)
@@ -213,13 +216,13 @@ def _read_configs(run: Run, given: Optional[CfgNode]) -> None:
     try:
         run.config = read_run_config(run.folder)
     except (OSError, ValueError) as error:
-        run.notes.append(f"{left_out}: config.yaml cannot be read ({_reason(error)})")
+        run.notes.append(f"{left_out}: {CONFIG} cannot be read ({_reason(error)})")
         return
     try:
         run.cfg = model_config(run.config, run.weights)
     except Exception as error:  # whatever a config of another version leads to
         run.notes.append(
-            f"no parameters, FLOPs, latency and pictures: this version cannot use config.yaml ({_reason(error)})"
+            f"no parameters, FLOPs, latency and pictures: this version cannot use {CONFIG} ({_reason(error)})"
         )
     teacher = run.setting("MODEL.QMIMIC.TEACHER.CONFIG_FILE")
     if isinstance(teacher, str) and teacher.endswith((".yaml", ".yml")):
@@ -243,21 +246,20 @@ def _reason(error: Exception) -> str:
 
 
 def _read_metrics(run: Run) -> None:
-    if not _is_there(run, "metrics.json"):
-        run.notes.append(f"no curves: metrics.json is {_absence(run, 'metrics.json')}")
+    if not _is_there(run, METRICS):
+        run.notes.append(f"no curves: {METRICS} is {_absence(run, METRICS)}")
         return
     try:
-        run.metrics = read_metrics(os.path.join(run.folder, "metrics.json"))
+        run.metrics = read_metrics(os.path.join(run.folder, METRICS))
     except OSError as error:
-        run.notes.append(f"no curves: metrics.json cannot be read ({describe_error(error)})")
+        run.notes.append(f"no curves: {METRICS} cannot be read ({describe_error(error)})")
     if run.metrics.num_unreadable:
-        run.notes.append(f"some figures: lines of metrics.json that cannot be read: {run.metrics.num_unreadable}")
+        run.notes.append(f"some figures: lines of {METRICS} that cannot be read: {run.metrics.num_unreadable}")
 
 
 def _read_figures(run: Run) -> None:
-    content = _read_json(run, "evaluation.json")
-    results = content.get("results") if isinstance(content, dict) else None
-    if isinstance(results, dict):
+    results = _read(run, EVALUATION, read_evaluation)
+    if results is not None:
         # With several test sets Detectron2 groups the results by set.
         of_set = results if "bbox" in results else results.get(run.dataset, {})
         boxes = of_set.get("bbox") if isinstance(of_set, dict) else None
@@ -267,7 +269,7 @@ def _read_figures(run: Run) -> None:
             series = {name[len(prefix) :]: each for name, each in run.metrics.series.items() if name.startswith(prefix)}
             run.figures = run.figures or {name: list(each.values())[-1] for name, each in series.items()}
     if not run.figures:
-        run.notes.append("no AP: neither evaluation.json nor metrics.json has one")
+        run.notes.append(f"no AP: neither {EVALUATION} nor {METRICS} has one")
 
 
 def _finite(figures: Dict[str, Any]) -> Dict[str, float]:
@@ -275,35 +277,24 @@ def _finite(figures: Dict[str, Any]) -> Dict[str, float]:
 
 
 def _read_held_out(run: Run) -> None:
-    content = _read_json(run, "mimic.json")
+    content = _read(run, MIMIC, read_mimic)
     if content is None:
-        if not os.path.lexists(os.path.join(run.folder, "mimic.json")):
-            run.notes.append("no held-out measurement: mimic.json is not there")
+        if not os.path.lexists(os.path.join(run.folder, MIMIC)):
+            run.notes.append(f"no held-out measurement: {MIMIC} is not there")
         return
     try:
         run.held_out = parse_held_out(content)
     except (TypeError, ValueError) as error:
-        run.notes.append(f"no held-out measurement: mimic.json cannot be used ({error})")
+        run.notes.append(f"no held-out measurement: {MIMIC} cannot be used ({error})")
 
 
-def _read_json(run: Run, name: str) -> Any:
+def _read(run: Run, name: str, read: Callable[[str], Any]) -> Any:
     """None where it is not there, or no JSON, which is noted."""
-    path = os.path.join(run.folder, name)
-    if not os.path.lexists(path):
+    if not os.path.lexists(os.path.join(run.folder, name)):
         return None
     try:
-        return read_json(path)
+        return read(run.folder)
     except (OSError, ValueError) as error:
         kind = type(error.__cause__ or error).__name__
         run.notes.append(f"nothing of {name}: it cannot be read ({kind})")
         return None
-
-
-def _checkpoint(folder: str) -> str:
-    names = ["model_final.pth"]
-    tag = os.path.join(folder, "last_checkpoint")
-    if os.path.isfile(tag):
-        with open(tag, encoding="utf-8", errors="replace") as file:
-            names.append(os.path.basename(file.read(_LONGEST_NAME).strip()))
-    paths = [os.path.join(folder, name) for name in names if name]
-    return next((path for path in paths if os.path.isfile(path)), "")

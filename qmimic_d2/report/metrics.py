@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Dict, List, Sequence
 
-from qmimic_d2.files import parse_json
 from qmimic_d2.report.numbers import is_number
+from qmimic_d2.run_folder import read_metrics_rows
 
 __all__ = ["Metrics", "Series", "last_mean", "read_metrics", "thinned"]
 
@@ -13,10 +13,6 @@ __all__ = ["Metrics", "Series", "last_mean", "read_metrics", "thinned"]
 Series = Dict[int, float]
 
 _MIMIC_LOSS = "loss_mimic"
-
-# Characters of a line, and the iteration that a training can have: more is none of JSONWriter's.
-_LONGEST_LINE = 1_000_000
-_LAST_ITERATION = 10**12
 
 
 @dataclass
@@ -70,43 +66,31 @@ def _combined(parts: Sequence[Series], mean: bool) -> Series:
 
 def read_metrics(path: str) -> Metrics:
     """
-    Reads the JSON lines that Detectron2's ``JSONWriter`` writes.
+    Reads a ``metrics.json``.
 
-    A last line without its end is passed over: it is being written, or a kill cut it. Where a resumed
-    training goes back to an earlier iteration, what the file had beyond that one is dropped.
+    Where a resumed training goes back to an earlier iteration, what the file had beyond that one is dropped.
 
     Raises:
         OSError: the file cannot be read.
     """
     metrics = Metrics()
     latest = -1
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in iter(lambda: file.readline(_LONGEST_LINE), ""):
-            row = _row(line)
-            if row is None:
-                metrics.num_unreadable += bool(line.strip()) and (line.endswith("\n") or len(line) == _LONGEST_LINE)
-                continue
-            iteration = row.pop("iteration")
-            # Figures that are written now and then stand in rows of their own, which are not in order.
-            if "total_loss" in row:
-                if iteration <= latest:
-                    _drop_beyond(metrics.series, iteration)
-                latest = iteration
-            for name, value in row.items():
-                if is_number(value):
-                    metrics.series.setdefault(name, {})[iteration] = float(value)
+    for row in read_metrics_rows(path):
+        if row is None:
+            metrics.num_unreadable += 1
+            continue
+        iteration = row.pop("iteration")
+        # Figures that are written now and then stand in rows of their own, which are not in order.
+        if "total_loss" in row:
+            if iteration <= latest:
+                _drop_beyond(metrics.series, iteration)
+            latest = iteration
+        for name, value in row.items():
+            if is_number(value):
+                metrics.series.setdefault(name, {})[iteration] = float(value)
     metrics.series = {name: dict(sorted(each.items())) for name, each in metrics.series.items() if each}
     metrics.iterations = latest + 1
     return metrics
-
-
-def _row(line: str) -> Optional[Dict[str, Any]]:
-    try:
-        row = parse_json(line)
-    except ValueError:
-        return None
-    iteration = row.get("iteration") if isinstance(row, dict) else None
-    return row if type(iteration) is int and 0 <= iteration <= _LAST_ITERATION else None
 
 
 def _drop_beyond(series: Dict[str, Series], iteration: int) -> None:

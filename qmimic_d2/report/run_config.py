@@ -7,21 +7,21 @@ from detectron2.config import CfgNode, get_cfg
 
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.modeling.trunk_adapter import without_teacher
+from qmimic_d2.run_folder import CONFIG, read_config
 from qmimic_d2.yaml.config import BASE_KEY, merge_content
-from qmimic_d2.yaml.file import read_yaml
 
 __all__ = ["model_config", "on_cpu", "read_run_config", "read_teacher_config", "setting", "texts"]
 
 
-def read_run_config(folder: str, name: str = "config.yaml") -> Dict[str, Any]:
+def read_run_config(folder: str, name: str = CONFIG) -> Dict[str, Any]:
     """
     The config of a run as nested dicts, without the files that its ``_BASE_`` would lead to.
 
     Raises:
         OSError, ValueError: it cannot be read, or is no config.
     """
-    content = read_yaml(os.path.join(folder, name))
-    if not isinstance(content, dict) or not isinstance(content.get("MODEL"), dict):
+    content = read_config(folder, name)
+    if not isinstance(content.get("MODEL"), dict):
         raise ValueError("it is no Detectron2 config")
     return content
 
@@ -46,7 +46,7 @@ def model_config(content: Dict[str, Any], weights: str) -> CfgNode:
         raise ValueError(f"it builds on another file by {BASE_KEY}, which a report does not read")
     cfg = get_cfg()
     add_qmimic_config(cfg)
-    merge_content(cfg, content, "config.yaml")
+    merge_content(cfg, content, CONFIG)
     return on_cpu(cfg, weights)
 
 

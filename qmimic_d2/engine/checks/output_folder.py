@@ -6,15 +6,12 @@ import shutil
 import stat
 import tempfile
 from pathlib import Path
+from urllib.parse import urlparse
+
+from qmimic_d2.folder_lock import check_free
+from qmimic_d2.run_folder import FILES, INFERENCE, is_local
 
 __all__ = ["check_output_dir"]
-
-# Files that a run appends to or replaces, and folders that it makes.
-_FILES = (
-    *("config.yaml", "teacher_config.yaml", "log.txt", "metrics.json", "evaluation.json", "mimic.json"),
-    *("last_checkpoint", "model_final.pth", "model_best.pth"),
-)
-_FOLDERS = ("inference",)
 
 # As long as the longest name that a run gives to a file, events.out.tfevents.<time>.<host>.<process>.<number>.
 _LONGEST_NAME = 120
@@ -27,26 +24,30 @@ def check_output_dir(output_dir: str) -> None:
     A folder that is not there yet is tried under a temporary name in the nearest one that is.
 
     Raises:
-        ValueError: names OUTPUT_DIR, the reason and the fix.
+        ValueError: names OUTPUT_DIR, the reason and the fix. A checkpoint in a folder with such a name could not be
+            found again, or the folder takes no files.
+        FolderInUseError: another process writes there; names it.
     """
     if not output_dir.strip():
         raise ValueError(f"OUTPUT_DIR is {output_dir!r}; name a folder to write to")
-    if not output_dir.isprintable():
-        raise ValueError(
-            f"OUTPUT_DIR is {output_dir!r}, which holds characters that no terminal shows, such as a null or an "
-            "escape; leave them out"
-        )
-    if "://" in output_dir:
+    if not is_local(output_dir):
         raise ValueError(f"OUTPUT_DIR is {output_dir!r}, which is an address; name a folder of this machine")
+    odd = sorted({each for each in output_dir if not each.isprintable() or each in "?#"})
+    # Detectron2 reads a checkpoint's path as an address, in which these mean something else or are dropped.
+    if odd or urlparse(output_dir).geturl() != output_dir:
+        raise ValueError(
+            f"OUTPUT_DIR is {output_dir!r}, in which {odd or 'a part'} would be read as that of an address; choose a "
+            "name of letters, digits, '-', '_' and '.'"
+        )
     try:
+        check_free(output_dir)
         _try_to_write(Path(os.path.abspath(output_dir)))
         _check_entries(Path(output_dir))
-    except (OSError, ValueError) as error:  # ValueError: a NUL
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        name = getattr(error, "filename", None)
-        place = f" ({name})" if name and not os.path.basename(str(name)).startswith(_PREFIX) else ""
+    except OSError as error:
+        name = str(error.filename or "")
+        place = f" ({name})" if name and not os.path.basename(name).startswith(_PREFIX) else ""
         raise ValueError(
-            f"OUTPUT_DIR is {output_dir!r}, and a run cannot write there: {reason}{place}. Name a "
+            f"OUTPUT_DIR is {output_dir!r}, and a run cannot write there: {error.strerror or error}{place}. Name a "
             "folder that you may write to"
         ) from error
 
@@ -74,15 +75,14 @@ def _try_to_write(path: Path) -> None:
 
 
 def _check_entries(folder: Path) -> None:
-    for name in (*_FILES, *_FOLDERS):
+    for name in (*FILES, INFERENCE):
         path = folder / name
         if not os.path.lexists(path):
             continue
         if not path.exists():
             raise FileNotFoundError(errno.ENOENT, "it is a link that leads nowhere", str(path))
-        is_right = stat.S_ISDIR if name in _FOLDERS else stat.S_ISREG
+        is_right, kind = (stat.S_ISDIR, "a folder") if name == INFERENCE else (stat.S_ISREG, "a file")
         if not is_right(path.stat().st_mode):
-            kind = "a folder" if name in _FOLDERS else "a file"
             raise FileExistsError(errno.EEXIST, f"a run needs the name for {kind} of its own", str(path))
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
