@@ -187,7 +187,7 @@ def test_class_names_are_looked_up(tmp_path, capsys):
         (["--fixed-size", "64"], "give height and width such as 480x640"),
         (["--fixed-size", "0x64"], "give height and width such as 480x640"),
         (["--fixed-size", "64x64", "--min-size", "32"], "--fixed-size goes without"),
-        (["--min-size", "0"], "'0' is no number"),
+        (["--min-size", "0"], "'0': give a whole number"),
         (["--verify", "unheard_of"], "unheard_of"),
         (["--fixed-size", "64x64", "--format", "detectron2"], "a Detectron2 config has no key for it"),
         (["--format", "onnx-int8", "DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
