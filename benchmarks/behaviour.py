@@ -43,7 +43,7 @@ def families() -> Dict[str, Tuple[str, Tuple[Any, ...]]]:
     """By name: what follows "Quant" or "QuantMimic" in the meta-architecture, and KEY VALUE pairs of the family."""
     import helpers
 
-    fpn = (*helpers.RESNET_FPN, f"{MIMIC}.ROI_SOURCE", "proposals")
+    fpn = (*helpers.RESNET_FPN, f"{MIMIC}.ROI_SOURCE", ["proposals"])
     rfcn = (
         *("MODEL.ROI_HEADS.NAME", "RFCNROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
         *("MODEL.RFCN.NUM_BINS", 3, "MODEL.RFCN.CONV_DIM", 8),
@@ -108,7 +108,7 @@ def lazy_cases(folder: Path) -> Iterator[Tuple[str, Any]]:
             torch.manual_seed(1)
             if has_teacher(variant):
                 node["TEACHER"] = {"CONFIG_FILE": teacher.config_file, "WEIGHTS": teacher.weights}
-                node.setdefault("MIMIC", {}).update(POOLER_RESOLUTION=3, ROI_SOURCE="ground_truth")
+                node.setdefault("MIMIC", {}).update(POOLER_RESOLUTION=3, ROI_SOURCE=["ground_truth"])
                 model = add_mimic(build(), node, max_iter=STEPS)
             else:
                 model = add_quantizer(build(), node)

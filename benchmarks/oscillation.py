@@ -29,7 +29,7 @@ from qmimic_d2.modeling import UniformQuantizer  # noqa: E402
 STUDENT = "configs/Digits/student_vgg_1_16_qmimic.yaml"
 _QUANTIZER = "MODEL.QMIMIC.QUANTIZER."
 _FOUR_CODES = [f"{_QUANTIZER}NUM_CODES", "4", f"{_QUANTIZER}STRIDE", "0.75"]
-_NOT_IN_LOSS = [f"{_QUANTIZER}STUDENT_AT", "['features']", "MODEL.QMIMIC.MIMIC.ADAPTER", "conv1x1_relu"]
+_NOT_IN_LOSS = ["MODEL.QMIMIC.MIMIC.QUANTIZE_STUDENT", "False", "MODEL.QMIMIC.MIMIC.ADAPTER", "conv1x1_relu"]
 _CLAMP = [f"{_QUANTIZER}NAME", "Clamp"]
 
 # By name: KEY VALUE pairs over the demo's quantization mimic.

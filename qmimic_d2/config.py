@@ -29,6 +29,7 @@ def add_qmimic_config(cfg: CN) -> None:
     cfg.MODEL.FCOS.update(others)
     _add_resnet_keys(cfg)
     _add_solver_keys(cfg)
+    _refuse_earlier_names(cfg)
 
 
 def _qmimic_node() -> CN:
@@ -73,12 +74,9 @@ def _qmimic_node() -> CN:
     # Backbone outputs that the model quantizes; [] = those that the detector's heads read: MODEL.ROI_HEADS.IN_FEATURES,
     # MODEL.RETINANET.IN_FEATURES or MODEL.FCOS.IN_FEATURES.
     node.QUANTIZER.IN_FEATURES = []
-    # Quantize the teacher's features.
-    node.QUANTIZER.TEACHER_ON = True
-    # Where the model's own features are quantized. "features": by a hook on its backbone, so that its
-    # heads read codes in training and in inference (a quantized teacher, too, has this); "mimic":
-    # around the adapter inside the mimic loss, Q(r(f_s)). Both, one, or [] for neither.
-    node.QUANTIZER.STUDENT_AT = ["features", "mimic"]
+    # Quantize the model's own features by a hook on its backbone: its heads read codes, in training and in
+    # inference. A quantized teacher has this, too.
+    node.QUANTIZER.ON_BACKBONE = True
 
     # The RoI mimic loss.
     node.MIMIC = CN()
@@ -114,12 +112,16 @@ def _qmimic_node() -> CN:
     node.MIMIC.IN_FEATURES = []
     # Teacher maps they are compared with, in the same order; [] = the same names.
     node.MIMIC.TEACHER_IN_FEATURES = []
-    # Regions that are compared. "sampled": the proposals that the RoI heads sampled for their own
-    # losses; "proposals": all of the proposal generator's; "teacher_proposals": those of the teacher's, which
-    # runs for this alone; "ground_truth": the annotated boxes; "neighbourhood": these and boxes near them.
-    # Joined by "+": their union. "whole_map": every cell of the map, the plain feature mimic.
-    # One-stage students have neither "sampled" nor "proposals", and need another value than the default.
-    node.MIMIC.ROI_SOURCE = "sampled"
+    # Quantize the student's side of the mimic loss: Q(r(f_s)).
+    node.MIMIC.QUANTIZE_STUDENT = True
+    # Quantize the teacher's side: Q(f_t).
+    node.MIMIC.QUANTIZE_TEACHER = True
+    # Sources of the regions that are compared; several give their union. "sampled": the proposals that the RoI heads
+    # sampled for their own losses; "proposals": all of the proposal generator's; "teacher_proposals": those of the
+    # teacher's, which runs for this alone; "ground_truth": the annotated boxes; "neighbourhood": these and boxes
+    # near them. ["whole_map"]: every cell of the map, the plain feature mimic. One-stage students have neither
+    # "sampled" nor "proposals", and need another value than the default.
+    node.MIMIC.ROI_SOURCE = ["sampled"]
     # How far a neighbour of an annotated box may be shifted, and how much larger or smaller it may be, as a
     # share of the box's sides, from 0.0 to below 1.0. Read by ROI_SOURCE "neighbourhood" alone.
     node.MIMIC.JITTER = 0.25
@@ -313,3 +315,14 @@ def _add_solver_keys(cfg: CN) -> None:
     # Optimizer of train_net.py: "SGD" (Detectron2's own, with SOLVER.MOMENTUM and NESTEROV) or
     # "AdamW" (with SOLVER.BASE_LR and SOLVER.WEIGHT_DECAY).
     cfg.SOLVER.OPTIMIZER = "SGD"
+
+
+def _refuse_earlier_names(cfg: CN) -> None:
+    # Whoever merges an earlier name gets a KeyError with the new one.
+    node = "MODEL.QMIMIC"
+    cfg.register_renamed_key(f"{node}.QUANTIZER.TEACHER_ON", f"{node}.MIMIC.QUANTIZE_TEACHER")
+    cfg.register_renamed_key(
+        f"{node}.QUANTIZER.STUDENT_AT",
+        f"{node}.QUANTIZER.ON_BACKBONE and {node}.MIMIC.QUANTIZE_STUDENT",
+        message="The first is True where the list held 'features', the second where it held 'mimic'",
+    )

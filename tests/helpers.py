@@ -109,7 +109,7 @@ ONE_STAGE = {
         *(f"MODEL.{name.upper()}.IN_FEATURES", ["conv5"]),
         *(f"MODEL.{name.upper()}.NUM_CLASSES", NUM_CLASSES),
         *(f"MODEL.{name.upper()}.NUM_CONVS", 1),
-        *("MODEL.QMIMIC.MIMIC.ROI_SOURCE", "ground_truth"),
+        *("MODEL.QMIMIC.MIMIC.ROI_SOURCE", ["ground_truth"]),
     )
     for name in ("RetinaNet", "FCOS")
 }

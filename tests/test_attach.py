@@ -60,10 +60,10 @@ class HandWritten(nn.Module):
 
 # By name: class, options, ROI_SOURCE, compared maps.
 DETECTORS = {
-    "own forward": (OwnForwardRCNN, (), "sampled", ["conv5"]),
-    "proposal network": (ProposalNetwork, (), "proposals", ["conv5"]),
-    "panoptic": (PanopticFPN, (*RESNET_FPN, *SEM_SEG), "sampled", ["p3", "p4", "p5"]),
-    "hand-written": (HandWritten, (), "ground_truth", ["conv5"]),
+    "own forward": (OwnForwardRCNN, (), ["sampled"], ["conv5"]),
+    "proposal network": (ProposalNetwork, (), ["proposals"], ["conv5"]),
+    "panoptic": (PanopticFPN, (*RESNET_FPN, *SEM_SEG), ["sampled"], ["p3", "p4", "p5"]),
+    "hand-written": (HandWritten, (), ["ground_truth"], ["conv5"]),
 }
 
 
@@ -183,7 +183,7 @@ def test_student_and_teacher_are_compared(name, teachers):
 def test_regions_that_a_detector_does_not_have_are_refused_by_name(name, source, words, teachers):
     model = plain(name, teachers)
     with pytest.raises(ValueError, match=ROI_SOURCE) as caught:
-        attach_mimic(model, config(name, teachers, ROI_SOURCE, source))
+        attach_mimic(model, config(name, teachers, ROI_SOURCE, [source]))
     assert all(word in str(caught.value) for word in words)
     assert attached_mimic(model) is None
 

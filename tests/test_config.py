@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from detectron2.config import CfgNode, get_cfg
 
 import qmimic_d2
 from qmimic_d2 import config as config_module
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.config_files import find_config_file, get_config_file, packaged_config_folder
+from qmimic_d2.engine import load_config
+from qmimic_d2.modeling.mimic.teacher_config import TeacherConfigError, load_teacher_config
 
 PACKAGE = Path(qmimic_d2.__file__).parent
 
@@ -27,9 +30,10 @@ def flatten(node, prefix=""):
     return flat
 
 
-def qmimic_cfg():
+def qmimic_cfg(*options):
     cfg = get_cfg()
     add_qmimic_config(cfg)
+    cfg.merge_from_list(list(options))
     return cfg
 
 
@@ -59,8 +63,8 @@ def test_adding_twice_keeps_what_was_set():
 
 
 def test_configs_share_no_list():
-    qmimic_cfg().MODEL.QMIMIC.QUANTIZER.STUDENT_AT.append("elsewhere")
-    assert qmimic_cfg().MODEL.QMIMIC.QUANTIZER.STUDENT_AT == ["features", "mimic"]
+    qmimic_cfg().MODEL.QMIMIC.MIMIC.ROI_SOURCE.append("elsewhere")
+    assert qmimic_cfg().MODEL.QMIMIC.MIMIC.ROI_SOURCE == ["sampled"]
 
 
 @pytest.mark.parametrize("key", ADDED)
@@ -221,3 +225,41 @@ def test_what_is_no_file(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"^SOME.KEY is .*no such file.*absolute"):
         find_config_file(path, "SOME.KEY")
+
+
+EARLIER = {
+    "TEACHER_ON": (False, ["MODEL.QMIMIC.MIMIC.QUANTIZE_TEACHER"]),
+    "STUDENT_AT": (["mimic"], ["MODEL.QMIMIC.QUANTIZER.ON_BACKBONE", "MODEL.QMIMIC.MIMIC.QUANTIZE_STUDENT", "'mimic'"]),
+}
+
+
+def assert_renamed(caught, name):
+    for word in (f"MODEL.QMIMIC.QUANTIZER.{name}", "was renamed to", *EARLIER[name][1]):
+        assert word in caught.value.args[0]
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_an_earlier_key_is_refused_with_its_new_name(tmp_path, name):
+    value = EARLIER[name][0]
+    base, path = tmp_path / "base.yaml", tmp_path / "config.yaml"
+    base.write_text(yaml.safe_dump({"MODEL": {"QMIMIC": {"QUANTIZER": {name: value}}}}))
+    path.write_text("_BASE_: base.yaml\n")
+    for file in (base, path):
+        for merge in (qmimic_cfg().merge_from_file, load_config):
+            with pytest.raises(KeyError) as caught:
+                merge(str(file))
+            assert_renamed(caught, name)
+    with pytest.raises(KeyError) as caught:
+        load_config("", [f"MODEL.QMIMIC.QUANTIZER.{name}", str(value)])
+    assert_renamed(caught, name)
+    with pytest.raises(TeacherConfigError) as caught:
+        load_teacher_config(qmimic_cfg("MODEL.QMIMIC.TEACHER.CONFIG_FILE", str(base)))
+    assert_renamed(caught, name)
+
+
+def test_an_earlier_value_is_refused_with_the_new_form(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("MODEL: {QMIMIC: {MIMIC: {ROI_SOURCE: ground_truth+sampled}}}\n")
+    for load in (lambda: load_config(str(path)), lambda: load_config("", ["MODEL.QMIMIC.MIMIC.ROI_SOURCE", "sampled"])):
+        with pytest.raises(ValueError, match="list.*ROI_SOURCE.*Give a list"):
+            load()

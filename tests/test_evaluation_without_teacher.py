@@ -117,7 +117,7 @@ def test_what_ships_and_what_is_measured(trained, change):
 @pytest.mark.parametrize("family", ONE_STAGE)
 def test_one_stage_widths_come_from_the_checkpoint(tmp_path, family):
     teacher = write_teacher(tmp_path)
-    options = (*ONE_STAGE[family], *TRUNK, f"{MIMIC}.ROI_SOURCE", "neighbourhood")
+    options = (*ONE_STAGE[family], *TRUNK, f"{MIMIC}.ROI_SOURCE", ["neighbourhood"])
     cfg = tiny_cfg(*options, *teacher.options, meta_architecture=f"QuantMimic{family}")
     torch.save({"model": seeded_model(cfg, 2).state_dict()}, tmp_path / "student.pth")
     spoil(teacher, "no YAML")

@@ -25,7 +25,7 @@ RECOMMENDED = (f"{MIMIC}.SCHEDULE", "balanced", f"{MIMIC}.NORMALIZE_BY", "target
 TWO_MAPS = (
     *(*RESNET_C4, "MODEL.RESNETS.OUT_FEATURES", ["res3", "res4"]),
     *("MODEL.RESNETS.STAGE_STRIDES", [1, 1, 2, 1], f"{MIMIC}.IN_FEATURES", ["res3", "res4"]),
-    *(f"{MIMIC}.ROI_SOURCE", "whole_map"),
+    *(f"{MIMIC}.ROI_SOURCE", ["whole_map"]),
 )
 
 

@@ -44,7 +44,7 @@ def message_of(call):
 
 @pytest.mark.parametrize("source", ["ground_truth", "neighbourhood", "whole_map", "proposals+ground_truth"])
 def test_a_student_with_branches_is_refused_by_name(teacher, source):
-    model = student(teacher, ROI_SOURCE, source)
+    model = student(teacher, ROI_SOURCE, source.split("+"))
     branch(model.backbone)
     # a detector that knows of its branches shares them out by itself
     model.backbone.register_forward_hook(lambda backbone, args, maps: {"conv5": maps["conv5"][:2]})
@@ -87,7 +87,7 @@ def test_a_teacher_with_branches_is_refused_by_name(teacher, sizes):
 
 
 def test_a_teacher_that_takes_one_branch_in_inference_teaches(teacher):
-    model, plain = student(teacher, ROI_SOURCE, "ground_truth"), student(teacher, ROI_SOURCE, "ground_truth")
+    model, plain = student(teacher, ROI_SOURCE, ["ground_truth"]), student(teacher, ROI_SOURCE, ["ground_truth"])
     backbone = model.mimic.teacher._backbone
     branch(backbone, lambda: backbone.training)
     assert training_step(model, batch()).losses == training_step(plain, batch()).losses
@@ -115,7 +115,7 @@ def test_a_map_that_the_step_did_not_compute():
 
 
 def test_a_backbone_that_is_not_called_is_named(teacher):
-    model = student(teacher, ROI_SOURCE, "ground_truth")
+    model = student(teacher, ROI_SOURCE, ["ground_truth"])
     forward = model.backbone.forward
     model.backbone.__class__ = type("Silent", (type(model.backbone),), {"__call__": lambda self, x: forward(x)})
     message = message_of(lambda: training_step(model, batch()))
@@ -127,11 +127,11 @@ def test_rotated_boxes_are_refused_by_name():
     message = message_of(lambda: check_boxes([Boxes(torch.zeros(0, 4)), rotated]))
     assert "image 1 are RotatedBoxes of shape (1, 5)" in message and "Rotated boxes are not supported" in message
     regions = TrainingRegions(ground_truth=[rotated], image_sizes=[(9, 9)])
-    assert "RotatedBoxes" in message_of(lambda: select_rois("ground_truth", regions))
+    assert "RotatedBoxes" in message_of(lambda: select_rois(["ground_truth"], regions))
 
 
 def test_a_union_does_not_drop_the_images_that_one_part_lacks():
     boxes = [Boxes(torch.zeros(1, 4))] * 3
     regions = TrainingRegions(teacher_proposals=boxes[:1], ground_truth=boxes, image_sizes=[(9, 9)] * 3)
-    message = message_of(lambda: select_rois("ground_truth+teacher_proposals", regions))
+    message = message_of(lambda: select_rois(["ground_truth", "teacher_proposals"], regions))
     assert f"the step has 3 images, and the regions of {ROI_SOURCE} 'teacher_proposals' cover 1" in message

@@ -92,7 +92,7 @@ def settings(teacher, **mimic):
     return {
         "TEACHER": {"CONFIG_FILE": teacher.config_file, "WEIGHTS": teacher.weights},
         "QUANTIZER": {"STRIDE": 0.25},
-        "MIMIC": {"POOLER_RESOLUTION": 3, "ROI_SOURCE": "ground_truth", **mimic},
+        "MIMIC": {"POOLER_RESOLUTION": 3, "ROI_SOURCE": ["ground_truth"], **mimic},
     }
 
 
@@ -219,9 +219,9 @@ def test_settings_can_be_changed_later_and_on_the_command_line(teacher):
         whole(model=add_mimic(lazy_retinanet(), settings(teacher))),
         ["model.qmimic.MIMIC.LOSS_WEIGHT=3.0", "model.qmimic.QUANTIZER.STRIDE=0.5", "model.num_classes=7"],
     )
-    cfg.model.qmimic.MIMIC.ROI_SOURCE = "whole_map"
+    cfg.model.qmimic.MIMIC.ROI_SOURCE = ["whole_map"]
     model = instantiate(cfg.model)
-    assert (model.mimic.weight.weight, model.mimic.settings.roi_source) == (3.0, "whole_map")
+    assert (model.mimic.weight.weight, model.mimic.settings.roi_source) == (3.0, ["whole_map"])
     assert model.mimic.student_quantizer.stride == 0.5
     assert model.head.cls_score.out_channels == 7
 
@@ -280,7 +280,7 @@ def test_a_teacher_from_a_lazy_config(tmp_path):
     trained = instantiate(LazyConfig.load(str(tmp_path / "teacher.py")).model)
     torch.save({"model": trained.state_dict()}, tmp_path / "teacher.pth")
     names = {"CONFIG_FILE": str(tmp_path / "teacher.py"), "WEIGHTS": str(tmp_path / "teacher.pth")}
-    model = instantiate(add_mimic(lazy_fcos(), {"TEACHER": names, "MIMIC": {"ROI_SOURCE": "whole_map"}}))
+    model = instantiate(add_mimic(lazy_fcos(), {"TEACHER": names, "MIMIC": {"ROI_SOURCE": ["whole_map"]}}))
     assert training_step(model, batch()).losses["loss_mimic"].item() > 0.0
     assert_equal(dict(model.mimic.teacher._backbone.state_dict()), dict(trained.backbone.state_dict()))
 
@@ -344,7 +344,7 @@ def test_wrong_settings_are_refused_by_name(qmimic, error, words):
 def test_the_default_regions_of_an_rcnn_are_refused(teacher):
     qmimic = settings(teacher)
     del qmimic["MIMIC"]["ROI_SOURCE"]
-    with pytest.raises(ValueError, match="ROI_SOURCE is 'sampled'; choose one of"):
+    with pytest.raises(ValueError, match="ROI_SOURCE is \\['sampled'\\]; give a list"):
         instantiate(add_mimic(lazy_fcos(), qmimic))
 
 
@@ -379,7 +379,7 @@ def test_all_arguments_oneself(teacher):
     assert isinstance(model.mimic.weight, MimicWeight)
     assert isinstance(attached_quantizer(model.backbone).quantizer, UniformQuantizer)
     options = (
-        *("MODEL.QMIMIC.MIMIC.ROI_SOURCE", "ground_truth", "MODEL.QMIMIC.MIMIC.LOSS_WEIGHT", 20.0),
+        *("MODEL.QMIMIC.MIMIC.ROI_SOURCE", ["ground_truth"], "MODEL.QMIMIC.MIMIC.LOSS_WEIGHT", 20.0),
         *("MODEL.QMIMIC.MIMIC.NORMALIZE_BY", "target", "MODEL.QMIMIC.MIMIC.POOLER_RESOLUTION", 7),
     )
     other = seeded_model(tiny_cfg(*teacher.options, *options, meta_architecture="QuantMimicRCNN"))

@@ -625,17 +625,17 @@ QUANTIZER = "MODEL.QMIMIC.QUANTIZER"
 MIMIC = "MODEL.QMIMIC.MIMIC"
 
 
-@pytest.mark.parametrize("places", [[], ["features"], ["mimic"], ["features", "mimic"]])
-@pytest.mark.parametrize("teacher_on", [False, True])
+@pytest.mark.parametrize("of_student", [False, True])
+@pytest.mark.parametrize("of_teacher", [False, True])
 @pytest.mark.parametrize("name", ["", "Clamp", "Uniform", "PowerOfTwo"])
-def test_the_config_puts_quantizers_where_it_says(name, teacher_on, places):
+def test_the_config_puts_quantizers_where_it_says(name, of_teacher, of_student):
     loss = from_config(
         *(f"{QUANTIZER}.NAME", name),
-        *(f"{QUANTIZER}.STUDENT_AT", places),
-        *(f"{QUANTIZER}.TEACHER_ON", teacher_on),
+        *(f"{MIMIC}.QUANTIZE_STUDENT", of_student),
+        *(f"{MIMIC}.QUANTIZE_TEACHER", of_teacher),
     )
-    assert (loss.student_quantizer is not None) == (bool(name) and "mimic" in places)
-    assert (loss.teacher_quantizer is not None) == (bool(name) and teacher_on)
+    assert (loss.student_quantizer is not None) == (bool(name) and of_student)
+    assert (loss.teacher_quantizer is not None) == (bool(name) and of_teacher)
     for quantizer in (loss.student_quantizer, loss.teacher_quantizer):
         assert quantizer is None or type(quantizer).__name__ == f"{name}Quantizer"
     expected = PowerOfTwoQuantizer if name == "PowerOfTwo" else UniformQuantizer

@@ -120,7 +120,7 @@ def test_a_mimic_loss_of_another_order_is_warned_of_once(teacher, caplog):
 
 
 def test_without_a_region_the_mimic_has_no_share(teacher):
-    source = (f"{MIMIC}.ROI_SOURCE", "ground_truth")
+    source = (f"{MIMIC}.ROI_SOURCE", ["ground_truth"])
     step = training_step(student(teacher, GRADIENT_PERIOD, 1, *source), batch(num_boxes=(0, 0)))
     assert measured(step)["qmimic/grad_share_map"] == 0.0
     assert measured(step)["qmimic/grad_norm_detection_map"] > 0.0

@@ -52,7 +52,7 @@ def test_features_at_the_threshold_are_warned_of():
     warning = warning_of_threshold([NAN, 0.7, 0.8], 0.75, 0.36)
     for word in [
         *("75% of the student's", "STRIDE smaller (it is 0.75, the", "mean square of 0.36)"),
-        *('STUDENT_AT ["features"]', '"conv1x1_relu"'),
+        *('QUANTIZE_STUDENT False', '"conv1x1_relu"'),
     ]:
         assert word in warning
     assert " at p3 ended" in warning_of_threshold([0.9], 1.0, 0.5, "p3")
@@ -124,8 +124,10 @@ def test_threshold_of_a_level(caplog):
     assert "first code at p4 ended" in after_training(caplog, at_threshold=(0.9,), level="_p4")
 
 
-@pytest.mark.parametrize("options", [("NAME", "Clamp"), ("NAME", ""), ("STUDENT_AT", ["features"])])
+@pytest.mark.parametrize(
+    "options", [("QUANTIZER.NAME", "Clamp"), ("QUANTIZER.NAME", ""), ("MIMIC.QUANTIZE_STUDENT", False)]
+)
 def test_a_student_that_is_not_rounded_has_no_threshold(caplog, options):
     key, value = options
-    found = after_training(caplog, f"MODEL.QMIMIC.QUANTIZER.{key}", value, at_threshold=(0.9,))
+    found = after_training(caplog, f"MODEL.QMIMIC.{key}", value, at_threshold=(0.9,))
     assert "threshold" not in found

@@ -84,9 +84,9 @@ def test_the_mean_is_saved_where_there_is_one():
 
 
 def test_the_default_regions_are_refused_before_training(folder, data, family, teacher):
-    source = ("MODEL.QMIMIC.MIMIC.ROI_SOURCE", "sampled")
+    source = ("MODEL.QMIMIC.MIMIC.ROI_SOURCE", ["sampled"])
     cfg = student_cfg(folder / "refused", data, family, teacher, *source)
-    with pytest.raises(ValueError, match="ROI_SOURCE is 'sampled'; choose one of .*'ground_truth'.*'whole_map'"):
+    with pytest.raises(ValueError, match="ROI_SOURCE is \\['sampled'\\]; give a list .*'ground_truth'.*'whole_map'"):
         check_run(cfg, 1)
 
 

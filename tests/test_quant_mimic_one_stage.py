@@ -103,7 +103,7 @@ def test_its_gradient_reaches_backbone_and_adapter_alone(family, rcnn):
 
 def test_several_levels_have_a_loss_each(same_family):
     family, teacher = same_family
-    model = student(family, *teacher.options, ROI_SOURCE, "whole_map", levels=ONE_STAGE_FPN)
+    model = student(family, *teacher.options, ROI_SOURCE, ["whole_map"], levels=ONE_STAGE_FPN)
     step = training_step(model, batch((64, 64), (48, 80)))
     assert [name for name in step.losses if "mimic" in name] == [f"loss_mimic_{name}" for name in LEVELS]
     for name in LEVELS:
@@ -126,13 +126,13 @@ def test_images_without_a_box(family, rcnn):
 @pytest.mark.parametrize("source", ["ground_truth", "neighbourhood", "teacher_proposals", "whole_map"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_regions(family, source, rcnn):
-    step = training_step(student(family, *rcnn.options, ROI_SOURCE, source), batch())
+    step = training_step(student(family, *rcnn.options, ROI_SOURCE, [source]), batch())
     assert step.losses["loss_mimic"].item() > 0.0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_union_of_regions(family, rcnn):
-    model, inputs = student(family, *rcnn.options, ROI_SOURCE, "ground_truth+teacher_proposals"), batch()
+    model, inputs = student(family, *rcnn.options, ROI_SOURCE, ["ground_truth", "teacher_proposals"]), batch()
     calls = calls_of_mimic_loss(model)
     training_step(model, inputs)
     _, proposals = model.mimic.teacher.features_and_proposals(inputs)
@@ -142,14 +142,14 @@ def test_a_union_of_regions(family, rcnn):
         assert torch.equal(found.tensor, torch.cat([annotated, extra.tensor]))
 
 
-@pytest.mark.parametrize("source", ["sampled", "proposals", "ground_truth+sampled"])
+@pytest.mark.parametrize("source", [["sampled"], ["proposals"], ["ground_truth", "sampled"]])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_regions_of_an_rcnn_are_refused(family, source, rcnn):
     with pytest.raises(ValueError) as caught:
         student(family, *rcnn.options, ROI_SOURCE, source)
     for word in (ROI_SOURCE, repr(source), "'ground_truth'", "'neighbourhood'", "'teacher_proposals'", "'whole_map'"):
         assert word in str(caught.value)
-    assert "'sampled'" not in str(caught.value).partition("choose")[2]
+    assert "'sampled'" not in str(caught.value).partition("give a list")[2]
     # without a teacher nothing looks at it
     training_step(student(family, ROI_SOURCE, source), batch())
 
@@ -181,7 +181,7 @@ def test_the_maps_of_a_teacher_may_be_named(same_family, rcnn):
 
 def test_a_one_stage_teacher_has_no_proposals(same_family):
     family, teacher = same_family
-    model = student(family, *teacher.options, ROI_SOURCE, "teacher_proposals", levels=ONE_STAGE_FPN)
+    model = student(family, *teacher.options, ROI_SOURCE, ["teacher_proposals"], levels=ONE_STAGE_FPN)
     with pytest.raises(ValueError, match="has no proposal generator"):
         model.train()
 

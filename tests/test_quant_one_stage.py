@@ -14,7 +14,7 @@ from qmimic_d2.modeling import QuantFCOS, QuantRetinaNet, UniformQuantizer
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 
 NAME = "MODEL.QMIMIC.QUANTIZER.NAME"
-STUDENT_AT = "MODEL.QMIMIC.QUANTIZER.STUDENT_AT"
+ON_BACKBONE = "MODEL.QMIMIC.QUANTIZER.ON_BACKBONE"
 FAMILIES = list(ONE_STAGE)
 
 # A threshold that lets untrained scores through: what is compared are boxes.
@@ -82,7 +82,7 @@ def assert_equal(first, second):
 
 
 @pytest.mark.parametrize("kind", ["Quant", "QuantMimic"])
-@pytest.mark.parametrize("off", [(NAME, ""), (STUDENT_AT, [])])
+@pytest.mark.parametrize("off", [(NAME, ""), (ON_BACKBONE, False)])
 @pytest.mark.parametrize("levels", [ONE_STAGE, ONE_STAGE_FPN], ids=["one level", "four levels"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_switched_off_it_is_detectron2s(family, levels, off, kind):

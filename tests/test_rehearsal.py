@@ -164,7 +164,7 @@ class TestPrecomputedProposals:
     def test_a_student_trains(self, student, tmp_path, source):
         options = self.options(self.write(tmp_path / "proposals.pkl"))
         output = ("OUTPUT_DIR", str(tmp_path / "output"), "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()")
-        cfg = load_config(student, [*options, *output, f"{MIMIC}.ROI_SOURCE", source])
+        cfg = load_config(student, [*options, *output, f"{MIMIC}.ROI_SOURCE", repr([source])])
         check_run(cfg, 1)
         trainer = Trainer(cfg)
         recorder = Recorder()

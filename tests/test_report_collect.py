@@ -299,7 +299,8 @@ def test_facts_of_other_settings(complete):
     facts = describe_run(
         changed(
             run,
-            *(f"{quantizer}.NUM_CODES", 8, f"{quantizer}.SIGNED", True, f"{quantizer}.STUDENT_AT", []),
+            *(f"{quantizer}.NUM_CODES", 8, f"{quantizer}.SIGNED", True, f"{quantizer}.ON_BACKBONE", False),
+            *(f"{mimic}.QUANTIZE_STUDENT", False),
             *(f"{mimic}.SCHEDULE", "warmup", f"{mimic}.WARMUP_ITERS", 1500, f"{mimic}.MAX_ROIS_PER_IMAGE", 32),
             *(f"{mimic}.ADAPTER", "", "MODEL.QMIMIC.TEACHER.INPUT_SCALE", 2.0),
         )
@@ -312,7 +313,7 @@ def test_facts_of_other_settings(complete):
     assert facts["Quantizer"] == "none" and facts["Quantized"] == ""
     facts = describe_run(changed(run, "MODEL.META_ARCHITECTURE", "QuantRCNN"))
     assert (facts["Teacher"], facts["Quantized"], facts["λ"]) == ("none", "own map", "")
-    off = changed(run, "MODEL.META_ARCHITECTURE", "QuantRCNN", f"{quantizer}.STUDENT_AT", ["mimic"])
+    off = changed(run, "MODEL.META_ARCHITECTURE", "QuantRCNN", f"{quantizer}.ON_BACKBONE", False)
     assert describe_run(off)["Quantized"] == "nothing"
     facts = describe_run(changed(run, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "SOLVER.MAX_ITER", None))
     assert facts["Quantizer"] == "none" and facts["Schedule"] == "not known"
@@ -321,7 +322,7 @@ def test_facts_of_other_settings(complete):
 @pytest.mark.parametrize("family", ONE_STAGE)
 def test_facts_of_one_stage_detectors(tmp_path, dataset, family):
     """The class that is registered under the name decides, not the name."""
-    pairs = ("MODEL.QMIMIC.MIMIC.ROI_SOURCE", "neighbourhood", "MODEL.QMIMIC.QUANTIZER.STRIDE", 0.5)
+    pairs = ("MODEL.QMIMIC.MIMIC.ROI_SOURCE", ["neighbourhood"], "MODEL.QMIMIC.QUANTIZER.STRIDE", 0.5)
     options = (*ONE_STAGE[family], *pairs)
     folder = write_run(tmp_path / "run", dataset, *options, is_finished=False)
     text = (folder / "config.yaml").read_text()

@@ -65,7 +65,7 @@ def test_undivided_it_is_detectron2s():
 def test_a_student_with_detectron2s_default_levels_learns_at_all_of_them(tmp_path, backbone, family):
     detector = ("MODEL.META_ARCHITECTURE", f"Quant{family}", *HEADS[family])
     teacher = write_teacher(tmp_path, *backbone, *detector)
-    options = (*backbone, *HEADS[family], *teacher.options, "MODEL.QMIMIC.MIMIC.ROI_SOURCE", "whole_map")
+    options = (*backbone, *HEADS[family], *teacher.options, "MODEL.QMIMIC.MIMIC.ROI_SOURCE", ["whole_map"])
     model = seeded_model(tiny_cfg(*options, meta_architecture=f"QuantMimic{family}"))
     step = training_step(model, batch((128, 128)))
     assert [name for name in step.losses if "mimic" in name] == [f"loss_mimic_{name}" for name in LEVELS]

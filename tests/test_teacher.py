@@ -636,7 +636,7 @@ def test_features_are_codes_of_the_students_dictionary(tmp_path, name, kind):
 
 def test_teacher_on_false_gives_full_precision(tmp_path):
     written, batch = write_teacher(tmp_path), inputs(image())
-    off = FrozenTeacher(tiny_cfg(*written.options, "MODEL.QMIMIC.QUANTIZER.TEACHER_ON", False))
+    off = FrozenTeacher(tiny_cfg(*written.options, "MODEL.QMIMIC.MIMIC.QUANTIZE_TEACHER", False))
     assert torch.equal(off.features(batch)["conv5"], plain_teacher(written).features(batch)["conv5"])
 
 
@@ -752,12 +752,12 @@ def test_a_student_may_differ_in_everything(tmp_path):
 
 # ------------------------------------------------------------------------------------ the teacher's proposals
 
-PROPOSALS = ("MODEL.QMIMIC.MIMIC.ROI_SOURCE", "neighbourhood+teacher_proposals")
+PROPOSALS = ("MODEL.QMIMIC.MIMIC.ROI_SOURCE", ["neighbourhood", "teacher_proposals"])
 
 
 def test_proposals_are_those_of_the_saved_detector(tmp_path):
     written = write_teacher(tmp_path)
-    teacher = FrozenTeacher(tiny_cfg(*written.options, *PROPOSALS, "MODEL.QMIMIC.QUANTIZER.TEACHER_ON", False))
+    teacher = FrozenTeacher(tiny_cfg(*written.options, *PROPOSALS, "MODEL.QMIMIC.MIMIC.QUANTIZE_TEACHER", False))
     images = [image(64, 48, seed=1), image(48, 80, seed=2), image(64, 48, seed=3)]
     maps, proposals = teacher.features_and_proposals(inputs(*images))
     torch.testing.assert_close(maps, teacher.features(inputs(*images)))

@@ -76,7 +76,7 @@ class ChannelUniformQuantizer(UniformQuantizer):
 
     STRIDE times sqrt(T) times the channel's share of the energy, so that it is STRIDE where all channels are alike.
     For maps and pooled regions of T channels, (N or M, T, *, *); what comes without a gradient is the teacher's, so
-    it needs STUDENT_AT ["mimic"].
+    it needs ON_BACKBONE False.
     """
 
     def __init__(self, *args, **kwargs):

@@ -55,13 +55,26 @@ def config_digest(settings: Dict[str, Any], revision: int) -> str:
 def _differences(cfg: CfgNode) -> Dict[str, Any]:
     defaults = get_cfg()
     add_qmimic_config(defaults)
-    known = _flat(defaults)
+    known = _earlier_names(_flat(defaults))
     absent = object()
     return {
         key: value
-        for key, value in sorted(_flat(cfg).items())
+        for key, value in sorted(_earlier_names(_flat(cfg)).items())
         if not key.startswith(_WITHOUT_EFFECT) and known.get(key, absent) != value
     }
+
+
+def _earlier_names(flat: Dict[str, Any]) -> Dict[str, Any]:
+    """The keys under the names that they had when the recorded digests were made."""
+    flat, node = dict(flat), "MODEL.QMIMIC"
+    places = {
+        "features": flat.pop(f"{node}.QUANTIZER.ON_BACKBONE"),
+        "mimic": flat.pop(f"{node}.MIMIC.QUANTIZE_STUDENT"),
+    }
+    flat[f"{node}.QUANTIZER.STUDENT_AT"] = [place for place, is_on in places.items() if is_on]
+    flat[f"{node}.QUANTIZER.TEACHER_ON"] = flat.pop(f"{node}.MIMIC.QUANTIZE_TEACHER")
+    flat[f"{node}.MIMIC.ROI_SOURCE"] = "+".join(flat[f"{node}.MIMIC.ROI_SOURCE"])
+    return flat
 
 
 def _flat(node: CfgNode, prefix: str = "") -> Dict[str, Any]:

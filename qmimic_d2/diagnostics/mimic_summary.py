@@ -57,7 +57,7 @@ class MimicSummary(HookBase):
         self._weight = cfg.MODEL.QMIMIC.MIMIC.LOSS_WEIGHT
         self._period = cfg.MODEL.QMIMIC.DIAGNOSTICS.GRADIENT_PERIOD
         quantizer = cfg.MODEL.QMIMIC.QUANTIZER
-        self._rounds_student = quantizer.NAME not in ("", "Clamp") and "mimic" in quantizer.STUDENT_AT
+        self._rounds_student = quantizer.NAME not in ("", "Clamp") and cfg.MODEL.QMIMIC.MIMIC.QUANTIZE_STUDENT
         self._stride = quantizer.STRIDE
 
     def after_train(self) -> None:
@@ -108,7 +108,7 @@ def warning_of_threshold(shares: List[float], stride: float, rms: float, level: 
         "threshold between the two, where rounding throws them to and fro; evenly spread it would be 20%. Set "
         f"MODEL.QMIMIC.QUANTIZER.STRIDE smaller (it is {stride:g}, the teacher's features there have a root mean "
         f"square of {rms:.2g}), or keep the codes and round the student's side of "
-        'the mimic no more: QUANTIZER.STUDENT_AT ["features"] with MIMIC.ADAPTER "conv1x1_relu"'
+        'the mimic no more: MIMIC.QUANTIZE_STUDENT False with MIMIC.ADAPTER "conv1x1_relu"'
     )
 
 

@@ -223,7 +223,7 @@ def _package_config(cfg: CfgNode, model: nn.Module) -> CfgNode:
     if attached_quantizer(model.backbone) is None:
         node.QUANTIZER = fresh.MODEL.QMIMIC.QUANTIZER
         node.QUANTIZER.NAME = ""
-    node.QUANTIZER.STUDENT_AT = ["features"]
+    node.QUANTIZER.ON_BACKBONE = True
     student.MODEL.META_ARCHITECTURE = _package_architecture(model)
     if student.MODEL.META_ARCHITECTURE == QUANT_MIMIC:
         node.META_ARCHITECTURE = type(model).__name__

@@ -29,9 +29,6 @@ __all__ = [
     "warn_of_unused_teacher",
 ]
 
-# Values that MODEL.QMIMIC.QUANTIZER.STUDENT_AT may hold.
-_STUDENT_PLACES = ("features", "mimic")
-
 
 def attach_mimic(
     model: nn.Module, cfg: CfgNode, *, distance: Optional[Callable[[Pair], Tensor]] = None
@@ -86,14 +83,8 @@ def attach_parts(
 def quantizer_arguments(cfg: CfgNode) -> Dict[str, Any]:
     """The arguments of :func:`attach_parts` for the quantizer that a config describes."""
     quantizer, node = build_quantizer(cfg), cfg.MODEL.QMIMIC.QUANTIZER
-    unknown = [place for place in node.STUDENT_AT if place not in _STUDENT_PLACES]
-    if unknown:
-        raise ValueError(
-            f"MODEL.QMIMIC.QUANTIZER.STUDENT_AT is {node.STUDENT_AT!r}; it may hold {list(_STUDENT_PLACES)}, and [] "
-            "stands for neither"
-        )
     return {
-        "quantizer": quantizer if "features" in node.STUDENT_AT else None,
+        "quantizer": quantizer if node.ON_BACKBONE else None,
         "quantized_features": tuple(node.IN_FEATURES or head_features(cfg)),
     }
 

@@ -104,11 +104,11 @@ def _quantized(config: Dict[str, Any]) -> str:
     node = model["QMIMIC"]["QUANTIZER"]
     if _quantizer(config) == NONE:
         return NOT_APPLICABLE
-    is_student = imitates(model["META_ARCHITECTURE"])
-    places = ["teacher"] if is_student and node["TEACHER_ON"] else []
-    if "features" in node["STUDENT_AT"]:
+    is_student, mimic = imitates(model["META_ARCHITECTURE"]), model["QMIMIC"]["MIMIC"]
+    places = ["teacher"] if is_student and mimic["QUANTIZE_TEACHER"] else []
+    if node["ON_BACKBONE"]:
         places.append("own map")
-    if is_student and "mimic" in node["STUDENT_AT"]:
+    if is_student and mimic["QUANTIZE_STUDENT"]:
         places.append("adapted features")
     return ", ".join(places) or "nothing"
 
@@ -130,7 +130,7 @@ def _rois(config: Dict[str, Any]) -> str:
     node = config["MODEL"]["QMIMIC"]["MIMIC"]
     most, size = node["MAX_ROIS_PER_IMAGE"], node["POOLER_RESOLUTION"]
     limit = f", at most {most} per image" if most else ""
-    return f"{node['ROI_SOURCE']}{limit}, {node['POOLER_TYPE']} {size} × {size}"
+    return f"{' + '.join(node['ROI_SOURCE'])}{limit}, {node['POOLER_TYPE']} {size} × {size}"
 
 
 def _optimizer(config: Dict[str, Any]) -> str:

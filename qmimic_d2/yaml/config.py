@@ -80,6 +80,8 @@ def config_keys(node: CfgNode, prefix: str = "") -> List[str]:
 def describe_mismatch(error: ValueError) -> str:
     """The text of yacs's error, which names the key; for an integer where a float belongs, with what to write."""
     text = str(error)
+    if "'list'" in text and "'str'" in text:
+        return f"{text}. Give a list: ['a', 'b']"
     return f"{text}. A float needs its point: 1.0, not 1" if "'float'" in text and "'int'" in text else text
 
 
@@ -158,7 +160,9 @@ def _merge(cfg: CfgNode, loaded: CfgNode, path: str, unknown: Sequence[str], all
         cfg.clear()
         cfg.update(upgraded)
         return unknown
-    unknown = [key for key in unknown if not cfg.key_is_renamed(key) and not cfg.key_is_deprecated(key)]
+    for key in filter(cfg.key_is_renamed, unknown):
+        cfg.raise_key_rename_error(key)
+    unknown = [key for key in unknown if not cfg.key_is_deprecated(key)]
     if unknown and not allow_new:
         raise KeyError(_unknown_text(unknown, config_keys(cfg)))
     if not allow_new:

@@ -148,8 +148,8 @@ class RoIMimicLoss(nn.Module):
             "pooler_sampling_ratio": node.MIMIC.POOLER_SAMPLING_RATIO,
             "adapter": node.MIMIC.ADAPTER,
             "normalize_by": node.MIMIC.NORMALIZE_BY,
-            "student_quantizer": quantizer if "mimic" in node.QUANTIZER.STUDENT_AT else None,
-            "teacher_quantizer": quantizer if node.QUANTIZER.TEACHER_ON else None,
+            "student_quantizer": quantizer if node.MIMIC.QUANTIZE_STUDENT else None,
+            "teacher_quantizer": quantizer if node.MIMIC.QUANTIZE_TEACHER else None,
             "code_quantizer": build_code_quantizer(cfg),
         }
 

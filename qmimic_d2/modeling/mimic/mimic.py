@@ -25,7 +25,6 @@ from qmimic_d2.modeling.mimic.region_sources import (
     WHOLE_MAP,
     check_roi_source,
     select_rois,
-    sources_of,
 )
 from qmimic_d2.modeling.mimic.scale_warning import ScaleWarning
 from qmimic_d2.modeling.mimic.step_record import StepRecord
@@ -41,7 +40,7 @@ class MimicSettings:
     Where the mimic looks and when it measures.
 
     Attributes:
-        roi_source: see :func:`check_roi_source`.
+        roi_source: sources of regions; see :func:`check_roi_source`.
         max_rois_per_image: most regions per image; 0 = all.
         jitter, num_neighbours: see :class:`TrainingRegions`.
         diagnostics_period: iterations between two comparisons of student and teacher; 0 = never.
@@ -51,7 +50,7 @@ class MimicSettings:
         ValueError: one of them is unknown or out of range; names the key.
     """
 
-    roi_source: str = "sampled"
+    roi_source: Sequence[str] = ("sampled",)
     max_rois_per_image: int = 0
     jitter: float = 0.25
     num_neighbours: int = 4
@@ -264,14 +263,14 @@ class Mimic(Attachment, RoIMimicLoss):
     def _pairs_of_step(self, batched_inputs: List[Dict[str, Tensor]]) -> List[Pair]:
         settings, maps = self.settings, self.record.maps
         image_sizes = [tuple(each["image"].shape[-2:]) for each in batched_inputs]
-        if settings.roi_source == WHOLE_MAP:
+        if WHOLE_MAP in settings.roi_source:
             return self.whole_map_pairs(maps, self.teacher.features(batched_inputs), image_sizes)
         regions = self.record.regions
         regions.image_sizes = image_sizes
         regions.ground_truth = [each["instances"].gt_boxes.to(self.device) for each in batched_inputs]
         regions.jitter, regions.num_neighbours = settings.jitter, settings.num_neighbours
         regions.seed = get_event_storage().iter
-        if "teacher_proposals" in sources_of(settings.roi_source):
+        if "teacher_proposals" in settings.roi_source:
             teacher_maps, regions.teacher_proposals = self.teacher.features_and_proposals(batched_inputs)
         else:
             teacher_maps = self.teacher.features(batched_inputs)
@@ -316,8 +315,8 @@ def check_detector(model: nn.Module, settings: MimicSettings) -> None:
             "upright ones; set them to 'RPN' and 'StandardROIHeads', or train without a teacher: "
             "MODEL.QMIMIC.TEACHER.CONFIG_FILE ''"
         )
-    if "sampled" in sources_of(settings.roi_source) and isinstance(heads["roi_heads"], Res5ROIHeads):
+    if "sampled" in settings.roi_source and isinstance(heads["roi_heads"], Res5ROIHeads):
         raise ValueError(
-            'MODEL.QMIMIC.MIMIC.ROI_SOURCE is "sampled", but Res5ROIHeads keeps its sampled proposals to '
-            'itself; set it to "proposals" or "ground_truth"'
+            "MODEL.QMIMIC.MIMIC.ROI_SOURCE has 'sampled', but Res5ROIHeads keeps its sampled proposals to itself; set "
+            "it to ['proposals'] or ['ground_truth']"
         )

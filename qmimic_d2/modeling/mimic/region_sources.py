@@ -7,16 +7,16 @@ Shape letters:
 """
 
 from dataclasses import dataclass, field
-from typing import Callable, Dict, List, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.structures import Boxes, Instances
 
 from qmimic_d2.modeling.image_counts import check_boxes, check_counts
 
-__all__ = ["ROI_SOURCES", "WHOLE_MAP", "TrainingRegions", "check_roi_source", "select_rois", "sources_of"]
+__all__ = ["ROI_SOURCES", "WHOLE_MAP", "TrainingRegions", "check_roi_source", "select_rois"]
 
-# The value of MODEL.QMIMIC.MIMIC.ROI_SOURCE that compares whole maps, cell by cell, and no region.
+# The entry of MODEL.QMIMIC.MIMIC.ROI_SOURCE that compares whole maps, cell by cell, and no region.
 WHOLE_MAP = "whole_map"
 
 _KEY = "MODEL.QMIMIC.MIMIC.ROI_SOURCE"
@@ -54,8 +54,8 @@ class TrainingRegions:
 def _sampled(regions: TrainingRegions) -> List[Boxes]:
     if not regions.sampled:
         raise ValueError(
-            f'{_KEY} is "sampled", but the RoI heads return no sampled proposals '
-            'in training (StandardROIHeads, its subclasses and RFCNROIHeads do); use "proposals" or "ground_truth"'
+            f"{_KEY} has 'sampled', but the RoI heads return no sampled proposals in training (StandardROIHeads, its "
+            "subclasses and RFCNROIHeads do); use 'proposals' or 'ground_truth'"
         )
     return [instances.proposal_boxes for instances in regions.sampled]
 
@@ -63,7 +63,7 @@ def _sampled(regions: TrainingRegions) -> List[Boxes]:
 def _proposals(regions: TrainingRegions) -> List[Boxes]:
     if not regions.proposals and regions.image_sizes:
         raise ValueError(
-            f'{_KEY} is "proposals", but the detector gave none in this step; use "ground_truth" or "neighbourhood"'
+            f"{_KEY} has 'proposals', but the detector gave none in this step; use 'ground_truth' or 'neighbourhood'"
         )
     return [instances.proposal_boxes for instances in regions.proposals]
 
@@ -87,7 +87,7 @@ def _neighbourhood(regions: TrainingRegions) -> List[Boxes]:
     return found
 
 
-# Parts of MODEL.QMIMIC.MIMIC.ROI_SOURCE, which may be joined by "+".
+# What MODEL.QMIMIC.MIMIC.ROI_SOURCE may hold, besides WHOLE_MAP. A project adds its own here.
 ROI_SOURCES: Dict[str, Callable[[TrainingRegions], List[Boxes]]] = {
     "sampled": _sampled,
     "proposals": _proposals,
@@ -97,34 +97,30 @@ ROI_SOURCES: Dict[str, Callable[[TrainingRegions], List[Boxes]]] = {
 }
 
 
-def sources_of(source: str) -> List[str]:
-    """The parts of a union: "sampled+ground_truth" is ["sampled", "ground_truth"]."""
-    return source.split("+")
-
-
-def check_roi_source(source: str, available: Sequence[str] = tuple(ROI_SOURCES)) -> None:
+def check_roi_source(sources: Sequence[str], available: Optional[Sequence[str]] = None) -> None:
     """
     Args:
-        source: a value of ``MODEL.QMIMIC.MIMIC.ROI_SOURCE``.
-        available: the parts that the detector at hand has.
+        sources: a value of ``MODEL.QMIMIC.MIMIC.ROI_SOURCE``.
+        available: those that the detector at hand has; None = all.
 
     Raises:
-        ValueError: it is neither :data:`WHOLE_MAP` nor a union of available parts, each once.
+        ValueError: it is neither ``[WHOLE_MAP]`` nor one or more available sources, each once.
     """
-    parts = sources_of(source)
-    if source != WHOLE_MAP and (not set(parts) <= set(available) or len(set(parts)) < len(parts)):
-        raise ValueError(
-            f'{_KEY} is {source!r}; choose one of {sorted(available)}, several of them joined by "+", or '
-            f"{WHOLE_MAP!r}"
-        )
+    available = sorted(ROI_SOURCES if available is None else available)
+    is_list = isinstance(sources, Sequence) and not isinstance(sources, str)
+    if is_list and list(sources) == [WHOLE_MAP]:
+        return
+    if not is_list or not sources or not set(sources) <= set(available) or len(set(sources)) < len(sources):
+        given = list(sources) if is_list else sources
+        raise ValueError(f"{_KEY} is {given!r}; give a list with one or more of {available}, or {[WHOLE_MAP]}")
 
 
-def select_rois(source: str, regions: TrainingRegions, max_per_image: int = 0) -> List[Boxes]:
+def select_rois(sources: Sequence[str], regions: TrainingRegions, max_per_image: int = 0) -> List[Boxes]:
     """
     The regions that the mimic loss compares.
 
     Args:
-        source: a key of :data:`ROI_SOURCES`, or several joined by "+" for their union, in that order.
+        sources: keys of :data:`ROI_SOURCES`; the regions are their union, in that order.
         regions: what the training step knows of.
         max_per_image: most regions per image, the first ones of the union; 0 = all. Taking the
             first draws no random number, so that a run with the mimic and one without sample alike.
@@ -135,7 +131,7 @@ def select_rois(source: str, regions: TrainingRegions, max_per_image: int = 0) -
     Raises:
         ValueError: a part covers another number of images than the step has, or its boxes are rotated.
     """
-    parts = {part: ROI_SOURCES[part](regions) for part in sources_of(source)}
+    parts = {part: ROI_SOURCES[part](regions) for part in sources}
     counts = {f"the regions of {_KEY} {part!r}": len(boxes) for part, boxes in parts.items()}
     check_counts(counts, len(regions.image_sizes) or len(next(iter(parts.values()))))
     for boxes in parts.values():

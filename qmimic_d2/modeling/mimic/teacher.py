@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from qmimic_d2.checkpoint.checkpointer import load_audited, read_checkpoint
 from qmimic_d2.modeling.family import head_features
 from qmimic_d2.modeling.image_counts import check_maps
-from qmimic_d2.modeling.mimic.region_sources import sources_of
 from qmimic_d2.modeling.mimic.teacher_config import TeacherConfig, TeacherConfigError, load_teacher_config
 from qmimic_d2.modeling.quantizer import Quantizer, build_quantizer
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer, check_features
@@ -110,7 +109,7 @@ class FrozenTeacher:
             key=key,
         )
         proposal_generator = None
-        if "teacher_proposals" in sources_of(node.MIMIC.ROI_SOURCE):
+        if "teacher_proposals" in node.MIMIC.ROI_SOURCE:
             proposal_generator = _build_proposal_generator(config, backbone)
             load_audited(
                 proposal_generator,
@@ -128,7 +127,7 @@ class FrozenTeacher:
             "input_format": config.input_format,
             "student_input_format": cfg.INPUT.FORMAT,
             "input_scale": node.TEACHER.INPUT_SCALE,
-            "quantizer": build_quantizer(cfg) if node.QUANTIZER.TEACHER_ON else None,
+            "quantizer": build_quantizer(cfg) if node.MIMIC.QUANTIZE_TEACHER else None,
             "proposal_generator": proposal_generator,
             "digest": digest,
         }
