@@ -220,7 +220,7 @@ def test_what_cannot_be_measured_is_named(tmp_path, dataset):
     elsewhere = collect_run(str(write_run(tmp_path / "elsewhere", "no_such_set")))
     folder = write_run(tmp_path / "misfit", dataset)
     run = collect_run(str(folder))
-    run.cfg = tiny_cfg("MODEL.VGG.WIDTH_DIVISOR", 16, "DATASETS.TEST", (dataset,))
+    run.cfg = tiny_cfg("MODEL.VGG.WIDTH_DIVISOR", 16, "DATASETS.TEST", (dataset,), "MODEL.WEIGHTS", run.weights)
     unknown = collect_run(str(write_run(tmp_path / "unknown", dataset)))
     unknown.cfg = tiny_cfg("MODEL.BACKBONE.NAME", "build_my_own")
     empty = Run("empty", "empty")

@@ -1,7 +1,7 @@
 """Which plots the page shows, with their titles and what they say in words."""
 
 from dataclasses import dataclass
-from typing import Callable, List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence
 
 from qmimic_d2.report import plots
 from qmimic_d2.report.collect import Run
@@ -33,95 +33,68 @@ class Chart:
 
 def training_charts(runs: Sequence[Run]) -> List[Chart]:
     """Losses and AP over iterations; what no run has is left out."""
-    found = [
-        _lines(
-            runs,
-            "Detection loss",
-            "All losses but the mimic's, medians of 20 iterations.",
-            lambda run: run.metrics.detection_loss(),
-            y_label="loss",
-            logarithmic=True,
-        ),
-        _lines(
-            runs,
-            "Mimic loss",
-            "λ included, so runs of another weight or normalisation have another scale.",
-            lambda run: run.metrics.mimic_loss(),
-            y_label="loss",
-            logarithmic=True,
-        ),
+    detection = "All losses but the mimic's, medians of 20 iterations."
+    mimic = "λ included, so runs of another weight or normalisation have another scale."
+    aps = [run.ap_series for run in runs]
+    return [
+        *_lines(runs, "Detection loss", detection, "loss", [run.metrics.detection_loss() for run in runs]),
+        *_lines(runs, "Mimic loss", mimic, "loss", [run.metrics.mimic_loss() for run in runs]),
+        *_lines(runs, "AP", "At every evaluation.", "AP", aps if any(len(each) > 1 for each in aps) else []),
     ]
-    if any(len(run.ap_series) > 1 for run in runs):
-        found.append(_lines(runs, "AP", "At every evaluation.", lambda run: run.ap_series, y_label="AP"))
-    return [chart for chart in found if chart]
 
 
 def agreement_charts(runs: Sequence[Run]) -> List[Chart]:
-    """Match ratio and gradient share over iterations; what no run has is left out."""
-    figures = (
-        ("Match ratio", "match_ratio", "Entries of the RoIs on which teacher and student have the same code."),
-        ("Match ratio, not both 0", "match_ratio_nonzero", "The same among entries where either code is not 0."),
+    """Match ratio and gradients over iterations; what no run has is left out."""
+    found = []
+    for key, title, hint in (
+        ("match_ratio", "Match ratio", "Entries of the RoIs on which teacher and student have the same code."),
+        ("match_ratio_nonzero", "Match ratio, not both 0", "The same among entries where either code is not 0."),
         (
-            "Gradient share on the feature map",
             "grad_share_map",
+            "Gradient share on the feature map",
             "Norm of the mimic loss's gradient in the sum of its and the detection losses' norms.",
         ),
-        ("Gradient share on the backbone", "grad_share_backbone", "The same over all parameters of the backbone."),
-    )
-    found = [
-        _lines(
-            runs,
-            title,
-            hint,
-            lambda run, key=key: run.metrics.of(f"qmimic/{key}", run.levels),
-            y_label="share",
-            is_share=True,
-        )
-        for title, key, hint in figures
-    ]
-    found.append(
-        _lines(
-            runs,
+        ("grad_share_backbone", "Gradient share on the backbone", "The same over all parameters of the backbone."),
+        (
+            "grad_cosine_backbone",
             "Angle between the gradients",
             "Cosine of the mimic's and the detection losses' gradient on the backbone; below 0 they are at odds.",
-            lambda run: run.metrics.of("qmimic/grad_cosine_backbone", run.levels),
-            y_label="cosine",
-        )
-    )
-    return [chart for chart in found if chart]
+        ),
+    ):
+        series = [run.metrics.of(f"qmimic/{key}", run.levels) for run in runs]
+        found += _lines(runs, title, hint, "cosine" if key == "grad_cosine_backbone" else "share", series)
+    return found
 
 
-def _lines(
-    runs: Sequence[Run], title: str, hint: str, series_of: Callable[[Run], Series], y_label: str, **style
-) -> Optional[Chart]:
-    curves = [(number, series_of(run)) for number, run in enumerate(runs)]
-    curves = [(number, series) for number, series in curves if series]
+def _lines(runs: Sequence[Run], title: str, hint: str, y_label: str, series: Sequence[Series]) -> List[Chart]:
+    """One chart; none where the series of all runs are empty."""
+    curves = {number: each for number, each in enumerate(series) if each}
     if not curves:
-        return None
+        return []
+    is_share = y_label == "share"
     ends = []
-    for number, series in curves:
-        last = list(series.values())[-1]
-        ends.append(f"{runs[number].name} ends at {f'{100 * last:.1f} %' if style.get('is_share') else f'{last:.3g}'}")
+    for number, each in curves.items():
+        last = list(each.values())[-1]
+        ends.append(f"{runs[number].name} ends at {f'{100 * last:.1f} %' if is_share else f'{last:.3g}'}")
     name = "plot-" + "".join(letter if letter.isalnum() else "-" for letter in title.lower())
-    svg = plots.lines(name, curves, y_label, **style)
-    return Chart(title, hint, f"{title} over iterations: {'; '.join(ends)}.", svg, [number for number, _ in curves])
+    svg = plots.lines(name, list(curves.items()), y_label, logarithmic=y_label == "loss", is_share=is_share)
+    return [Chart(title, hint, f"{title} over iterations: {'; '.join(ends)}.", svg, list(curves))]
 
 
 def size_charts(runs: Sequence[Run], costs: Sequence[Optional[Cost]]) -> List[Chart]:
     """AP against parameters, FLOPs, and the time of an image."""
-    kinds: Tuple = (
-        ("parameters", "Parameters", lambda cost: float(cost.parameters)),
-        ("FLOPs", "FLOPs of an image", lambda cost: float(cost.flops)),
-        ("time", "CPU time of an image, ms", lambda cost: None if cost.seconds is None else 1e3 * cost.seconds),
-    )
     found = []
-    for key, label, value_of in kinds:
+    for key, label, attribute, factor in (
+        ("parameters", "Parameters", "parameters", 1.0),
+        ("FLOPs", "FLOPs of an image", "flops", 1.0),
+        ("time", "CPU time of an image, ms", "seconds", 1e3),
+    ):
         points, words = [], []
         for number, (run, cost) in enumerate(zip(runs, costs)):
-            value = value_of(cost) if cost else None
+            value = getattr(cost, attribute, None)
             if value is not None and "AP" in run.figures:
-                points.append(plots.Point(number, value, run.figures["AP"]))
-                words.append(f"{run.name}: AP {run.figures['AP']:.1f} at {value:,.4g}")
+                points.append(plots.Point(number, factor * value, run.figures["AP"]))
+                words.append(f"{run.name}: AP {run.figures['AP']:.1f} at {factor * value:,.4g}")
         if points:
             svg = plots.scatter(f"plot-size-{key}", points, label, "AP")
             numbers = [point.number for point in points]
@@ -134,18 +107,17 @@ def histogram_charts(runs: Sequence[Run]) -> List[Chart]:
     found = []
     for number, run in enumerate(runs):
         for level, codes in (run.held_out.histograms if run.held_out else {}).items():
-            totals = [sum(counts) for counts in (codes.teacher, codes.student)]
-            if not all(totals):
+            if not sum(codes.teacher) or not sum(codes.student):
                 continue
-            zeros = [
-                sum(count for code, count in zip(codes.codes, counts) if code == 0.0) / total
-                for counts, total in zip((codes.teacher, codes.student), totals)
-            ]
+            teacher, student = (
+                f"{100 * sum(count for code, count in zip(codes.codes, counts) if code == 0.0) / sum(counts):.1f} %"
+                for counts in (codes.teacher, codes.student)
+            )
             alt = (
-                f"Histogram of {len(codes.codes)} codes of {run.name}, {level}: zero are {100 * zeros[0]:.1f} % of "
-                f"the teacher's entries and {100 * zeros[1]:.1f} % of the student's."
+                f"Histogram of {len(codes.codes)} codes of {run.name}, {level}: zero are {teacher} of the teacher's "
+                f"entries and {student} of the student's."
             )
             svg = plots.histogram(f"plot-codes-{number}-{len(found)}", codes)
-            hint = f"Held-out images, zero: teacher {100 * zeros[0]:.1f} %, student {100 * zeros[1]:.1f} %."
+            hint = f"Held-out images, zero: teacher {teacher}, student {student}."
             found.append(Chart(f"Codes of {run.name}, {level}", hint, alt, svg, [number]))
     return found

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
-from torch import nn
 
 from qmimic_d2.analysis import measure_cost
 from qmimic_d2.checkpoint.training_entries import TRAINING_ONLY
@@ -19,8 +18,7 @@ from qmimic_d2.inference.prediction import Predictor
 __all__ = ["Cost", "alternating_medians", "image_seconds", "run_cost"]
 
 _WARM_UP = 3
-_MOST_ROUNDS = 30
-_LEAST_ROUNDS = 5
+_LEAST_ROUNDS, _MOST_ROUNDS = 5, 30
 _MOST_SECONDS = 2.0
 
 
@@ -51,35 +49,21 @@ def run_cost(cfg: CfgNode, predictor: Optional[Predictor], weights: str, images:
     What can be counted; ``seconds`` is left open.
 
     Args:
-        cfg: of the detector.
         predictor: with its weights; None where there are none.
         weights: path of the checkpoint, or "".
-        images: shape (H, W, 3), BGR, uint8. The first one's size, resized as the config says, is the one that
-            FLOPs are counted for; without one it is a square of ``INPUT.MIN_SIZE_TEST``.
+        images: shape (H, W, 3), BGR, uint8. FLOPs are counted for the first one, resized as the config says; without
+            one, for a square of ``INPUT.MIN_SIZE_TEST``.
     """
-    height, width = _input_size(cfg, images)
-    cost = measure_cost(predictor.model if predictor else cfg, height, width)
-    return Cost(
-        parameters=cost.parameters,
-        flops=cost.flops,
-        height=height,
-        width=width,
-        weight_bytes=_weight_bytes(predictor.model) if predictor else None,
-        file_bytes=os.path.getsize(weights) if os.path.isfile(weights) else None,
-    )
-
-
-def _input_size(cfg: CfgNode, images: Sequence[np.ndarray]) -> Sequence[int]:
     shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-    if not len(images):
-        return (shortest or longest,) * 2
-    height, width = images[0].shape[:2]
-    return ResizeShortestEdge.get_output_shape(height, width, shortest, longest) if shortest else (height, width)
-
-
-def _weight_bytes(model: nn.Module) -> int:
-    state = model.state_dict().items()
-    return sum(each.numel() * each.element_size() for name, each in state if not name.startswith(TRAINING_ONLY))
+    height, width = images[0].shape[:2] if images else (shortest or longest,) * 2
+    if images and shortest:
+        height, width = ResizeShortestEdge.get_output_shape(height, width, shortest, longest)
+    cost = measure_cost(predictor.model if predictor else cfg, height, width)
+    state = predictor.model.state_dict() if predictor else {}
+    detector = [tensor for name, tensor in state.items() if not name.startswith(TRAINING_ONLY)]
+    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in detector) if predictor else None
+    file_bytes = os.path.getsize(weights) if os.path.isfile(weights) else None
+    return Cost(cost.parameters, cost.flops, height, width, weight_bytes, file_bytes)
 
 
 def image_seconds(
@@ -88,11 +72,11 @@ def image_seconds(
     """
     Median time of one image, batch 1, resizing included, of every predictor.
 
-    With one thread the clock is the process's CPU time, which other processes disturb less than the time on the wall.
+    With one thread the clock is the process's CPU time, which other processes disturb less than wall time.
 
     Args:
         images: at least one for every predictor, taken in turn.
-        threads: that PyTorch may use meanwhile.
+        threads: of PyTorch.
     """
     calls = [
         lambda index, predictor=predictor, own=own: predictor(own[index % len(own)])
@@ -108,8 +92,8 @@ def image_seconds(
 
 def alternating_medians(calls: Sequence[Callable[[int], Any]], clock: Callable[[], float]) -> List[float]:
     """
-    Median times of several calls that are compared: they take turns, each round beginning with another one, so that a
-    machine that becomes slower meanwhile is slower for all of them.
+    Median times of several calls that take turns. A machine that becomes slower is slower for all of them, because each
+    round begins with another call.
 
     There are 30 rounds after three that do not count, or as many as fit into two seconds for each call, at least five.
 

@@ -1,8 +1,9 @@
 """What a page needs and the runs' files do not hold: costs, and detections on sample images."""
 
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -14,11 +15,10 @@ from qmimic_d2.report.collect import Run
 from qmimic_d2.report.cost import Cost, image_seconds, run_cost
 from qmimic_d2.report.pictures import PictureRow, detection_picture, picture_row
 from qmimic_d2.report.samples import Box, Sample, load_samples, predicted_boxes, read_detections
-from qmimic_d2.run_folder import CONFIG
 
 __all__ = ["Measurements", "measure"]
 
-# What a config of somebody else may ask for, so that it cannot fill the memory.
+# Bounds of what is built: a config of somebody else must not fill the memory.
 _MOST_PARAMETERS = 2_000_000_000
 _LARGEST_SHORTER_SIDE = 4096
 
@@ -49,41 +49,32 @@ def measure(runs: Sequence[Run], *, num_images: int, threads: int, score_thresho
     for run in runs:
         _check_extent(run)
     samples, sizes = _load_samples(runs, num_images)
-    images = [samples.get(run.dataset, []) for run in runs]
-    predictors = [_predictor(run) for run in runs]
-    costs = [_cost(*each) for each in zip(runs, predictors, images)]
-    predictors = [predictor and _working(*each) for predictor, each in zip(predictors, zip(runs, predictors, images))]
-    timed = [
-        number
-        for number, (cost, predictor, own) in enumerate(zip(costs, predictors, images))
-        if threads and cost and predictor and own
-    ]
-    if timed:
-        pixels = [[sample.pixels for sample in images[number]] for number in timed]
-        times = image_seconds([predictors[number] for number in timed], pixels, threads)
-        for number, seconds in zip(timed, times):
-            costs[number] = replace(costs[number], seconds=seconds, threads=threads)
-    found = [_detections(*each, score_threshold) for each in zip(runs, predictors, images)]
+    measured = [_Measured(run, samples.get(run.dataset, [])) for run in runs]
+    timed = [each for each in measured if threads and each.cost and each.predictor and each.pixels]
+    times = image_seconds([each.predictor for each in timed], [each.pixels for each in timed], threads) if timed else []
+    for each, seconds in zip(timed, times):
+        each.cost = replace(each.cost, seconds=seconds, threads=threads)
+    found = [each.detections(score_threshold) for each in measured]
     rows = {name: _picture_rows(name, each, runs, found) for name, each in samples.items()}
-    return Measurements(costs, rows, sizes)
+    return Measurements([each.cost for each in measured], rows, sizes)
 
 
 def _check_extent(run: Run) -> None:
-    """Takes the config from a run whose detector no training here has had."""
+    """Takes the config from a run whose detector is larger than any training here."""
     if run.cfg is None:
         return
     shorter = min(run.cfg.INPUT.MIN_SIZE_TEST, run.cfg.INPUT.MAX_SIZE_TEST)
     parameters = _num_parameters(run.cfg)
     if shorter > _LARGEST_SHORTER_SIDE or parameters > _MOST_PARAMETERS:
         run.notes.append(
-            f"no parameters, FLOPs, latency and pictures: {CONFIG} asks for {parameters:,} parameters and images "
+            f"no parameters, FLOPs, latency and pictures: config.yaml asks for {parameters:,} parameters and images "
             f"whose shorter side is {shorter:,}; at most {_MOST_PARAMETERS:,} and {_LARGEST_SHORTER_SIDE:,} are built"
         )
         run.cfg = None
 
 
 def _num_parameters(cfg: CfgNode) -> int:
-    """Counted without memory for them; 0 where the model cannot be built, which building it says."""
+    """Counted without memory for them; 0 where the model cannot be built, which is noted when it is."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
@@ -97,91 +88,72 @@ def _num_parameters(cfg: CfgNode) -> int:
 def _load_samples(runs: Sequence[Run], count: int) -> Tuple[Dict[str, List[Sample]], Dict[str, int]]:
     """Images and number of images by test set; a set that cannot be read is noted in its runs."""
     samples, sizes = {}, {}
-    for run in runs:
-        name = run.dataset
-        if not count or run.cfg is None or not name or name in samples:
-            continue
+    for name in dict.fromkeys(run.dataset for run in runs if count and run.cfg is not None and run.dataset):
         try:
-            samples[name], sizes[name] = load_samples(name, count)
+            own, sizes[name] = load_samples(name, count)
+            samples.update({name: own} if own else {})
         except Exception as error:  # a data set's loader raises what it likes
-            for other in runs:
-                if other.dataset == name:
-                    other.notes.append(
-                        f"no pictures and no time of an image: the data set {name!r} cannot be read here "
-                        f"({describe_error(error)})"
-                    )
-            samples[name] = []
-    return {name: each for name, each in samples.items() if each}, sizes
+            note = f"no pictures and no time of an image: the data set {name!r} cannot be read here"
+            for run in runs:
+                if run.dataset == name:
+                    run.notes.append(f"{note} ({describe_error(error)})")
+    return samples, sizes
 
 
-def _predictor(run: Run) -> Optional[Predictor]:
-    if run.cfg is None or not run.weights:
-        return None
-    cfg = run.cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.WEIGHTS = run.weights
-    cfg.freeze()
-    try:
-        return Predictor(cfg, os.path.basename(run.weights))
-    except Exception as error:  # the config may name parts that only the training's own script registers
-        run.notes.append(f"no time of an image: the detector cannot be loaded ({_first_line(error)})")
-        return None
+class _Measured:
+    """A run with its detector and what that costs; what fails is noted in the run."""
 
+    def __init__(self, run: Run, samples: Sequence[Sample]):
+        self._run, self._samples = run, samples
+        self.pixels = [sample.pixels for sample in samples]
+        self.predictor: Optional[Predictor] = None
+        self.cost: Optional[Cost] = None
+        if run.cfg is None:
+            return
+        if run.weights:
+            with self._noted("no time of an image: the detector cannot be loaded"):
+                self.predictor = Predictor(run.cfg, os.path.basename(run.weights))
+        with self._noted("no parameters and FLOPs: they cannot be counted"):
+            self.cost = run_cost(run.cfg, self.predictor, run.weights, self.pixels)
+        if self.predictor and samples:
+            predictor, self.predictor = self.predictor, None
+            with self._noted("no time of an image: the detector fails on one"):
+                predictor(self.pixels[0])
+                self.predictor = predictor
 
-def _working(run: Run, predictor: Predictor, samples: Sequence[Sample]) -> Optional[Predictor]:
-    """The predictor, if it can take an image."""
-    try:
-        for sample in samples[:1]:
-            predictor(sample.pixels)
-        return predictor
-    except Exception as error:  # a config may ask for sizes, or parts, that fail when they are used
-        run.notes.append(f"no time of an image: the detector fails on one ({_first_line(error)})")
-        return None
-
-
-def _cost(run: Run, predictor: Optional[Predictor], samples: Sequence[Sample]) -> Optional[Cost]:
-    if run.cfg is None:
-        return None
-    try:
-        return run_cost(run.cfg, predictor, run.weights, [each.pixels for each in samples])
-    except Exception as error:  # as above
-        run.notes.append(f"no parameters and FLOPs: they cannot be counted ({_first_line(error)})")
-        return None
-
-
-def _first_line(error: Exception) -> str:
-    return describe_error(error).splitlines()[0]
-
-
-def _detections(
-    run: Run, predictor: Optional[Predictor], samples: Sequence[Sample], threshold: float
-) -> Optional[List[List[Box]]]:
-    """By sample; None where there is no way to have them."""
-    if not samples:
-        return None
-    if run.detections:
+    @contextmanager
+    def _noted(self, what: str) -> Iterator[None]:
+        """A config may ask for sizes, or for parts that only the training's script registers, that fail anywhere."""
         try:
-            return read_detections(run.detections, run.dataset, samples, threshold)
-        except (OSError, ValueError) as error:
-            reason = f"{os.path.basename(run.detections)} cannot be read ({type(error).__name__})"
-    else:
+            yield
+        except Exception as error:
+            self._run.notes.append(f"{what} ({describe_error(error).splitlines()[0]})")
+
+    def detections(self, threshold: float) -> Optional[List[List[Box]]]:
+        """By sample; None where there is no way to have them."""
+        run = self._run
+        if not self._samples:
+            return None
         reason = "there are no detections of an evaluation"
-    if predictor is None:
-        run.notes.append(f"no pictures: {reason}, and there is no detector to run")
-        return None
-    try:
-        return [predicted_boxes(predictor(sample.pixels), run.dataset, threshold) for sample in samples]
-    except ValueError as error:  # its outputs are not finite
-        run.notes.append(f"no pictures: {error}")
-        return None
+        if run.detections:
+            try:
+                return read_detections(run.detections, run.dataset, self._samples, threshold)
+            except (OSError, ValueError) as error:
+                reason = f"{os.path.basename(run.detections)} cannot be read ({type(error).__name__})"
+        if self.predictor is None:
+            run.notes.append(f"no pictures: {reason}, and there is no detector to run")
+            return None
+        try:
+            return [predicted_boxes(self.predictor(pixels), run.dataset, threshold) for pixels in self.pixels]
+        except ValueError as error:  # its outputs are not finite
+            run.notes.append(f"no pictures: {error}")
+            return None
 
 
 def _picture_rows(dataset: str, samples: Sequence[Sample], runs: Sequence[Run], found) -> List[PictureRow]:
-    rows = []
-    for index, sample in enumerate(samples):
-        row = picture_row(os.path.basename(sample.file_name), sample)
-        for number, (run, boxes) in enumerate(zip(runs, found)):
-            if run.dataset == dataset and boxes is not None:
-                row.pictures.append(detection_picture(number, sample.truth, boxes[index]))
-        rows.append(row)
+    rows = [picture_row(os.path.basename(sample.file_name), sample) for sample in samples]
+    for number, (run, boxes) in enumerate(zip(runs, found)):
+        if run.dataset == dataset and boxes is not None:
+            for row, sample, own in zip(rows, samples, boxes):
+                row.pictures.append(detection_picture(number, sample.truth, own))
     return rows

@@ -2,9 +2,9 @@
 
 import base64
 import hashlib
-import os
 import platform
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
 import detectron2
@@ -27,7 +27,7 @@ except ImportError as error:
 
 __all__ = ["render_page", "write_report"]
 
-_FOLDER = os.path.dirname(os.path.abspath(__file__))
+_FOLDER = Path(__file__).parent
 
 
 def write_report(
@@ -51,9 +51,10 @@ def write_report(
     """
     measured = measure(runs, num_images=num_images, threads=threads, score_threshold=score_threshold)
     written = datetime.now().strftime("%Y-%m-%d %H:%M")
-    footer = f"Written {written} by {made_by} with {_versions()}."
+    versions = f"PyTorch {torch.__version__}, Detectron2 {detectron2.__version__}"
+    footer = f"Written {written} by {made_by} with {versions}, {platform.system()} {platform.machine()}."
     page = render_page(runs, measured, title=title, footer=footer, score_threshold=score_threshold)
-    # JSON and file names may hold halves of characters, which UTF-8 has not.
+    # JSON and file names may hold halves of characters, which UTF-8 cannot write.
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
 
 
@@ -61,9 +62,14 @@ def render_page(
     runs: Sequence[Run], measured: Measurements, *, title: str, footer: str, score_threshold: float
 ) -> str:
     """The page's HTML. Nothing is measured here, or read but the template, the style and the script."""
-    script = _text("page.js")
+    script = (_FOLDER / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     facts = [describe_run(run) for run in runs]
     common, differing = split_common(facts)
+    missing: Dict[str, List[int]] = {}  # numbers of the runs, by what they lack
+    for number, run in enumerate(runs):
+        for note in dict.fromkeys(run.notes):
+            missing.setdefault(note, []).append(number)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
@@ -74,9 +80,9 @@ def render_page(
     return environment.get_template("page.html.j2").render(
         title=title,
         footer=footer,
-        style=Markup(_text("page.css")),
+        style=Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
-        script_digest=_digest(script),
+        script_digest=f"sha256-{digest}",  # by which the content security policy knows the script
         as_svg=Markup,  # of plots, which are made here; matplotlib has escaped whatever text is in them
         looks=[_look(number) for number in range(len(runs))],
         GROUND_TRUTH=GROUND_TRUTH,
@@ -96,27 +102,8 @@ def render_page(
         rows=measured.rows,
         dataset_sizes=measured.dataset_sizes,
         score_threshold=score_threshold,
-        missing=_runs_of_notes(runs),
+        missing=missing,
     )
-
-
-def _runs_of_notes(runs: Sequence[Run]) -> Dict[str, List[int]]:
-    """Numbers of the runs by what they lack."""
-    numbers: Dict[str, List[int]] = {}
-    for number, run in enumerate(runs):
-        for note in dict.fromkeys(run.notes):
-            numbers.setdefault(note, []).append(number)
-    return numbers
-
-
-def _text(name: str) -> str:
-    with open(os.path.join(_FOLDER, name), encoding="utf-8") as file:
-        return file.read()
-
-
-def _digest(text: str) -> str:
-    """What the page's content security policy knows its one script by."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 
 
 def _look(number: int) -> Dict[str, Any]:
@@ -125,8 +112,3 @@ def _look(number: int) -> Dict[str, Any]:
         "dashes": " ".join(map(str, plots.DASHES[number % len(plots.DASHES)])),
         "shape": plots.SHAPES[number % len(plots.SHAPES)],
     }
-
-
-def _versions() -> str:
-    parts = (f"PyTorch {torch.__version__}", f"Detectron2 {detectron2.__version__}")
-    return f"{', '.join(parts)}, {platform.system()} {platform.machine()}"

@@ -1,7 +1,7 @@
 """Ground truth and every run's detections on the same images."""
 
 import base64
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import List, Sequence, Tuple
 
 import cv2
@@ -40,8 +40,8 @@ class PictureRow:
     An image and the pictures of it.
 
     Attributes:
-        name: how it is called.
-        uri: its pixels, as a data URI.
+        name: of the image.
+        uri: the image itself, as a data URI.
         width, height: in pixels of the boxes.
         pictures: the ground truth first.
     """
@@ -50,32 +50,25 @@ class PictureRow:
     uri: str
     width: int
     height: int
-    pictures: List[Picture] = field(default_factory=list)
+    pictures: List[Picture]
 
 
 def picture_row(name: str, sample: Sample) -> PictureRow:
     """The image with its ground truth alone."""
     height, width = sample.pixels.shape[:2]
-    truth = Picture(GROUND_TRUTH, [(box, "truth") for box in sample.truth], _count(len(sample.truth), "object"))
+    count = len(sample.truth)
+    summary = f"{count} object{'' if count == 1 else 's'}"
+    truth = Picture(GROUND_TRUTH, [(box, "truth") for box in sample.truth], summary)
     return PictureRow(name, _data_uri(sample.pixels), width, height, [truth])
 
 
 def detection_picture(number: int, truth: Sequence[Box], found: Sequence[Box]) -> Picture:
-    """
-    Detections of a run on an image, told apart by :func:`qmimic_d2.report.samples.match`.
-
-    Args:
-        found: by falling score.
-    """
+    """A run's detections on an image, by falling score; :func:`qmimic_d2.report.samples.match` says which are right."""
     was_found, is_right = match(truth, found)
     boxes = [(box, "missed") for box, known in zip(truth, was_found) if not known]
     boxes += [(box, "right" if right else "wrong") for box, right in zip(found, is_right)]
     summary = f"{sum(was_found)} of {len(truth)} found, {len(found) - sum(is_right)} wrong"
     return Picture(number, boxes, summary)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _data_uri(pixels: np.ndarray) -> str:

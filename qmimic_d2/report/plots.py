@@ -13,7 +13,7 @@ try:
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import NullFormatter
 except ImportError as error:
     raise ImportError("the report's plots need matplotlib: pip install jinja2 matplotlib") from error
 
@@ -79,29 +79,25 @@ def lines(
         is_share: values are shares of 1, shown in percent.
     """
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes("iteration", y_label)
+        axes = _axes("iteration", y_label)
         for number, series in curves:
             series = thinned(series, _MOST_POINTS)
-            axes.plot(
-                list(series),
-                list(series.values()),
-                markevery=max(1, math.ceil(len(series) / 8)),
-                **_look(number),
-            )
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+            every = max(1, math.ceil(len(series) / 8))
+            axes.plot(list(series), list(series.values()), markevery=every, **_look(number))
+        axes.xaxis.set_major_formatter(_short)
         if is_share:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
         elif logarithmic and _spans_much([value for _, series in curves for value in series.values()]):
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+            axes.yaxis.set_major_formatter(_short)
             axes.yaxis.set_minor_formatter(NullFormatter())
-        return _svg(figure, name)
+        return _svg(axes.figure, name)
 
 
 def scatter(name: str, points: Sequence[Point], x_label: str, y_label: str) -> str:
     """One marker per run; x is logarithmic where the largest is more than 20 times the smallest."""
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes(x_label, y_label)
+        axes = _axes(x_label, y_label)
         for point in points:
             axes.plot([point.x], [point.y], markersize=10, markeredgewidth=1.5, **_look(point.number))
         places = [point.x for point in points]
@@ -110,26 +106,26 @@ def scatter(name: str, points: Sequence[Point], x_label: str, y_label: str) -> s
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_xlim(left=0.0, right=1.15 * max(places))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axes.xaxis.set_major_formatter(_short)
         axes.margins(y=0.25)
-        return _svg(figure, name)
+        return _svg(axes.figure, name)
 
 
 def histogram(name: str, codes: Histogram) -> str:
     """Share of the entries with each code, teacher and student; logarithmic, because most are 0."""
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes("code", "share of the entries")
+        axes = _axes("code", "share of the entries")
         places = range(len(codes.codes))
         axes.bar(places, _shares(codes.teacher), width=0.9, color=_TEACHER, alpha=0.45, label="teacher")
         edges = [place - 0.5 for place in range(len(codes.codes) + 1)]
         axes.stairs(_shares(codes.student), edges, color=_STUDENT, linewidth=2.2, label="student", baseline=None)
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         axes.yaxis.set_minor_formatter(NullFormatter())
         every = max(1, math.ceil(len(codes.codes) / 8))
         axes.set_xticks(range(0, len(codes.codes), every), [f"{code:g}" for code in codes.codes[::every]])
         axes.legend()
-        return _svg(figure, name)
+        return _svg(axes.figure, name)
 
 
 def _shares(counts: Sequence[float]) -> List[float]:
@@ -137,12 +133,10 @@ def _shares(counts: Sequence[float]) -> List[float]:
     return [count / total if total and count else math.nan for count in counts]
 
 
-def _axes(x_label: str, y_label: str) -> Tuple[Figure, Axes]:
-    figure = Figure(figsize=_INCHES, layout="constrained")
-    axes = figure.subplots()
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    return figure, axes
+def _axes(x_label: str, y_label: str) -> Axes:
+    axes = Figure(figsize=_INCHES, layout="constrained").subplots()
+    axes.set(xlabel=x_label, ylabel=y_label)
+    return axes
 
 
 def _look(number: int) -> dict:
@@ -158,9 +152,9 @@ def _spans_much(values: Sequence[float]) -> bool:
     return 0.0 < 20.0 * min(values) < max(values)
 
 
-def _short(value: float) -> str:
-    """1500000 -> "1.5 M"."""
-    for least, size, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+def _short(value: float, position: object) -> str:
+    """As matplotlib calls a formatter: 1500000 -> "1.5 M"."""
+    for least, size, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):  # "1,500" is as short as "1.5 k"
         if abs(value) >= least:
             return f"{value / size:g} {unit}"
     return f"{value:,g}"

@@ -68,34 +68,28 @@ def load_samples(dataset: str, count: int) -> Tuple[List[Sample], int]:
         KeyError, OSError, ValueError: the data set is not registered, or its files are not there.
     """
     dicts = load_dataset(dataset)
-    metadata = MetadataCatalog.get(dataset)
     samples = []
     for each in dicts[:count]:
         truth = []
         for annotation in each.get("annotations", []):
             if not annotation.get("iscrowd", 0):
                 box = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
-                truth.append(_box(box, annotation["category_id"], metadata))
-        image = read_bgr_image(each["file_name"])
-        samples.append(Sample(each["image_id"], each["file_name"], image, truth))
+                truth.append(_box(box, annotation["category_id"], dataset))
+        samples.append(Sample(each["image_id"], each["file_name"], read_bgr_image(each["file_name"]), truth))
     return samples, len(dicts)
 
 
 def read_detections(path: str, dataset: str, samples: Sequence[Sample], threshold: float) -> List[List[Box]]:
     """
-    Detections of an evaluation, from ``coco_instances_results.json``.
+    Detections of an evaluation, from ``coco_instances_results.json``: for every sample, by falling score.
 
     Args:
         threshold: least score.
 
-    Returns:
-        For every sample, its detections by falling score.
-
     Raises:
         OSError, ValueError: the file cannot be read, or is of another make; names it.
     """
-    metadata = MetadataCatalog.get(dataset)
-    contiguous: Dict[int, int] = metadata.get("thing_dataset_id_to_contiguous_id", None) or {}
+    classes: Dict[int, int] = MetadataCatalog.get(dataset).get("thing_dataset_id_to_contiguous_id", None) or {}
     found: Dict[Any, List[Box]] = {sample.image_id: [] for sample in samples}
     content = read_json(path)
     if not isinstance(content, list):
@@ -105,18 +99,17 @@ def read_detections(path: str, dataset: str, samples: Sequence[Sample], threshol
             raise ValueError(f"{path!r}: entry {number} is no detection with image_id, category_id, bbox and score")
         if each["image_id"] in found and each["score"] >= threshold:
             x0, y0, width, height = each["bbox"]
-            category = contiguous.get(each["category_id"], each["category_id"])
+            category = classes.get(each["category_id"], each["category_id"])
             corners = (x0, y0, x0 + width, y0 + height)
-            found[each["image_id"]].append(_box(corners, category, metadata, each["score"]))
+            found[each["image_id"]].append(_box(corners, category, dataset, each["score"]))
     return [_by_score(found[sample.image_id]) for sample in samples]
 
 
 def predicted_boxes(instances: Instances, dataset: str, threshold: float) -> List[Box]:
     """The same of a predictor's output for one image."""
-    metadata = MetadataCatalog.get(dataset)
     corners, categories = instances.pred_boxes.tensor.tolist(), instances.pred_classes.tolist()
-    boxes = [_box(*each[:2], metadata, each[2]) for each in zip(corners, categories, instances.scores.tolist())]
-    return _by_score([box for box in boxes if box.score >= threshold])
+    scored = zip(corners, categories, instances.scores.tolist())
+    return _by_score([_box(*box, dataset, score) for *box, score in scored if score >= threshold])
 
 
 def match(truth: Sequence[Box], found: Sequence[Box]) -> Tuple[List[bool], List[bool]]:
@@ -158,7 +151,7 @@ def _by_score(boxes: List[Box]) -> List[Box]:
     return sorted(boxes, key=lambda box: -box.score)
 
 
-def _box(corners: Sequence[float], category: int, metadata, score: Optional[float] = None) -> Box:
-    names = metadata.get("thing_classes", None) or []
+def _box(corners: Sequence[float], category: int, dataset: str, score: Optional[float] = None) -> Box:
+    names = MetadataCatalog.get(dataset).get("thing_classes", None) or []
     label = str(names[category]) if 0 <= category < len(names) else str(category)
-    return Box(tuple(float(each) for each in corners), int(category), label, None if score is None else float(score))
+    return Box(tuple(map(float, corners)), int(category), label, None if score is None else float(score))
