@@ -87,15 +87,13 @@ def test_a_view_of_freed_memory_is_not_written(tmp_path):
 @pytest.mark.parametrize(
     "program, reason",
     [
-        (ARRAY + state_of(b"efgh") + b"b", "a second state for a Array"),
-        (DTYPE + b"(K\x03" + text("<") + b"tb" + b"(K\x03" + text(">") + b"tb", "a second state for a Dtype"),
+        (ARRAY + state_of(b"efgh") + b"b", "a second state for an array"),
         (ARRAY + integer(0) + integer(65) + b"s", "an item for a Array"),
         (ARRAY + b"(" + integer(0) + integer(65) + b"u", "an item for a Array"),
         (ARRAY + integer(65) + b"a", "an item for a Array"),
         (ARRAY + b"(" + integer(65) + b"e", "an item for a Array"),
         (BLANK, "an array without a state"),
         (b"}" + b"}" + b"b", "a state for a dict"),
-        (name("collections", "OrderedDict") + b")R" + b"}b" + b"}b", "a second state for an OrderedDict"),
         (b"(" + text("x") + b"l" + integer(0) + integer(1) + b"s", "an item for a list"),
     ],
 )
@@ -124,23 +122,22 @@ LARGE = struct.pack("<Q", 2**40)
 @pytest.mark.parametrize(
     "program, reason",
     [
-        (b"\x96" + LARGE + b"abc", "ValueError"),  # a bytearray
-        (b"\x8e" + LARGE + b"abc", "ValueError"),  # bytes
-        (b"\x8d" + LARGE + b"abc", "ValueError"),  # text
-        (b"\x8b\xff\xff\xff\x7f", "ValueError"),  # an integer
-        (name("builtins", "bytearray") + integer(2**31 - 1) + b"\x85R", "UnpicklingError|TypeError|AttributeError"),
+        (b"\x96" + LARGE + b"abc", "EOFError"),  # a bytearray
+        (b"\x8e" + LARGE + b"abc", "EOFError"),  # bytes
+        (b"\x8d" + LARGE + b"abc", "EOFError"),  # text
+        (b"\x8b\xff\xff\xff\x7f", "EOFError"),  # an integer
+        (name("builtins", "bytearray") + integer(2**31 - 1) + b"\x85R", "where bytes are needed"),
         (BLANK + b"(" + integer(1) + b"(" + integer(2**31 - 1) * 3 + b"t" + DTYPE + b"\x89C\x01atb", "an array of "),
         (b"(" * 200 + b"N" + b"t" * 200, "more than 100 levels"),
         (b"]q\x00h\x00a", "a container that holds itself"),
         (b"}(" + nested_key(60) + b"Nu", "a tuple as a key"),
         (name("builtins", "set") + b"(" + nested_key(60) + b"l\x85R", "a tuple as a key"),
         (repeated_lists(9), "containers of more items than"),
-        (b"(" + text("a" * 2000) + b"q\x000" + ENCODE * 50 + b"l", "values of more than"),
+        (b"(" + text("a" * 30_000) + b"q\x000" + ENCODE * 50 + b"l", "values of more than"),
     ],
 )
 def test_a_few_bytes_cannot_ask_for_much(tmp_path, program, reason):
-    message = refusal(tmp_path, in_model(program))
-    assert any(each in message for each in reason.split("|")), message
+    assert reason in refusal(tmp_path, in_model(program))
 
 
 def test_a_large_memo_index_takes_no_memory(tmp_path):
@@ -211,7 +208,7 @@ def test_records_that_overlap(tmp_path):
         (b"K\x01\x85q", b"K\x02\x85q", "reaches beyond the 4 values"),  # stride
         (b"QK\x00K\x04", b"QK\x01K\x04", "reaches beyond the 4 values"),  # offset
         (b"K\x04\x85q", b"J\xff\xff\xff\xff\x85q", "sizes that are no numbers of 0 or more"),
-        (b"FloatStorage", b"DoubleStorage", "a storage of 4 values in 16 bytes"),
+        (b"FloatStorage", b"DoubleStorage", "a storage of 32 bytes in 16 bytes"),
         (b"_rebuild_tensor_v2", b"_rebuild_sparse_tensor", "holds torch._utils._rebuild_sparse_tensor"),
         (b"torch._utils\n_rebuild_tensor_v2", b"torch\nFloatTensor", "holds torch.FloatTensor"),
     ],

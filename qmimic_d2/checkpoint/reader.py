@@ -6,8 +6,6 @@ and the layouts of state dicts.
 """
 
 import os
-import pickle
-import re
 from collections import OrderedDict
 from contextlib import suppress
 from typing import Any, Dict, Mapping, Sequence
@@ -18,11 +16,11 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from qmimic_d2.checkpoint.files import read_content
+from qmimic_d2.checkpoint.plain_pickle import Refused, RefusedName
 
 __all__ = ["UnsafeCheckpointError", "read_checkpoint"]
 
 _MAX_LISTED = 20
-_REFUSED_NAME = re.compile(r"GLOBAL (.+) is not admitted")
 
 
 class UnsafeCheckpointError(ValueError):
@@ -91,18 +89,16 @@ def read_mapping(local: str, path: str, key: str) -> Mapping[str, Any]:
     """The dict in the file ``local``, as saved; ``path`` and ``key`` are for error messages."""
     try:
         content = read_content(local)
+    except RefusedName as error:
+        raise UnsafeCheckpointError(
+            f"{subject(key, path)} holds {error}, which is no tensor, array of numbers or plain container: it was not "
+            "read, since that could run code. Save model.state_dict() alone."
+        ) from error
     except Exception as error:  # damaged bytes can make a reader raise anything
-        is_ours = isinstance(error, pickle.UnpicklingError)
-        refused = _REFUSED_NAME.search(str(error)) if is_ours else None
-        if refused:
-            raise UnsafeCheckpointError(
-                f"{subject(key, path)} holds {refused.group(1)}, which is no tensor, array of numbers or "
-                "plain container: it was not read, since that could run code. Save model.state_dict() alone."
-            ) from error
+        reason = f"it has {error}" if isinstance(error, Refused) else type(error).__name__
         raise ValueError(
-            f"{subject(key, path)} is unreadable or cut short ({os.path.getsize(local)} bytes in {local!r}; "
-            f"{f'it has {error}' if is_ours else type(error).__name__}). Get a complete copy, or give another "
-            "checkpoint."
+            f"{subject(key, path)} is unreadable or cut short ({os.path.getsize(local)} bytes in {local!r}; {reason}). "
+            "Get a complete copy, or give another checkpoint."
         ) from error
     if not isinstance(content, Mapping):
         raise ValueError(
@@ -122,7 +118,7 @@ def flat_state(entries: Any, path: str, key: str) -> Dict[str, Tensor]:
     for name, value in entries.items():
         if isinstance(value, (np.ndarray, np.generic)):
             with suppress(TypeError):  # torch has not every dtype of numpy; listed below
-                value = torch.from_numpy(np.asarray(value))
+                value = torch.from_numpy(np.asarray(value, dtype=value.dtype.newbyteorder("=")))
         if not isinstance(name, str) or not isinstance(value, Tensor):
             others.append(f"{name}: {type(value).__name__}")
             continue
