@@ -22,6 +22,7 @@ from qmimic_d2.engine import (
     load_config,
     load_evaluated_weights,
     num_processes,
+    one_teacher,
     set_up_process,
 )
 
@@ -43,15 +44,16 @@ def main(args, cfg):
 
 if __name__ == "__main__":
     args = argument_parser().parse_args()
-    try:
-        cfg = load_config(
-            args.config_file,
-            args.opts,
-            eval_only=args.eval_only,
-            resume=args.resume,
-            device="cpu" if args.num_processes else "",
-        )
-        check_run(cfg, num_processes(args), eval_only=args.eval_only, resume=args.resume)
-    except (KeyError, ValueError, OSError) as error:
-        sys.exit(describe_error(error))
-    launch_processes(main, args, (args, cfg))
+    with one_teacher():
+        try:
+            cfg = load_config(
+                args.config_file,
+                args.opts,
+                eval_only=args.eval_only,
+                resume=args.resume,
+                device="cpu" if args.num_processes else "",
+            )
+            check_run(cfg, num_processes(args), eval_only=args.eval_only, resume=args.resume)
+        except (KeyError, ValueError, OSError) as error:
+            sys.exit(describe_error(error))
+        launch_processes(main, args, (args, cfg))

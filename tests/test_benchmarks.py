@@ -219,3 +219,24 @@ def test_last_results_are_in_the_readme(step_cost):
     assert "python benchmarks/step_cost.py" in text
     for label in [*step_cost.LABELS.values(), "c / (a + b)", "fake_quantize", "products / kernel"]:
         assert label in text
+
+
+def loaded(name):
+    path = list(sys.path)
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    return module
+
+
+def test_summary_of_start_ups():
+    rows = loaded("startup").summary({"stock": [(2.0, 3.0), (4.0, 5.0)], "this": [(3.0, 4.0), (4.0, 6.0)]})
+    assert rows[0] == {"name": "stock", "cpu": 3.0, "wall": 4.0, "ratio": 1.0}
+    assert rows[1] == {"name": "this", "cpu": 3.5, "wall": 5.0, "ratio": 1.25}
+
+
+def test_files_of_a_training_step():
+    files = loaded("step_files").files_of_a_step("Digits/student_vgg_1_16_qmimic.yaml")
+    assert {"modeling/backbone/vgg.py", "modeling/mimic/mimic.py", "modeling/mimic/teacher.py"} <= set(files)
+    assert len(files) <= 15

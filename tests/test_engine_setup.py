@@ -2,12 +2,14 @@
 
 import argparse
 import builtins
+import contextlib
 import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,14 +26,17 @@ from qmimic_d2.config_files import get_config_file
 from qmimic_d2.engine import (
     Trainer,
     argument_parser,
+    check_run,
     describe_error,
     launch_processes,
     load_config,
     num_processes,
+    one_teacher,
     set_up_process,
 )
 from qmimic_d2.engine.setup import _signals_passed_on
 from qmimic_d2.folder_lock import FolderInUseError, alone_in
+from qmimic_d2.modeling.mimic import teacher, teacher_config
 
 TEACHER = "MODEL.QMIMIC.TEACHER"
 LOGGERS = ("detectron2", "fvcore", "qmimic_d2")
@@ -300,6 +305,31 @@ def test_saved_config_repeats_the_run_from_another_folder(student, tmp_path, own
         again = load_config("config.yaml", ["OUTPUT_DIR", str(tmp_path / "again")])
         assert first_losses(again) == losses
         assert all("loss_mimic" in each for each in losses.values())
+
+
+def test_a_training_goes_on_with_the_rehearsals_teacher(student, tmp_path, own_logging, monkeypatch):
+    """One reading of its config, one build, one audit; and the losses are those of a teacher of its own."""
+    done = Counter()
+
+    def count(module, name):
+        stock = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: done.update([name]) or stock(*args, **kwargs))
+
+    count(teacher_config, "merge_config")
+    count(teacher_config, "build_backbone")
+    count(teacher, "read_checkpoint")
+    losses = []
+    with registered_data(tmp_path / "data", "tiny_setup"):
+        for block in (contextlib.nullcontext, one_teacher):
+            done.clear()
+            cfg = load_config(str(student), ["OUTPUT_DIR", str(tmp_path / block.__name__), "SEED", "7"])
+            with block():
+                check_run(cfg, 1)
+                set_up_process(cfg, arguments())
+                losses.append(first_losses(cfg))
+    assert done == {"merge_config": 1, "build_backbone": 1, "read_checkpoint": 1}
+    assert losses[0] == losses[1] and all("loss_mimic" in each for each in losses[0].values())
+    assert "were read and audited before the run" in (tmp_path / "one_teacher" / "log.txt").read_text()
 
 
 class TestLaunch:

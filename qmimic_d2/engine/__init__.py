@@ -12,6 +12,7 @@ from qmimic_d2.engine.setup import (
     set_up_process,
 )
 from qmimic_d2.engine.trainer import Trainer, build_checkpointer, build_evaluator, load_evaluated_weights
+from qmimic_d2.modeling.mimic.sharing import one_teacher
 
 __all__ = [
     "MimicEvaluator",
@@ -27,5 +28,6 @@ __all__ = [
     "load_config",
     "load_evaluated_weights",
     "num_processes",
+    "one_teacher",
     "set_up_process",
 ]

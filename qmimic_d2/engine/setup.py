@@ -27,6 +27,7 @@ from qmimic_d2.config_files import find_config_file
 from qmimic_d2.engine.resuming import damaged_config, saved_config
 from qmimic_d2.files import remove_leftovers
 from qmimic_d2.folder_lock import FolderInUseError, hold_folder
+from qmimic_d2.modeling.mimic.sharing import forget_teacher, one_teacher
 from qmimic_d2.modeling.mimic.teacher_config import load_teacher_config
 from qmimic_d2.modeling.trunk_adapter import is_in_trunk, trained_trunk_channels, trunk_channels
 from qmimic_d2.near_names import near_names
@@ -234,6 +235,8 @@ def launch_processes(
     if args.num_processes:
         # Detectron2's launcher takes NCCL wherever it sees a GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if per_machine * args.num_machines > 1:
+        forget_teacher()
     received: List[int] = []
     with _signals_passed_on(received) if per_machine * args.num_machines > 1 else contextlib.nullcontext():
         try:
@@ -265,7 +268,8 @@ def _main_of_process(main: Callable[..., object], main_args: Tuple[object, ...])
     if is_child:
         die_with_parent()
     try:
-        main(*main_args)
+        with one_teacher():
+            main(*main_args)
     except (DivergedError, FolderInUseError) as error:
         if not is_child:
             raise SystemExit(describe_error(error)) from error

@@ -28,7 +28,7 @@ from qmimic_d2.modeling.mimic.region_sources import (
 )
 from qmimic_d2.modeling.mimic.scale_warning import ScaleWarning
 from qmimic_d2.modeling.mimic.step_record import StepRecord
-from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, load_teacher_modules
+from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, build_teacher, load_teacher_modules
 from qmimic_d2.modeling.mimic.weight import BalancedWeight, MimicWeight, build_mimic_weight
 
 __all__ = ["Mimic", "MimicSettings", "check_detector"]
@@ -136,7 +136,7 @@ class Mimic(Attachment, RoIMimicLoss):
         initializes = cfg.MODEL.QMIMIC.MIMIC.INIT_HEADS_FROM_TEACHER
         return {
             **super().from_config(cfg, student_shapes, teacher_shapes),
-            "build_teacher": functools.partial(FrozenTeacher, cfg),
+            "build_teacher": functools.partial(build_teacher, cfg),
             "load_heads": functools.partial(load_teacher_modules, cfg) if initializes else None,
             "weight": build_mimic_weight(cfg),
             "settings": MimicSettings.from_config(cfg),

@@ -7,6 +7,7 @@ Shape letters:
     H, W: height and width, of an image in pixels or of a map in cells.
 """
 
+import logging
 import math
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -21,11 +22,21 @@ from torch import Tensor, nn
 from qmimic_d2.checkpoint.checkpointer import load_audited, read_checkpoint
 from qmimic_d2.modeling.family import head_features
 from qmimic_d2.modeling.image_counts import check_maps
-from qmimic_d2.modeling.mimic.teacher_config import TeacherConfig, TeacherConfigError, load_teacher_config
+from qmimic_d2.modeling.mimic.sharing import shared
+from qmimic_d2.modeling.mimic.teacher_config import TeacherConfig, load_teacher_config
 from qmimic_d2.modeling.quantizer import Quantizer, build_quantizer
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer, check_features
 
-__all__ = ["FrozenTeacher", "load_teacher_modules", "stack_maps", "teacher_feature_names", "teacher_shapes"]
+__all__ = [
+    "FrozenTeacher",
+    "build_teacher",
+    "load_teacher_modules",
+    "stack_maps",
+    "teacher_feature_names",
+    "teacher_shapes",
+]
+
+logger = logging.getLogger(__name__)
 
 _WEIGHTS_KEY = "MODEL.QMIMIC.TEACHER.WEIGHTS"
 
@@ -100,7 +111,7 @@ class FrozenTeacher:
         node = cfg.MODEL.QMIMIC
         weights, key = _weights_and_key(cfg, config)
         state = read_checkpoint(weights, key=key)
-        backbone = _build_backbone(config)
+        backbone = config.take_backbone()
         digest = load_audited(
             backbone,
             state,
@@ -248,6 +259,16 @@ class FrozenTeacher:
         ).tensor[0]
 
 
+def build_teacher(cfg: CfgNode) -> FrozenTeacher:
+    """``FrozenTeacher(cfg)``; in :func:`qmimic_d2.modeling.mimic.sharing.one_teacher` an earlier one, if it fits."""
+    is_new = []
+    settings = (cfg.MODEL.QMIMIC.dump(), cfg.INPUT.FORMAT, teacher_feature_names(cfg))
+    teacher = shared("teacher", settings, lambda: is_new.append(True) or FrozenTeacher(cfg))
+    if not is_new:
+        logger.info("The teacher's weights, digest %s, were read and audited before the run", teacher.digest)
+    return teacher
+
+
 def load_teacher_modules(cfg: CfgNode, modules: Dict[str, nn.Module]) -> None:
     """
     Fills modules of the student from the teacher's of the same names: each completely, or an error.
@@ -291,7 +312,7 @@ def teacher_shapes(cfg: CfgNode) -> Dict[str, ShapeSpec]:
     """
     scale = cfg.MODEL.QMIMIC.TEACHER.INPUT_SCALE
     _check_input_scale(scale)
-    shapes = _build_backbone(load_teacher_config(cfg)).output_shape()
+    shapes = load_teacher_config(cfg).shapes()
     names = teacher_feature_names(cfg)
     key = "MODEL.QMIMIC.MIMIC.TEACHER_IN_FEATURES"
     if not cfg.MODEL.QMIMIC.MIMIC.TEACHER_IN_FEATURES:
@@ -308,20 +329,6 @@ def _weights_and_key(cfg: CfgNode, config: TeacherConfig) -> Tuple[str, str]:
     if cfg.MODEL.QMIMIC.TEACHER.WEIGHTS:
         return cfg.MODEL.QMIMIC.TEACHER.WEIGHTS, _WEIGHTS_KEY
     return config.weights, f"{_WEIGHTS_KEY} is '' and MODEL.WEIGHTS of {config.path}"
-
-
-def _build_backbone(config: TeacherConfig) -> Backbone:
-    # The teacher's initial weights are overwritten; drawing them must not change the student's.
-    with torch.random.fork_rng(devices=[]):
-        try:
-            return config.build_backbone()
-        except Exception as error:
-            raise TeacherConfigError(
-                f"MODEL.QMIMIC.TEACHER.CONFIG_FILE is {config.path!r}, whose backbone cannot be built: "
-                f"{type(error).__name__}: {error}. Correct that config, or import the package that "
-                "registers its backbone before the model is built, or name the function that adds its keys in "
-                "MODEL.QMIMIC.TEACHER.ADD_CONFIG, which imports the package too"
-            ) from error
 
 
 def _build_proposal_generator(config: TeacherConfig, backbone: Backbone) -> nn.Module:

@@ -3,9 +3,10 @@
 import functools
 import importlib
 import logging
-from dataclasses import dataclass
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
+import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone, build_backbone, build_proposal_generator
@@ -15,6 +16,7 @@ from torch import nn
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.config_files import find_config_file
 from qmimic_d2.modeling.family import detector_name, family_of, has_quantizer_keys
+from qmimic_d2.modeling.mimic.sharing import shared
 from qmimic_d2.near_names import near_names
 from qmimic_d2.yaml.config import merge_config
 
@@ -22,6 +24,7 @@ __all__ = ["TeacherConfig", "TeacherConfigError", "load_teacher_config"]
 
 _KEY = "MODEL.QMIMIC.TEACHER.CONFIG_FILE"
 _ADD_KEY = "MODEL.QMIMIC.TEACHER.ADD_CONFIG"
+_CODE_KEYS = ("NAME", "STRIDE", "NUM_CODES", "SIGNED")
 
 
 class TeacherConfigError(ValueError):
@@ -42,6 +45,7 @@ class TeacherConfig:
         pixel_mean, pixel_std: of the teacher's own preprocessing, in units of the pixel values.
         input_format: channel order, for example "BGR".
         dump: the whole config as YAML, OPTS applied; "" for a LazyConfig, whose Python is its only form.
+        codes: keys of ``MODEL.QMIMIC.QUANTIZER`` that a quantized teacher was trained with, and their values.
     """
 
     path: str
@@ -52,6 +56,41 @@ class TeacherConfig:
     pixel_std: Tuple[float, ...]
     input_format: str
     dump: str = ""
+    codes: Dict[str, Any] = field(default_factory=dict)
+    _backbone: Optional[Backbone] = None
+    _shapes: Optional[Dict[str, ShapeSpec]] = None
+
+    def shapes(self) -> Dict[str, ShapeSpec]:
+        """
+        Of the backbone's maps, by name.
+
+        Raises:
+            TeacherConfigError: the backbone cannot be built.
+        """
+        if self._shapes is None:
+            self._backbone = self.take_backbone()
+            self._shapes = self._backbone.output_shape()
+        return dict(self._shapes)
+
+    def take_backbone(self) -> Backbone:
+        """
+        A backbone with random weights, which belongs to the caller. No random number is drawn from the student's.
+
+        Raises:
+            TeacherConfigError: it cannot be built.
+        """
+        backbone, self._backbone = self._backbone, None
+        if backbone is not None:
+            return backbone
+        with torch.random.fork_rng(devices=[]):
+            try:
+                return self.build_backbone()
+            except Exception as error:
+                raise TeacherConfigError(
+                    f"{_KEY} is {self.path!r}, whose backbone cannot be built: {type(error).__name__}: {error}. "
+                    "Correct that config, or import the package that registers its backbone before the model is built, "
+                    f"or name the function that adds its keys in {_ADD_KEY}, which imports the package too"
+                ) from error
 
 
 def load_teacher_config(cfg: CfgNode) -> TeacherConfig:
@@ -67,6 +106,12 @@ def load_teacher_config(cfg: CfgNode) -> TeacherConfig:
         TeacherConfigError: it cannot be read, an entry of TEACHER.OPTS does not fit it, or TEACHER.ADD_CONFIG names
             no function that adds keys.
     """
+    config = shared("config", (cfg.MODEL.QMIMIC.TEACHER.dump(), cfg.MODEL.DEVICE), lambda: _read(cfg))
+    _warn_of_other_codes(config, cfg)
+    return config
+
+
+def _read(cfg: CfgNode) -> TeacherConfig:
     node = cfg.MODEL.QMIMIC.TEACHER
     path = find_config_file(node.CONFIG_FILE, _KEY)
     is_lazy = path.endswith(".py")
@@ -126,9 +171,9 @@ def _read_yaml(path: str, student_cfg: CfgNode, add_keys: Optional[Callable[[Cfg
     before = teacher.clone()
     _check_new_keys(merge_config(teacher, path, allow_new=True), before)
     teacher.merge_from_list(list(student_cfg.MODEL.QMIMIC.TEACHER.OPTS))
-    _warn_of_other_codes(path, teacher, student_cfg)
     teacher.MODEL.DEVICE = student_cfg.MODEL.DEVICE
     teacher.freeze()
+    is_quantized = has_quantizer_keys(teacher.MODEL.META_ARCHITECTURE)
     return TeacherConfig(
         path=path,
         build_backbone=lambda: build_backbone(teacher),
@@ -138,6 +183,7 @@ def _read_yaml(path: str, student_cfg: CfgNode, add_keys: Optional[Callable[[Cfg
         pixel_std=tuple(teacher.MODEL.PIXEL_STD),
         input_format=teacher.INPUT.FORMAT,
         dump=teacher.dump(),
+        codes={name: teacher.MODEL.QMIMIC.QUANTIZER[name] for name in _CODE_KEYS if is_quantized},
     )
 
 
@@ -179,18 +225,15 @@ def _check_new_keys(added: Sequence[str], before: CfgNode) -> None:
         raise KeyError(f"keys that nothing reads, and that are spelt almost as known ones (key, known one): {likely}")
 
 
-def _warn_of_other_codes(path: str, teacher: CfgNode, student: CfgNode) -> None:
+def _warn_of_other_codes(config: TeacherConfig, student: CfgNode) -> None:
     """The student's node decides on codes; a teacher that was trained with others should be known."""
-    if not has_quantizer_keys(teacher.MODEL.META_ARCHITECTURE):
-        return
-    theirs, ours = teacher.MODEL.QMIMIC.QUANTIZER, student.MODEL.QMIMIC.QUANTIZER
-    names = ("NAME", "STRIDE", "NUM_CODES", "SIGNED")
-    differing = {name: (theirs[name], ours[name]) for name in names if theirs[name] != ours[name]}
+    ours = student.MODEL.QMIMIC.QUANTIZER
+    differing = {name: (theirs, ours[name]) for name, theirs in config.codes.items() if theirs != ours[name]}
     if differing:
-        # once: a config is read for its shapes, for its copy in OUTPUT_DIR and for the teacher itself
+        # once: its shapes, its copy in OUTPUT_DIR and the teacher itself are asked for
         log_first_n(
             logging.WARNING,
-            f"MODEL.QMIMIC.QUANTIZER of the teacher's config {path} differs from the student's, which is "
+            f"MODEL.QMIMIC.QUANTIZER of the teacher's config {config.path} differs from the student's, which is "
             f"in force (teacher's value, student's value): {differing}",
             name=__name__,
             key="message",

@@ -1,0 +1,41 @@
+"""One teacher for all students of a run: the rehearsal's is the training's."""
+
+import contextlib
+from typing import Any, Callable, Dict, Hashable, Iterator, Optional, Tuple
+
+__all__ = ["forget_teacher", "one_teacher", "shared"]
+
+# What is shared, by its kind: the settings that it was made from, and itself. None outside of one_teacher().
+_shared: Optional[Dict[str, Tuple[Hashable, Any]]] = None
+
+
+@contextlib.contextmanager
+def one_teacher() -> Iterator[None]:
+    """
+    In the block, students with the same settings share their teacher, which never changes.
+
+    Its config is read once, its backbone is built once, and its weights are audited once. Blocks may be nested.
+    """
+    global _shared
+    before = _shared
+    _shared = {} if before is None else before
+    try:
+        yield
+    finally:
+        _shared = before
+
+
+def forget_teacher() -> None:
+    """Frees what is shared, for a process that trains nothing itself."""
+    if _shared:
+        _shared.clear()
+
+
+def shared(kind: str, settings: Hashable, make: Callable[[], Any]) -> Any:
+    """What ``make`` returns, or in :func:`one_teacher` what it returned last for this kind and these settings."""
+    if _shared is None:
+        return make()
+    if kind not in _shared or _shared[kind][0] != settings:
+        _shared.pop(kind, None)
+        _shared[kind] = (settings, make())
+    return _shared[kind][1]
