@@ -11,7 +11,7 @@ from tiny_coco import registered_coco
 
 from qmimic_d2.report import Run, collect_run, collect_runs
 from qmimic_d2.report.facts import describe_backbone, describe_run, split_common
-from qmimic_d2.report.held_out import parse_held_out
+from qmimic_d2.report.held_out import read_held_out
 from qmimic_d2.report.metrics import last_mean, read_metrics, thinned
 
 
@@ -103,15 +103,20 @@ def test_last_mean_and_thinned():
 # ---------------------------------------------------------------------------------------- mimic.json
 
 
-def test_held_out():
-    held_out = parse_held_out(HELD_OUT)
+def held_out_of(tmp_path, content):
+    (tmp_path / "mimic.json").write_text(json.dumps(content))
+    return read_held_out(str(tmp_path / "mimic.json"))
+
+
+def test_held_out(tmp_path):
+    held_out = held_out_of(tmp_path, HELD_OUT)
     assert (held_out.num_images, held_out.num_rois, held_out.iteration) == (4, 48, 40)
     assert held_out.figures["conv5"]["cosine"] == 0.875 and "code_histogram" not in held_out.figures["conv5"]
     assert held_out.histograms["conv5"].teacher == [40, 40, 20]
 
 
-def test_held_out_without_histogram_or_with_null():
-    held_out = parse_held_out({"levels": {"p3": {"match_ratio": 0.5, "cosine": None}}})
+def test_held_out_without_histogram_or_with_null(tmp_path):
+    held_out = held_out_of(tmp_path, {"levels": {"p3": {"match_ratio": 0.5, "cosine": None}}})
     assert held_out.figures == {"p3": {"match_ratio": 0.5}} and held_out.histograms == {}
     assert held_out.num_images == 0 and held_out.quantizer == ""
 
@@ -126,9 +131,9 @@ def test_held_out_without_histogram_or_with_null():
         ({"levels": {"p3": {"code_histogram": {"codes": [0], "student": [1, 2], "teacher": [1]}}}}, "[1, 2, 1]"),
     ],
 )
-def test_held_out_of_another_make(content, message):
+def test_held_out_of_another_make(tmp_path, content, message):
     with pytest.raises(ValueError) as raised:
-        parse_held_out(content)
+        held_out_of(tmp_path, content)
     assert message in str(raised.value)
 
 
@@ -207,11 +212,11 @@ def test_an_evaluation_alone(tmp_path, complete):
         ("config.yaml", "MODEL: {NO_SUCH_KEY: 1}", "this version cannot use config.yaml (KeyError"),
         ("teacher_config.yaml", "[]", "no architecture of the teacher: teacher_config.yaml cannot be read"),
         ("metrics.json", "{}\n", "lines of metrics.json that cannot be read: 1"),
-        ("evaluation.json", '{"results"', "nothing of evaluation.json: it cannot be read (JSONDecodeError)"),
+        ("evaluation.json", '{"results"', "no last evaluation: evaluation.json cannot be read (JSONDecodeError"),
         ("evaluation.json", '{"results": {"bbox": []}}', "no AP"),
         ("evaluation.json", "[]", "no AP"),
-        ("mimic.json", "{", "nothing of mimic.json: it cannot be read"),
-        ("mimic.json", "{}", "no held-out measurement: mimic.json cannot be used (it has no object 'levels')"),
+        ("mimic.json", "{", "no held-out measurement: mimic.json cannot be read (JSONDecodeError"),
+        ("mimic.json", "{}", "mimic.json cannot be read (ValueError: it has no object 'levels')"),
         ("last_checkpoint", "gone.pth", None),
     ],
 )

@@ -2,40 +2,27 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, TypeVar
 
 import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from qmimic_d2.engine import describe_error
-from qmimic_d2.modeling.family import QUANT_MIMIC, head_section, imitates
-from qmimic_d2.report.held_out import HeldOut, parse_held_out
+from qmimic_d2.files import read_json
+from qmimic_d2.modeling.family import detector_name, head_section, imitates
+from qmimic_d2.report.held_out import HeldOut, finite_figures, read_held_out
 from qmimic_d2.report.metrics import Metrics, read_metrics
-from qmimic_d2.report.numbers import is_number
-from qmimic_d2.report.run_config import (
-    model_config,
-    on_cpu,
-    read_run_config,
-    read_teacher_config,
-    setting,
-    texts,
-)
-from qmimic_d2.run_folder import (
-    CONFIG,
-    DETECTIONS,
-    EVALUATION,
-    FINAL_CHECKPOINT,
-    METRICS,
-    MIMIC,
-    TAG,
-    is_run,
-    last_checkpoint,
-    read_evaluation,
-    read_mimic,
-)
+from qmimic_d2.report.run_config import model_config, on_cpu, read_run_config
 
 __all__ = ["Run", "collect_run", "collect_runs"]
+
+# A folder with none of these is no run.
+_SIGNS = ("config.yaml", "metrics.json", "evaluation.json")
+
+_LONGEST_NAME = 4096
+
+Content = TypeVar("Content")
 
 
 @dataclass
@@ -69,40 +56,44 @@ class Run:
 
     def setting(self, key: str) -> Any:
         """The config's value of a key such as "SOLVER.MAX_ITER"; None where it has none."""
-        return setting(self.config, key)
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
 
-    @property
-    def meta_architecture(self) -> str:
-        """The registered name of its class, or ""."""
-        name = self.setting("MODEL.META_ARCHITECTURE")
-        return name if isinstance(name, str) else ""
+    def _names(self, key: str) -> List[str]:
+        value = self.setting(key)
+        return [each for each in value if isinstance(each, str)] if isinstance(value, (list, tuple)) else []
 
     @property
     def has_teacher(self) -> bool:
-        """Whether it was trained beside one. A class that is not registered here may be anything."""
-        name = self.meta_architecture
-        may_have_one = imitates(name) or name not in META_ARCH_REGISTRY
+        """Whether it was trained with one. A class that is not registered here may be anything."""
+        name = self.setting("MODEL.META_ARCHITECTURE")
+        may_have_one = isinstance(name, str) and (imitates(name) or name not in META_ARCH_REGISTRY)
         return may_have_one and bool(self.setting("MODEL.QMIMIC.TEACHER.CONFIG_FILE"))
 
     @property
     def levels(self) -> List[str]:
         """The student's maps that are compared with the teacher's."""
-        inner = self.setting("MODEL.QMIMIC.META_ARCHITECTURE")
-        name = inner if self.meta_architecture == QUANT_MIMIC and isinstance(inner, str) else self.meta_architecture
-        keys = ("QMIMIC.MIMIC.IN_FEATURES", f"{head_section(name)}.IN_FEATURES")
-        return next(filter(None, (texts(self.setting(f"MODEL.{key}")) for key in keys)), [])
+        return self._names("MODEL.QMIMIC.MIMIC.IN_FEATURES") or self._names(f"MODEL.{self._heads}.IN_FEATURES")
+
+    @property
+    def _heads(self) -> str:
+        try:
+            return head_section(detector_name(self.config["MODEL"]))
+        except (LookupError, TypeError):  # it lacks the keys, or their kinds
+            return head_section("")
 
     @property
     def dataset(self) -> str:
         """The first test set, or ""."""
-        return next(iter(texts(self.setting("DATASETS.TEST"))), "")
+        return next(iter(self._names("DATASETS.TEST")), "")
 
     @property
     def detections(self) -> str:
         """The evaluation's detections, a path; "" where there are none, or where several test sets share the file."""
-        path = os.path.join(self.folder, DETECTIONS)
-        is_its_own = len(texts(self.setting("DATASETS.TEST"))) == 1
-        return path if is_its_own and os.path.isfile(path) else ""
+        path = os.path.join(self.folder, "inference", "coco_instances_results.json")
+        return path if len(self._names("DATASETS.TEST")) == 1 and os.path.isfile(path) else ""
 
     @property
     def ap_series(self) -> Dict[int, float]:
@@ -153,11 +144,12 @@ def _name_and_folder(argument: str) -> Tuple[str, str]:
 
 def _short_names(paths: Sequence[str]) -> List[str]:
     parts = [path.strip(os.sep).split(os.sep) for path in paths]
-    for depth in range(1, max(map(len, parts), default=0) + 1):
+    names: List[str] = []
+    depth = 0
+    while len(set(names)) < len(parts) and depth <= max(map(len, parts)):
+        depth += 1
         names = ["/".join(each[-depth:]) for each in parts]
-        if len(set(names)) == len(names):
-            break
-    return names if paths else []
+    return names
 
 
 def collect_run(folder: str, *, name: str = "", cfg: Optional[CfgNode] = None, weights: str = "") -> Run:
@@ -177,67 +169,60 @@ def collect_run(folder: str, *, name: str = "", cfg: Optional[CfgNode] = None, w
     """
     _check_folder(folder)
     run = Run(name=name or os.path.basename(os.path.realpath(folder)), folder=folder)
-    run.weights = last_checkpoint(folder) or weights
+    run.weights = _checkpoint(folder) or weights
     _read_configs(run, cfg)
-    _read_metrics(run)
-    _read_figures(run)
+    run.metrics = _read(run, "metrics.json", read_metrics, "no curves") or run.metrics
+    if run.metrics.num_unreadable:
+        run.notes.append(f"some figures: lines of metrics.json that cannot be read: {run.metrics.num_unreadable}")
+    run.figures = _figures(run)
+    if not run.figures:
+        run.notes.append("no AP: neither evaluation.json nor metrics.json has one")
     if not run.weights:
-        run.notes.append(f"no checkpoint: neither {FINAL_CHECKPOINT} nor the file that {TAG} names is there")
+        run.notes.append("no checkpoint: neither model_final.pth nor the file that last_checkpoint names is there")
     if run.has_teacher:
-        _read_held_out(run)
+        run.held_out = _read(run, "mimic.json", read_held_out, "no held-out measurement")
         for what, key in (("match ratio", "match_ratio"), ("gradient share", "grad_share_map")):
             if run.metrics.series and not run.metrics.of(f"qmimic/{key}", run.levels):
-                run.notes.append(f"no {what} over time: {METRICS} has no qmimic/{key}")
+                run.notes.append(f"no {what} over time: metrics.json has no qmimic/{key}")
     return run
 
 
 def _check_folder(folder: str) -> None:
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"there is no folder {folder!r}; give output folders of train_net.py")
-    if is_run(folder):
-        return
-    below = [each for each in sorted(os.listdir(folder)) if is_run(os.path.join(folder, each))]
-    hint = f" The folders in it that do: {', '.join(below)}" if below else ""
-    raise ValueError(
-        f"{folder!r} is no output folder of train_net.py: it holds none of {CONFIG}, {METRICS}, {EVALUATION}.{hint}"
-    )
-
-
-def _read_configs(run: Run, given: Optional[CfgNode]) -> None:
-    left_out = "no architecture, parameters, FLOPs, latency and pictures"
-    if not _is_there(run, CONFIG):
-        if given is None:
-            absence = _absence(run, CONFIG)
-            run.notes.append(f"{left_out}: {CONFIG} is {absence} (an evaluation alone writes none)")
-        else:
-            run.config = yaml.safe_load(given.dump())
-            run.cfg = on_cpu(given, run.weights)
-        return
-    try:
-        run.config = read_run_config(run.folder)
-    except (OSError, ValueError) as error:
-        run.notes.append(f"{left_out}: {CONFIG} cannot be read ({_reason(error)})")
-        return
-    try:
-        run.cfg = model_config(run.config, run.weights)
-    except Exception as error:  # whatever a config of another version leads to
-        run.notes.append(
-            f"no parameters, FLOPs, latency and pictures: this version cannot use {CONFIG} ({_reason(error)})"
+    if not _is_run(folder):
+        below = [each for each in sorted(os.listdir(folder)) if _is_run(os.path.join(folder, each))]
+        hint = f" The folders in it that do: {', '.join(below)}" if below else ""
+        raise ValueError(
+            f"{folder!r} is no output folder of train_net.py: it holds none of {', '.join(_SIGNS)}.{hint}"
         )
-    teacher = run.setting("MODEL.QMIMIC.TEACHER.CONFIG_FILE")
-    if isinstance(teacher, str) and teacher.endswith((".yaml", ".yml")):
-        try:
-            run.teacher_config = read_teacher_config(run.folder, teacher)
-        except (OSError, ValueError) as error:
-            run.notes.append(f"no architecture of the teacher: {teacher} cannot be read ({type(error).__name__})")
 
 
-def _is_there(run: Run, name: str) -> bool:
-    return os.path.isfile(os.path.join(run.folder, name))
+def _is_run(folder: str) -> bool:
+    return any(os.path.isfile(os.path.join(folder, sign)) for sign in _SIGNS)
 
 
-def _absence(run: Run, name: str) -> str:
-    return "no ordinary file" if os.path.lexists(os.path.join(run.folder, name)) else "not there"
+def _read(
+    run: Run, name: str, read: Callable[[str], Content], loss: str, if_absent: Optional[str] = ""
+) -> Optional[Content]:
+    """
+    Reads a file of a run. Where it is missing or broken, ``loss`` and the reason are noted.
+
+    Args:
+        if_absent: is added to the note that the file is not there; None = no note.
+    """
+    path = os.path.join(run.folder, name)
+    if not os.path.lexists(path):
+        if if_absent is not None:
+            run.notes.append(f"{loss}: {name} is not there{if_absent}")
+        return None
+    try:
+        if not os.path.isfile(path):
+            raise FileNotFoundError("it is no ordinary file")
+        return read(path)
+    except (OSError, ValueError) as error:
+        run.notes.append(f"{loss}: {name} cannot be read ({_reason(error)})")
+        return None
 
 
 def _reason(error: Exception) -> str:
@@ -245,56 +230,47 @@ def _reason(error: Exception) -> str:
     return " ".join(describe_error(error.__cause__ if isinstance(error.__cause__, Exception) else error).split())
 
 
-def _read_metrics(run: Run) -> None:
-    if not _is_there(run, METRICS):
-        run.notes.append(f"no curves: {METRICS} is {_absence(run, METRICS)}")
+def _read_configs(run: Run, given: Optional[CfgNode]) -> None:
+    loss = "parameters, FLOPs, latency and pictures"
+    if given is not None and not os.path.lexists(os.path.join(run.folder, "config.yaml")):
+        run.config, run.cfg = yaml.safe_load(given.dump()), on_cpu(given, run.weights)
         return
-    try:
-        run.metrics = read_metrics(os.path.join(run.folder, METRICS))
-    except OSError as error:
-        run.notes.append(f"no curves: {METRICS} cannot be read ({describe_error(error)})")
-    if run.metrics.num_unreadable:
-        run.notes.append(f"some figures: lines of {METRICS} that cannot be read: {run.metrics.num_unreadable}")
+    writes_none = " (an evaluation alone writes none)"
+    run.config = _read(run, "config.yaml", read_run_config, f"no architecture, {loss}", writes_none) or {}
+    if run.config:
+        try:
+            run.cfg = model_config(run.config, run.weights)
+        except Exception as error:  # whatever a config of another version leads to
+            run.notes.append(f"no {loss}: this version cannot use config.yaml ({_reason(error)})")
+    teacher = run.setting("MODEL.QMIMIC.TEACHER.CONFIG_FILE")
+    if isinstance(teacher, str) and teacher.endswith((".yaml", ".yml")):
+        # a training copies it into the folder; no other place is looked at
+        name = os.path.basename(teacher)
+        run.teacher_config = _read(run, name, read_run_config, "no architecture of the teacher") or {}
 
 
-def _read_figures(run: Run) -> None:
-    results = _read(run, EVALUATION, read_evaluation)
-    if results is not None:
+def _figures(run: Run) -> Dict[str, float]:
+    content = _read(run, "evaluation.json", read_json, "no last evaluation", if_absent=None)
+    results = content.get("results") if isinstance(content, dict) else None
+    if isinstance(results, dict):
         # With several test sets Detectron2 groups the results by set.
-        of_set = results if "bbox" in results else results.get(run.dataset, {})
+        of_set = results if "bbox" in results else results.get(run.dataset)
         boxes = of_set.get("bbox") if isinstance(of_set, dict) else None
-        run.figures = _finite(boxes if isinstance(boxes, dict) else {})
-    if not run.figures:
-        for prefix in ("bbox/", f"{run.dataset}/bbox/"):
-            series = {name[len(prefix) :]: each for name, each in run.metrics.series.items() if name.startswith(prefix)}
-            run.figures = run.figures or {name: list(each.values())[-1] for name, each in series.items()}
-    if not run.figures:
-        run.notes.append(f"no AP: neither {EVALUATION} nor {METRICS} has one")
+        figures = finite_figures(boxes) if isinstance(boxes, dict) else {}
+        if figures:
+            return figures
+    for prefix in ("bbox/", f"{run.dataset}/bbox/"):
+        series = {name[len(prefix) :]: each for name, each in run.metrics.series.items() if name.startswith(prefix)}
+        if series:
+            return {name: list(each.values())[-1] for name, each in series.items()}
+    return {}
 
 
-def _finite(figures: Dict[str, Any]) -> Dict[str, float]:
-    return {str(name): float(value) for name, value in figures.items() if is_number(value)}
-
-
-def _read_held_out(run: Run) -> None:
-    content = _read(run, MIMIC, read_mimic)
-    if content is None:
-        if not os.path.lexists(os.path.join(run.folder, MIMIC)):
-            run.notes.append(f"no held-out measurement: {MIMIC} is not there")
-        return
-    try:
-        run.held_out = parse_held_out(content)
-    except (TypeError, ValueError) as error:
-        run.notes.append(f"no held-out measurement: {MIMIC} cannot be used ({error})")
-
-
-def _read(run: Run, name: str, read: Callable[[str], Any]) -> Any:
-    """None where it is not there, or no JSON, which is noted."""
-    if not os.path.lexists(os.path.join(run.folder, name)):
-        return None
-    try:
-        return read(run.folder)
-    except (OSError, ValueError) as error:
-        kind = type(error.__cause__ or error).__name__
-        run.notes.append(f"nothing of {name}: it cannot be read ({kind})")
-        return None
+def _checkpoint(folder: str) -> str:
+    names = ["model_final.pth"]
+    tag = os.path.join(folder, "last_checkpoint")
+    if os.path.isfile(tag):
+        with open(tag, encoding="utf-8", errors="replace") as file:
+            names.append(os.path.basename(file.read(_LONGEST_NAME).strip()))
+    paths = [os.path.join(folder, name) for name in names if name]
+    return next((path for path in paths if os.path.isfile(path)), "")

@@ -9,28 +9,24 @@ __all__ = ["describe_backbone", "describe_run", "split_common"]
 
 NONE = "none"
 UNKNOWN = "not known"
-# Of a run without a teacher, what the mimic's settings are.
+# What the mimic's settings are in a run without a teacher.
 NOT_APPLICABLE = ""
 
 
 def describe_run(run: Run) -> Dict[str, str]:
     """What a run's config says, by heading; "not known" throughout without a config."""
-    config = run.config
-    facts = {heading: _told(describe, config) for heading, describe in {**_DATA, **_DETECTOR}.items()}
-    facts["Teacher"] = _told(lambda config: _teacher(run), config)
-    facts.update({heading: _told(describe, config) for heading, describe in _QUANTIZER.items()})
-    for heading, describe in _MIMIC.items():
-        facts[heading] = _told(describe, config) if run.has_teacher else NOT_APPLICABLE
-    facts.update({heading: _told(describe, config) for heading, describe in _TRAINING.items()})
-    facts["Done"] = run.state
+    facts = {}
+    for heading, describe in _FACTS.items():
+        is_of_no_mimic = heading in _MIMIC and not run.has_teacher
+        facts[heading] = NOT_APPLICABLE if is_of_no_mimic else _known(describe, run)
     return facts
 
 
 def split_common(facts: Sequence[Dict[str, str]]) -> Tuple[Dict[str, str], List[str]]:
     """
     Returns:
-        What all runs to which it applies, and of which it is known, have in common, by heading, and the headings
-        under which they differ.
+        By heading, what all runs have in common of those to which it applies and of which it is known; and the
+        headings under which they differ.
     """
     common, differing = {}, []
     for heading in facts[0] if facts else ():
@@ -43,9 +39,9 @@ def split_common(facts: Sequence[Dict[str, str]]) -> Tuple[Dict[str, str], List[
     return common, differing
 
 
-def _told(describe: Callable[[Dict[str, Any]], str], config: Dict[str, Any]) -> str:
+def _known(describe: Callable[[Any], str], source: Any) -> str:
     try:
-        return describe(config)
+        return describe(source)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # it lacks the keys, or their kinds
         return UNKNOWN
 
@@ -66,17 +62,17 @@ def describe_backbone(config: Dict[str, Any]) -> str:
     return f"{text}, FPN" if "fpn" in name else text
 
 
-def _heads(config: Dict[str, Any]) -> str:
-    model = config["MODEL"]
+def _text(key: str, text: str) -> Callable[[Run], str]:
+    """A fact that is a text, filled in from the config's node ``key``."""
+    return lambda run: text.format_map(run.setting(key))
+
+
+def _heads(run: Run) -> str:
+    model = run.config["MODEL"]
     name = detector_name(model)
     node = model[head_section(name)]
     # a one-stage family has no choice of heads, so its node has no NAME
     return f"{node['NAME'] if 'NAME' in node else family_of(name).name} on {', '.join(node['IN_FEATURES'])}"
-
-
-def _input(config: Dict[str, Any]) -> str:
-    node = config["INPUT"]
-    return f"shorter side {node['MIN_SIZE_TEST']}, longer side at most {node['MAX_SIZE_TEST']} pixels"
 
 
 def _teacher(run: Run) -> str:
@@ -86,25 +82,23 @@ def _teacher(run: Run) -> str:
     enlarged = f", input enlarged by {scale:g}" if scale != 1.0 else ""
     own = run.teacher_config.get("MODEL", {}).get("WEIGHTS")
     weights = run.setting("MODEL.QMIMIC.TEACHER.WEIGHTS") or own or UNKNOWN
-    # The two last parts of the path tell which run it was; the rest belongs to the machine.
-    return f"{_told(describe_backbone, run.teacher_config)}{enlarged}, {'/'.join(str(weights).split('/')[-2:])}"
+    # The two last parts of the path say which run it was; the rest belongs to the machine.
+    return f"{_known(describe_backbone, run.teacher_config)}{enlarged}, {'/'.join(str(weights).split('/')[-2:])}"
 
 
-def _quantizer(config: Dict[str, Any]) -> str:
-    model = config["MODEL"]
-    node = model["QMIMIC"]["QUANTIZER"]
-    if not has_quantizer_keys(model["META_ARCHITECTURE"]) or not node["NAME"]:
+def _quantizer(run: Run) -> str:
+    node = run.config["MODEL"]["QMIMIC"]["QUANTIZER"]
+    if not has_quantizer_keys(run.config["MODEL"]["META_ARCHITECTURE"]) or not node["NAME"]:
         return NONE
     codes = f", {node['NUM_CODES']} codes" if node["NUM_CODES"] else ""
     return f"{node['NAME']}, s = {node['STRIDE']:g}{codes}{', signed' if node['SIGNED'] else ''}"
 
 
-def _quantized(config: Dict[str, Any]) -> str:
-    model = config["MODEL"]
-    node = model["QMIMIC"]["QUANTIZER"]
-    if _quantizer(config) == NONE:
+def _quantized(run: Run) -> str:
+    node = run.config["MODEL"]["QMIMIC"]["QUANTIZER"]
+    if _quantizer(run) == NONE:
         return NOT_APPLICABLE
-    is_student, mimic = imitates(model["META_ARCHITECTURE"]), model["QMIMIC"]["MIMIC"]
+    is_student, mimic = imitates(run.config["MODEL"]["META_ARCHITECTURE"]), run.config["MODEL"]["QMIMIC"]["MIMIC"]
     places = ["teacher"] if is_student and mimic["QUANTIZE_TEACHER"] else []
     if node["ON_BACKBONE"]:
         places.append("own map")
@@ -113,42 +107,44 @@ def _quantized(config: Dict[str, Any]) -> str:
     return ", ".join(places) or "nothing"
 
 
-def _weight(config: Dict[str, Any]) -> str:
-    node = config["MODEL"]["QMIMIC"]["MIMIC"]
+def _weight(run: Run) -> str:
+    node = run.config["MODEL"]["QMIMIC"]["MIMIC"]
     over_time = node["SCHEDULE"]
     if over_time == "warmup":
         over_time = f"warm-up of {node['WARMUP_ITERS']:,} iterations"
     return f"{node['LOSS_WEIGHT']:g} ({over_time})"
 
 
-def _mimic_loss(config: Dict[str, Any]) -> str:
-    node = config["MODEL"]["QMIMIC"]["MIMIC"]
+def _mimic_loss(run: Run) -> str:
+    node = run.config["MODEL"]["QMIMIC"]["MIMIC"]
     return f"divided by {node['NORMALIZE_BY']}, adapter {node['ADAPTER'] or NONE}"
 
 
-def _rois(config: Dict[str, Any]) -> str:
-    node = config["MODEL"]["QMIMIC"]["MIMIC"]
+def _rois(run: Run) -> str:
+    node = run.config["MODEL"]["QMIMIC"]["MIMIC"]
     most, size = node["MAX_ROIS_PER_IMAGE"], node["POOLER_RESOLUTION"]
     limit = f", at most {most} per image" if most else ""
     return f"{' + '.join(node['ROI_SOURCE'])}{limit}, {node['POOLER_TYPE']} {size} × {size}"
 
 
-def _optimizer(config: Dict[str, Any]) -> str:
-    node = config["SOLVER"]
+def _optimizer(run: Run) -> str:
+    node = run.config["SOLVER"]
     return f"{node.get('OPTIMIZER', 'SGD')}, learning rate {node['BASE_LR']:g}, {node['LR_SCHEDULER_NAME']}"
 
 
-def _schedule(config: Dict[str, Any]) -> str:
-    node = config["SOLVER"]
-    return f"{node['MAX_ITER']:,} iterations of {node['IMS_PER_BATCH']} images"
-
-
-_DATA = {
-    "Training data": lambda config: ", ".join(config["DATASETS"]["TRAIN"]) or NONE,
-    "Test data": lambda config: ", ".join(config["DATASETS"]["TEST"]) or NONE,
-    "Input": _input,
-}
-_DETECTOR = {"Heads": _heads, "Backbone": describe_backbone}
-_QUANTIZER = {"Quantizer": _quantizer, "Quantized": _quantized}
 _MIMIC = {"λ": _weight, "Mimic loss": _mimic_loss, "Mimic RoIs": _rois}
-_TRAINING = {"Optimizer": _optimizer, "Schedule": _schedule, "Seed": lambda config: str(config["SEED"])}
+_FACTS: Dict[str, Callable[[Run], str]] = {
+    "Training data": lambda run: ", ".join(run.config["DATASETS"]["TRAIN"]) or NONE,
+    "Test data": lambda run: ", ".join(run.config["DATASETS"]["TEST"]) or NONE,
+    "Input": _text("INPUT", "shorter side {MIN_SIZE_TEST}, longer side at most {MAX_SIZE_TEST} pixels"),
+    "Heads": _heads,
+    "Backbone": lambda run: describe_backbone(run.config),
+    "Teacher": _teacher,
+    "Quantizer": _quantizer,
+    "Quantized": _quantized,
+    **_MIMIC,
+    "Optimizer": _optimizer,
+    "Schedule": _text("SOLVER", "{MAX_ITER:,} iterations of {IMS_PER_BATCH} images"),
+    "Seed": lambda run: str(run.config["SEED"]),
+    "Done": lambda run: run.state,
+}

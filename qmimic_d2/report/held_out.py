@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, Dict, List
 
-from qmimic_d2.report.numbers import is_number
+from qmimic_d2.files import read_json
+from qmimic_d2.report.metrics import is_number
 
-__all__ = ["Histogram", "HeldOut", "parse_held_out"]
+__all__ = ["Histogram", "HeldOut", "finite_figures", "read_held_out"]
 
-
-# More than these are no training's, and a page cannot show them.
+# No training has more, and a page cannot show more.
 _MOST_LEVELS = 64
 _MOST_CODES = 65_536
 
@@ -49,41 +49,40 @@ class HeldOut:
     histograms: Dict[str, Histogram]
 
 
-def parse_held_out(content: Any) -> HeldOut:
+def read_held_out(path: str) -> HeldOut:
     """
-    Args:
-        content: of a ``mimic.json``.
-
     Raises:
-        ValueError: it is of another make; says what is wrong.
+        OSError, ValueError: the file cannot be read, or is of another make; says what is wrong.
     """
-    if not isinstance(content, dict) or not isinstance(content.get("levels"), dict):
+    content = read_json(path)
+    levels = content.get("levels") if isinstance(content, dict) else None
+    if not isinstance(levels, dict):
         raise ValueError("it has no object 'levels'")
-    if len(content["levels"]) > _MOST_LEVELS:
-        raise ValueError(f"it has {len(content['levels'])} levels; at most {_MOST_LEVELS} are shown")
-    figures, histograms = {}, {}
-    for name, level in content["levels"].items():
+    if len(levels) > _MOST_LEVELS:
+        raise ValueError(f"it has {len(levels)} levels; at most {_MOST_LEVELS} are shown")
+    for name, level in levels.items():
         if not isinstance(level, dict):
             raise ValueError(f"the level {name!r} is no object")
-        figures[name] = {key: float(value) for key, value in level.items() if is_number(value)}
-        if level.get("code_histogram"):
-            histograms[name] = _histogram(name, level["code_histogram"])
+    counts = {key: content.get(key) or 0 for key in ("num_images", "num_rois", "iteration")}
+    for key, value in counts.items():
+        if not is_number(value) or value < 0:
+            raise ValueError(f"{key!r} is no number of 0 or more")
     return HeldOut(
         dataset=str(content.get("dataset", "")),
         quantizer=str(content.get("quantizer", "")),
-        num_images=_count(content, "num_images"),
-        num_rois=_count(content, "num_rois"),
-        iteration=_count(content, "iteration"),
-        figures=figures,
-        histograms=histograms,
+        **{key: int(value) for key, value in counts.items()},
+        figures={name: finite_figures(level) for name, level in levels.items()},
+        histograms={
+            name: _histogram(name, level["code_histogram"])
+            for name, level in levels.items()
+            if level.get("code_histogram")
+        },
     )
 
 
-def _count(content: Dict[str, Any], key: str) -> int:
-    value = content.get(key) or 0
-    if not is_number(value) or value < 0:
-        raise ValueError(f"{key!r} is no number of 0 or more")
-    return int(value)
+def finite_figures(content: Dict[str, Any]) -> Dict[str, float]:
+    """Those of a dict that are numbers."""
+    return {str(key): float(value) for key, value in content.items() if is_number(value)}
 
 
 def _histogram(name: str, content: Any) -> Histogram:

@@ -2,17 +2,24 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Dict, List, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
-from qmimic_d2.report.numbers import is_number
-from qmimic_d2.run_folder import read_metrics_rows
+from qmimic_d2.files import parse_json
 
-__all__ = ["Metrics", "Series", "last_mean", "read_metrics", "thinned"]
+__all__ = ["Metrics", "Series", "is_number", "last_mean", "read_metrics", "thinned"]
 
 # A figure's value by iteration, in rising order of the iterations.
 Series = Dict[int, float]
 
-_MIMIC_LOSS = "loss_mimic"
+# Bounds of what a page can show. Beyond the first, sums and the margins of a plot leave the range of a float.
+_LARGEST = 1e100
+_LONGEST_LINE = 1_000_000
+_LAST_ITERATION = 10**12
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is an int or float, finite, no boolean, and at most 1e100 in size."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 @dataclass
@@ -23,7 +30,7 @@ class Metrics:
     Attributes:
         series: figures by their names in the file; values that are not finite are left out.
         iterations: that were done, the resumed ones counted once.
-        num_unreadable: lines, besides an unfinished last one, that are no JSON object.
+        num_unreadable: lines that are no JSON object; an unfinished last one does not count.
     """
 
     series: Dict[str, Series] = field(default_factory=dict)
@@ -31,82 +38,79 @@ class Metrics:
     num_unreadable: int = 0
 
     def of(self, name: str, levels: Sequence[str] = ()) -> Series:
-        """
-        A figure, or the mean over levels of one that is written for each of them as ``<name>_<level>``.
-
-        Returns:
-            Empty where the file has neither.
-        """
+        """A figure, or the mean over levels of ``<name>_<level>``; empty where the file has neither."""
         if name in self.series:
             return self.series[name]
-        return _combined([self.series.get(f"{name}_{level}", {}) for level in levels], mean=True)
+        values = _by_iteration([self.series.get(f"{name}_{level}", {}) for level in levels])
+        return {iteration: sum(each) / len(each) for iteration, each in values.items()}
 
     def detection_loss(self) -> Series:
         """Sum of all losses but the mimic's: what runs with and without a teacher have in common."""
-        return self._sum_of([name for name in self._losses() if not name.startswith(_MIMIC_LOSS)])
+        return self._sum_of([name for name in self.series if name.startswith("loss_") and not _is_mimic_loss(name)])
 
     def mimic_loss(self) -> Series:
         """Sum of the mimic's losses of all levels, lambda included; empty without a teacher."""
-        return self._sum_of([name for name in self._losses() if name.startswith(_MIMIC_LOSS)])
-
-    def _losses(self) -> List[str]:
-        return [name for name in self.series if name.startswith("loss_")]
+        return self._sum_of(list(filter(_is_mimic_loss, self.series)))
 
     def _sum_of(self, names: Sequence[str]) -> Series:
-        return _combined([self.series[name] for name in names], mean=False)
+        values = _by_iteration([self.series[name] for name in names])
+        return {iteration: sum(each) for iteration, each in values.items()}
 
 
-def _combined(parts: Sequence[Series], mean: bool) -> Series:
-    values: Dict[int, List[float]] = {}
-    for part in parts:
-        for iteration, value in part.items():
-            values.setdefault(iteration, []).append(value)
-    return {each: sum(values[each]) / (len(values[each]) if mean else 1) for each in sorted(values)}
+def _is_mimic_loss(name: str) -> bool:
+    return name.startswith("loss_mimic")
+
+
+def _by_iteration(parts: Sequence[Series]) -> Dict[int, List[float]]:
+    iterations = sorted({iteration for part in parts for iteration in part})
+    return {each: [part[each] for part in parts if each in part] for each in iterations}
 
 
 def read_metrics(path: str) -> Metrics:
     """
-    Reads a ``metrics.json``.
+    Reads the JSON lines that Detectron2's ``JSONWriter`` writes.
 
-    Where a resumed training goes back to an earlier iteration, what the file had beyond that one is dropped.
+    A last line without its end is passed over: it is being written, or a kill cut it. Where a resumed training goes
+    back to an earlier iteration, what the file had after that one is dropped.
 
     Raises:
         OSError: the file cannot be read.
     """
     metrics = Metrics()
     latest = -1
-    for row in read_metrics_rows(path):
-        if row is None:
-            metrics.num_unreadable += 1
-            continue
-        iteration = row.pop("iteration")
-        # Figures that are written now and then stand in rows of their own, which are not in order.
-        if "total_loss" in row:
-            if iteration <= latest:
-                _drop_beyond(metrics.series, iteration)
-            latest = iteration
-        for name, value in row.items():
-            if is_number(value):
-                metrics.series.setdefault(name, {})[iteration] = float(value)
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in iter(lambda: file.readline(_LONGEST_LINE), ""):
+            row = _row(line)
+            if row is None:
+                metrics.num_unreadable += bool(line.strip()) and (line.endswith("\n") or len(line) == _LONGEST_LINE)
+                continue
+            iteration = row.pop("iteration")
+            # Figures that are written now and then have rows of their own, which are not in order.
+            if "total_loss" in row:
+                if iteration <= latest:
+                    for name, each in metrics.series.items():
+                        metrics.series[name] = {key: value for key, value in each.items() if key <= iteration}
+                latest = iteration
+            for name, value in row.items():
+                if is_number(value):
+                    metrics.series.setdefault(name, {})[iteration] = float(value)
     metrics.series = {name: dict(sorted(each.items())) for name, each in metrics.series.items() if each}
     metrics.iterations = latest + 1
     return metrics
 
 
-def _drop_beyond(series: Dict[str, Series], iteration: int) -> None:
-    for each in series.values():
-        for later in [key for key in each if key > iteration]:
-            del each[later]
+def _row(line: str) -> Optional[Dict[str, Any]]:
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    iteration = row.get("iteration") if isinstance(row, dict) else None
+    return row if type(iteration) is int and 0 <= iteration <= _LAST_ITERATION else None
 
 
 def last_mean(series: Series, count: int = 10) -> float:
-    """
-    Mean of the last measurements: one alone depends on its batch.
-
-    Returns:
-        NaN for an empty series.
-    """
-    values = [series[each] for each in sorted(series)][-count:]
+    """Mean of the last measurements, because one alone depends on its batch; NaN for an empty series."""
+    values = list(series.values())[-count:]
     return sum(values) / len(values) if values else math.nan
 
 
@@ -118,7 +122,7 @@ def thinned(series: Series, count: int) -> Series:
     """
     if len(series) <= count:
         return series
-    iterations = sorted(series)
+    iterations = list(series)
     edges = [index * len(iterations) // count for index in range(count + 1)]
     groups = [iterations[begin:end] for begin, end in zip(edges, edges[1:])]
     return {group[-1]: sum(series[each] for each in group) / len(group) for group in groups}

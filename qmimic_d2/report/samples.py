@@ -17,7 +17,7 @@ from torch import tensor
 from qmimic_d2.data.loading import load_dataset
 from qmimic_d2.files import read_json
 from qmimic_d2.image_file import read_bgr_image
-from qmimic_d2.report.numbers import is_number
+from qmimic_d2.report.metrics import is_number
 
 __all__ = ["Box", "Sample", "load_samples", "match", "predicted_boxes", "read_detections"]
 
