@@ -8,7 +8,10 @@ import re
 import secrets
 from typing import Any, Iterator, Optional
 
-__all__ = ["check_writable", "parse_json", "read_json", "remove_leftovers", "whole_file", "write_json", "write_text"]
+__all__ = [
+    *("check_is_file", "check_writable", "parse_json", "read_json", "remove_leftovers", "whole_file", "write_json"),
+    "write_text",
+]
 
 # ".partial" is how earlier versions named a checkpoint that was being written.
 _LEFTOVER = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.part(\.\w+)?|.+\.pth\.partial|last_checkpoint\.partial")
@@ -79,6 +82,17 @@ def check_writable(path: str, flag: str) -> None:
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
 
 
+def check_is_file(path: str, kind: str) -> None:
+    """
+    Raises:
+        FileNotFoundError: there is no such file, or it is a folder, a pipe or a device.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"the {kind} file {path!r} {'is no ordinary file' if os.path.lexists(path) else 'is not there'}"
+        )
+
+
 def read_json(path: str) -> Any:
     """
     The content of a JSON file, by :func:`parse_json`.
@@ -88,9 +102,7 @@ def read_json(path: str) -> Any:
         OSError: it cannot be opened.
         ValueError: it is no JSON in UTF-8, or nested too deeply; names the file.
     """
-    if not os.path.isfile(path):
-        kind = "is no ordinary file" if os.path.lexists(path) else "is not there"
-        raise FileNotFoundError(f"the JSON file {path!r} {kind}")
+    check_is_file(path, "JSON")
     try:
         with open(path, encoding="utf-8") as file:
             return parse_json(file.read())
@@ -107,13 +119,9 @@ def parse_json(text: str) -> Any:
         ValueError: it is no JSON, or nested too deeply.
     """
     try:
-        return json.loads(text, parse_constant=_no_number, parse_float=_finite_float, parse_int=_bounded_int)
+        return json.loads(text, parse_constant=lambda text: None, parse_float=_finite_float, parse_int=_bounded_int)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-
-
-def _no_number(text: str) -> None:
-    return None
 
 
 def _finite_float(text: str) -> Optional[float]:

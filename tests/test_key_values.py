@@ -7,7 +7,8 @@ import yaml
 from helpers import tiny_cfg
 
 from qmimic_d2.engine import load_config
-from qmimic_d2.engine.checks.key_values import check_values, default_config, flat_keys
+from qmimic_d2.engine.checks.key_values import check_values, default_config
+from qmimic_d2.yaml.config import flat_keys
 
 CONFIGS = sorted(Path(__file__).resolve().parent.parent.glob("configs/**/*.yaml"))
 
@@ -42,7 +43,7 @@ WRONG = [
     (("DATALOADER.NUM_WORKERS", -1), "from 0 to 1024"),
     (("DATALOADER.NUM_WORKERS", 1000000), "from 0 to 1024"),
     (("DATALOADER.REPEAT_THRESHOLD", -1.0), ">= 0"),
-    (("INPUT.MIN_SIZE_TRAIN", ()), "at least one"),
+    (("INPUT.MIN_SIZE_TRAIN", ()), "at least"),
     (("INPUT.MIN_SIZE_TRAIN", (0,)), ">= 1"),
     (("INPUT.MIN_SIZE_TRAIN", ("a",)), "numbers"),
     (("INPUT.MIN_SIZE_TRAIN_SAMPLING", "foo"), "'choice'"),
@@ -59,8 +60,8 @@ WRONG = [
     (("MODEL.PIXEL_STD", [0.0, 1.0, 1.0]), "> 0.0"),
     (("MODEL.PIXEL_STD", [1.0]), "MODEL.PIXEL_MEAN"),
     (("MODEL.PIXEL_MEAN", [1.0, 2.0]), "MODEL.PIXEL_STD"),
-    (("MODEL.PIXEL_MEAN", []), "at least one"),
-    (("MODEL.ANCHOR_GENERATOR.SIZES", [[]]), "at least one"),
+    (("MODEL.PIXEL_MEAN", []), "at least"),
+    (("MODEL.ANCHOR_GENERATOR.SIZES", [[]]), "at least"),
     (("MODEL.ANCHOR_GENERATOR.SIZES", [[0]]), "> 0.0"),
     (("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.0]]), "> 0.0"),
     (("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 0), ">= 1"),
@@ -76,7 +77,7 @@ WRONG = [
     (("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.5), "from 0.0 to 1.0"),
     (("MODEL.ROI_HEADS.IOU_LABELS", [0, 2]), "from -1 to 1"),
     (("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 0), "from 1 to 128"),
-    (("MODEL.ROI_BOX_HEAD.NUM_FC", 0), "NUM_CONV are 0"),
+    (("MODEL.ROI_BOX_HEAD.NUM_FC", 0), "one layer at least"),
     (("MODEL.ROI_BOX_HEAD.NUM_FC", 10**6), "from 0 to 100"),
     (("MODEL.RETINANET.PRIOR_PROB", 1.0), "between 0.0 and 1.0"),
 ]
@@ -94,7 +95,7 @@ def test_a_wrong_value(pairs, words):
         check_values(cfg)
     message = str(refused.value)
     assert pairs[0] in message and words in message
-    assert repr(pairs[1]) in message or "are 0" in message
+    assert repr(pairs[1]) in message
 
 
 def test_the_seed_leaves_room_for_the_ranks():

@@ -12,7 +12,7 @@ from test_yaml_file import CODE
 
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.engine import load_config
-from qmimic_d2.yaml.config import config_keys, merge_config, read_config
+from qmimic_d2.yaml.config import flat_keys, merge_config, read_config
 
 ZOO = sorted(Path(model_zoo.__file__).parent.glob("configs/**/*.yaml"))
 
@@ -169,7 +169,7 @@ def test_new_keys_are_added_where_they_are_allowed(tmp_path):
     cfg = new_cfg()
     assert merge_config(cfg, str(tmp_path / "a.yaml"), allow_new=True) == ["MODEL.TRIDENT", "NEW"]
     assert cfg.MODEL.TRIDENT.NUM_BRANCH == 3 and cfg.NEW == "x" and cfg.MODEL.DEVICE == "cpu"
-    assert {"MODEL.TRIDENT.NUM_BRANCH", "NEW"} <= set(config_keys(cfg)) and not cfg.MODEL.is_new_allowed()
+    assert {"MODEL.TRIDENT.NUM_BRANCH", "NEW"} <= set(flat_keys(cfg)) and not cfg.MODEL.is_new_allowed()
 
 
 @pytest.mark.parametrize(

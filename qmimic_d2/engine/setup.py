@@ -33,7 +33,7 @@ from qmimic_d2.modeling.trunk_adapter import is_in_trunk, trained_trunk_channels
 from qmimic_d2.near_names import near_names
 from qmimic_d2.orphans import die_with_parent
 from qmimic_d2.run_folder import TAG, TEACHER_CONFIG, is_local, write_configs
-from qmimic_d2.yaml.config import config_keys, describe_mismatch, merge_config
+from qmimic_d2.yaml.config import describe_mismatch, flat_keys, merge_config
 
 __all__ = [
     "argument_parser",
@@ -163,7 +163,7 @@ def _hint(cfg: CfgNode, opts: Sequence[str]) -> str:
     misplaced = [each for each in opts if str(each).startswith("--")]
     if misplaced:
         return f". Options such as {misplaced[0]} stand before the pairs"
-    known = config_keys(cfg)
+    known = flat_keys(cfg)
     unknown = [str(key) for key in opts[::2] if key not in known]
     near = near_names(unknown[0], known) if unknown else []
     return f". Near keys are {near}" if near else ""

@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Sequence, Tuple
 
 from detectron2.config import CfgNode, downgrade_config, upgrade_config
 from detectron2.config.compat import guess_version
@@ -11,7 +11,7 @@ from detectron2.config.compat import guess_version
 from qmimic_d2.near_names import near_names
 from qmimic_d2.yaml.file import read_yaml
 
-__all__ = ["BASE_KEY", "config_keys", "describe_mismatch", "merge_config", "merge_content", "read_config"]
+__all__ = ["BASE_KEY", "describe_mismatch", "flat_keys", "merge_config", "merge_content", "read_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +69,11 @@ def merge_content(cfg: CfgNode, content: Dict[str, Any], path: str, *, allow_new
         raise ValueError(f"{path!r} is no Detectron2 config: {type(error).__name__}: {error}") from error
 
 
-def config_keys(node: CfgNode, prefix: str = "") -> List[str]:
-    """The full names of all keys that hold a value."""
-    found = []
+def flat_keys(node: CfgNode, prefix: str = "") -> Dict[str, Any]:
+    """Every value of a config by its full key, such as "SOLVER.BASE_LR"."""
+    found: Dict[str, Any] = {}
     for key, value in node.items():
-        found += config_keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [f"{prefix}{key}"]
+        found.update(flat_keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {prefix + key: value})
     return found
 
 
@@ -164,7 +164,7 @@ def _merge(cfg: CfgNode, loaded: CfgNode, path: str, unknown: Sequence[str], all
         cfg.raise_key_rename_error(key)
     unknown = [key for key in unknown if not cfg.key_is_deprecated(key)]
     if unknown and not allow_new:
-        raise KeyError(_unknown_text(unknown, config_keys(cfg)))
+        raise KeyError(_unknown_text(unknown, flat_keys(cfg)))
     if not allow_new:
         cfg.merge_from_other_cfg(loaded)
         return []
@@ -176,7 +176,7 @@ def _merge(cfg: CfgNode, loaded: CfgNode, path: str, unknown: Sequence[str], all
     return unknown
 
 
-def _unknown_text(unknown: Sequence[str], known: Sequence[str]) -> str:
+def _unknown_text(unknown: Sequence[str], known: Iterable[str]) -> str:
     texts = []
     for key in unknown:
         near = near_names(key, known)

@@ -1,10 +1,11 @@
 """Reads YAML that anybody may have written: plain data of bounded size, and never code."""
 
-import os
+import itertools
 from typing import Any, Dict, Tuple
 
 import yaml
 
+from qmimic_d2.files import check_is_file
 from qmimic_d2.yaml.arithmetic import compute
 
 __all__ = ["read_yaml"]
@@ -31,9 +32,7 @@ def read_yaml(path: str) -> Any:
         ValueError: it is no YAML, holds a tag that would run code, or is too large: over 1 MB, over 100,000 values
             (every use of an anchor counts), or over 32 levels. Names the file.
     """
-    if not os.path.isfile(path):
-        kind = "is no ordinary file" if os.path.lexists(path) else "is not there"
-        raise FileNotFoundError(f"the YAML file {path!r} {kind}")
+    check_is_file(path, "YAML")
     with open(path, "rb") as file:
         data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:
@@ -70,19 +69,14 @@ def _weigh(node: yaml.Node, known: Dict[int, Tuple[int, int]]) -> Tuple[int, int
         return values, levels
     known[id(node)] = (0, 0)
     values, levels = 1, 0
-    for child in _children(node):
+    children = [] if isinstance(node, yaml.ScalarNode) else node.value
+    for child in itertools.chain(*children) if isinstance(node, yaml.MappingNode) else children:
         more, depth = _weigh(child, known)
         values, levels = values + more, max(levels, depth)
     if values > _MOST_VALUES or levels >= _MOST_LEVELS:
         raise ValueError(f"more than {_MOST_VALUES:,} values or {_MOST_LEVELS} levels{_place(node)}")
     known[id(node)] = (values, levels + 1)
     return known[id(node)]
-
-
-def _children(node: yaml.Node) -> list:
-    if isinstance(node, yaml.MappingNode):
-        return [each for pair in node.value for each in pair]
-    return node.value if isinstance(node, yaml.SequenceNode) else []
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -4,11 +4,13 @@ import os
 import re
 import time
 import traceback
+from functools import reduce
 from typing import Any, Callable, Dict, List
 
 from detectron2.config import CfgNode
 
-from qmimic_d2.engine.checks.key_values import default_config, flat_keys
+from qmimic_d2.engine.checks.key_values import default_config
+from qmimic_d2.yaml.config import flat_keys
 
 __all__ = ["explained"]
 
@@ -54,10 +56,9 @@ def explained(
     if not _succeeds(attempt, cfg):  # else it failed for what an attempt leaves out, such as the loaded weights
         end = time.monotonic() + _SECONDS
         key = _culprit(cfg, [each for each in suspects if each not in _LAST], defaults, attempt, end)
-        quoted = [each for each in suspects if _is_quoted(values[each], text)]
+        quoted = next((each for each in suspects if _is_quoted(values[each], text)), "")
         if not key and quoted:
-            key = quoted[0]
-            return ValueError(f"{key} is {values[key]!r}, with which {part} fails: {text}. Correct the value")
+            return ValueError(f"{quoted} is {values[quoted]!r}, with which {part} fails: {text}. Correct the value")
         key = key or _culprit(cfg, [each for each in suspects if each in _LAST], defaults, attempt, end)
         if key:
             return ValueError(
@@ -74,18 +75,13 @@ def explained(
 
 def _suspects(values: Dict[str, Any], defaults: Dict[str, Any], text: str, nodes: List[str]) -> List[str]:
     """Keys that differ from their defaults, the likeliest first."""
-    lowered = text.lower()
 
     def rank(key: str) -> tuple:
-        value = values[key]
-        is_quoted = _is_quoted(value, text)
-        is_named = key.rpartition(".")[2].lower() in lowered
-        return (key in _LAST, not is_quoted, not _is_odd(value), not is_named, key)
+        is_named = key.rpartition(".")[2].lower() in text.lower()
+        return (key in _LAST, not _is_quoted(values[key], text), not _is_odd(values[key]), not is_named, key)
 
-    changed = [
-        key for key, value in values.items() if key in defaults and _as_lists(value) != _as_lists(defaults[key])
-    ]
-    return sorted((key for key in changed if key.startswith(tuple(nodes)) and key not in _NEVER_RESET), key=rank)
+    read = (key for key in values if key in defaults and key.startswith(tuple(nodes)) and key not in _NEVER_RESET)
+    return sorted((key for key in read if _as_lists(values[key]) != _as_lists(defaults[key])), key=rank)
 
 
 def _as_lists(value: Any) -> Any:
@@ -124,11 +120,8 @@ def _culprit(
             break
         changed = cfg.clone()
         changed.defrost()
-        node, _, name = key.rpartition(".")
-        parent = changed
-        for each in node.split(".") if node else []:
-            parent = parent[each]
-        parent[name] = defaults[key]
+        *nodes, name = key.split(".")
+        reduce(CfgNode.__getitem__, nodes, changed)[name] = defaults[key]
         changed.freeze()
         if _succeeds(attempt, changed):
             return key

@@ -1,13 +1,14 @@
 """Which values the keys of Detectron2 may have, as far as a table can say it."""
 
 import math
-from typing import Any, Dict, Iterator, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence
 
 from detectron2.config import CfgNode, get_cfg
 
 from qmimic_d2.config import add_qmimic_config
+from qmimic_d2.yaml.config import flat_keys
 
-__all__ = ["check_values", "default_config", "flat_keys"]
+__all__ = ["check_values", "default_config"]
 
 
 class _Interval(NamedTuple):
@@ -28,12 +29,7 @@ class _Interval(NamedTuple):
         return f"{'between' if self.is_open else 'from'} {self.low} {'and' if self.is_open else 'to'} {self.high}"
 
 
-_SHARE = _Interval(0.0, 1.0)
-_POSITIVE = _Interval(0.0, is_open=True)
-_NATURAL = _Interval(0)
 _COUNT = _Interval(1)
-# More is a slip of the hand that takes all memory.
-_WIDTH = _Interval(1, 2**16)
 
 # Every number of a value, however deep in lists, must lie in its key's interval.
 _KEYS_OF_INTERVALS = {
@@ -45,7 +41,8 @@ _KEYS_OF_INTERVALS = {
         MODEL.RPN.POST_NMS_TOPK_TRAIN MODEL.RPN.POST_NMS_TOPK_TEST
         MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE MODEL.RETINANET.TOPK_CANDIDATES_TEST MODEL.FCOS.TOPK_CANDIDATES_TEST
     """,
-    _WIDTH: """
+    # more is a slip of the hand that takes all memory
+    _Interval(1, 2**16): """
         MODEL.FPN.OUT_CHANNELS MODEL.RESNETS.NUM_GROUPS MODEL.RESNETS.WIDTH_PER_GROUP
         MODEL.RESNETS.STEM_OUT_CHANNELS MODEL.RESNETS.RES2_OUT_CHANNELS
         MODEL.ROI_HEADS.NUM_CLASSES MODEL.RETINANET.NUM_CLASSES MODEL.FCOS.NUM_CLASSES
@@ -67,7 +64,7 @@ _KEYS_OF_INTERVALS = {
     """,
     # a process each
     _Interval(0, 1024): "DATALOADER.NUM_WORKERS",
-    _NATURAL: """
+    _Interval(0): """
         SOLVER.WARMUP_ITERS SOLVER.STEPS SOLVER.BASE_LR SOLVER.BASE_LR_END SOLVER.GAMMA SOLVER.WEIGHT_DECAY
         SOLVER.WEIGHT_DECAY_NORM SOLVER.WEIGHT_DECAY_BIAS SOLVER.BIAS_LR_FACTOR
         TEST.EVAL_PERIOD VIS_PERIOD INPUT.MIN_SIZE_TEST DATALOADER.REPEAT_THRESHOLD
@@ -78,7 +75,7 @@ _KEYS_OF_INTERVALS = {
         MODEL.RETINANET.SMOOTH_L1_LOSS_BETA MODEL.RETINANET.FOCAL_LOSS_GAMMA
         MODEL.FCOS.FOCAL_LOSS_GAMMA MODEL.SEM_SEG_HEAD.LOSS_WEIGHT MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT
     """,
-    _SHARE: """
+    _Interval(0.0, 1.0): """
         SOLVER.MOMENTUM SOLVER.WARMUP_FACTOR
         MODEL.RPN.POSITIVE_FRACTION MODEL.RPN.NMS_THRESH MODEL.RPN.IOU_THRESHOLDS
         MODEL.ROI_HEADS.POSITIVE_FRACTION MODEL.ROI_HEADS.IOU_THRESHOLDS MODEL.ROI_HEADS.SCORE_THRESH_TEST
@@ -87,7 +84,7 @@ _KEYS_OF_INTERVALS = {
         MODEL.FCOS.SCORE_THRESH_TEST MODEL.FCOS.NMS_THRESH_TEST
     """,
     _Interval(0.0, 1.0, is_open=True): "MODEL.RETINANET.PRIOR_PROB MODEL.FCOS.PRIOR_PROB",
-    _POSITIVE: """
+    _Interval(0.0, is_open=True): """
         MODEL.PIXEL_STD MODEL.ANCHOR_GENERATOR.SIZES MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS
         MODEL.RPN.BBOX_REG_WEIGHTS MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS
         MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS MODEL.RETINANET.BBOX_REG_WEIGHTS
@@ -118,27 +115,21 @@ _CHOICES: Dict[str, Sequence[Any]] = {
     "VERSION": (2,),
 }
 
-# Numbers of entries that each innermost list may have; rotated boxes have one more.
+# Numbers of entries of each innermost list; rotated boxes have one more.
 _LENGTHS = {
-    "INPUT.CROP.SIZE": (2,),
-    "MODEL.RPN.BBOX_REG_WEIGHTS": (4, 5),
-    "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": (4, 5),
-    "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": (4,),
-    "MODEL.RETINANET.BBOX_REG_WEIGHTS": (4,),
+    "INPUT.CROP.SIZE": _Interval(2, 2),
+    "MODEL.RPN.BBOX_REG_WEIGHTS": _Interval(4, 5),
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": _Interval(4, 5),
+    "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": _Interval(4, 4),
+    "MODEL.RETINANET.BBOX_REG_WEIGHTS": _Interval(4, 4),
+    "INPUT.MIN_SIZE_TRAIN": _COUNT,
+    "MODEL.PIXEL_MEAN": _COUNT,
+    "MODEL.ANCHOR_GENERATOR.SIZES": _COUNT,
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": _COUNT,
 }
-
-_NOT_EMPTY = (
-    "INPUT.MIN_SIZE_TRAIN",
-    "MODEL.PIXEL_MEAN",
-    "MODEL.ANCHOR_GENERATOR.SIZES",
-    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS",
-)
 
 # Nodes with IOU_THRESHOLDS that cut the overlaps into classes, and IOU_LABELS, one for each class.
 _MATCHERS = ("MODEL.RPN", "MODEL.ROI_HEADS", "MODEL.RETINANET")
-
-# Keys for which an infinite number means something.
-_MAY_BE_INFINITE = ("SOLVER.CLIP_GRADIENTS.NORM_TYPE",)
 
 # NumPy's generator takes seeds below; every process adds its rank.
 _SEED_END = 2**32
@@ -149,17 +140,6 @@ def default_config() -> CfgNode:
     cfg = get_cfg()
     add_qmimic_config(cfg)
     return cfg
-
-
-def flat_keys(node: CfgNode, prefix: str = "") -> Dict[str, Any]:
-    """Every value of a config by its full key, such as "SOLVER.BASE_LR"."""
-    found: Dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            found.update(flat_keys(value, f"{prefix}{key}."))
-        else:
-            found[prefix + key] = value
-    return found
 
 
 def check_values(cfg: CfgNode, num_processes: int = 1) -> None:
@@ -176,130 +156,91 @@ def check_values(cfg: CfgNode, num_processes: int = 1) -> None:
     values, defaults = flat_keys(cfg), flat_keys(default_config())
     for key, value in values.items():
         if key in defaults:
-            _check_entries(key, value, defaults[key])
-            _check_key(key, value)
-    for node in _MATCHERS:
-        _check_matcher(f"{node}.", values)
-    _check_pixels(values)
-    _check_sizes(values)
-    _check_box_head(values)
-    _check_expected_results(values["TEST.EXPECTED_RESULTS"], values["DATASETS.TEST"])
+            wanted = _wanted_alone(key, value, defaults[key])
+            if wanted:
+                _refuse(values, key, wanted)
+    _check_together(values)
     if not -_SEED_END < values["SEED"] <= _SEED_END - num_processes:
-        raise _refusal("SEED", values["SEED"], f"a number up to {_SEED_END - num_processes}, or -1 to draw one")
+        _refuse(values, "SEED", f"a number up to {_SEED_END - num_processes}, or -1 to draw one")
     if values["TEST.AUG.ENABLED"]:
-        raise _refusal("TEST.AUG.ENABLED", True, "False: the evaluation here uses no test-time augmentation")
+        _refuse(values, "TEST.AUG.ENABLED", "False: the evaluation here uses no test-time augmentation")
 
 
-def _refusal(key: str, value: Any, wanted: str) -> ValueError:
-    return ValueError(f"{key} is {value!r}; give {wanted}")
+def _refuse(values: Dict[str, Any], keys: str, wanted: str) -> None:
+    raise ValueError(f"{' and '.join(f'{key} is {values[key]!r}' for key in keys.split())}; give {wanted}")
+
+
+def _wanted_alone(key: str, value: Any, default: Any) -> str:
+    """What to give in place of a value that is wrong by itself; "" for one that is not. yacs looks at types alone."""
+    leaves, wanted = list(_leaves(value)), list(_leaves(default))
+    # the largest entry of a gradient is a norm, too
+    if key != "SOLVER.CLIP_GRADIENTS.NORM_TYPE" and any(isinstance(x, float) and not math.isfinite(x) for x in leaves):
+        return "finite numbers"
+    if isinstance(default, (list, tuple)) and wanted:
+        if _lists(default) == [default] and _lists(value) != [value]:
+            return f"one list without lists in it, as in {default!r}"
+        for kind, fits in (("numbers", _is_number), ("strings", lambda each: isinstance(each, str))):
+            if all(map(fits, wanted)) and not all(map(fits, leaves)):
+                return f"{kind}, as in {default!r}"
+    if key in _CHOICES and value not in _CHOICES[key]:
+        return f"one of {list(_CHOICES[key])}"
+    # some keys default to None
+    if key in _INTERVALS and not all(each is None or _is_number(each) and each in _INTERVALS[key] for each in leaves):
+        few = "numbers" if isinstance(value, (list, tuple)) else "a number"
+        return f"{few} {_INTERVALS[key]}{' (0 = never)' if key in ('TEST.EVAL_PERIOD', 'VIS_PERIOD') else ''}"
+    if key in _LENGTHS and not all(len(each) in _LENGTHS[key] for each in _lists(value)):
+        return f"{_LENGTHS[key].low} numbers in each list{' at least' if _LENGTHS[key] is _COUNT else ''}"
+    return ""
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _leaves(each)
-    else:
+    for each in value if isinstance(value, (list, tuple)) else ():
+        yield from _leaves(each)
+    if not isinstance(value, (list, tuple)):
         yield value
 
 
-def _innermost(value: Any) -> Iterator[Sequence[Any]]:
-    if _is_flat(value):
-        yield value
-    else:
-        for each in value:
-            yield from _innermost(each)
-
-
-def _is_flat(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and not any(isinstance(each, (list, tuple)) for each in value)
+def _lists(value: Any) -> List[Any]:
+    """The innermost lists of a list; a value that is no list stands for itself."""
+    if not isinstance(value, (list, tuple)) or not any(isinstance(each, (list, tuple)) for each in value):
+        return [value]
+    return [found for each in value for found in _lists(each)]
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_entries(key: str, value: Any, default: Any) -> None:
-    """Numbers are finite, and lists hold what the default's list holds. yacs looks at the outermost type alone."""
-    numbers = [each for each in _leaves(value) if isinstance(each, float)]
-    if any(math.isnan(each) for each in numbers):
-        raise _refusal(key, value, "numbers")
-    if key not in _MAY_BE_INFINITE and any(math.isinf(each) for each in numbers):
-        raise _refusal(key, value, "finite numbers")
-    if _is_flat(default) and default and not _is_flat(value):
-        raise _refusal(key, value, f"one list without lists in it, as in {default!r}")
-    wanted = list(_leaves(default)) if isinstance(default, (list, tuple)) else []
-    for kind, fits in (("numbers", _is_number), ("strings", lambda each: isinstance(each, str))):
-        if wanted and all(map(fits, wanted)) and not all(map(fits, _leaves(value))):
-            raise _refusal(key, value, f"{kind}, as in {default!r}")
-
-
-def _check_key(key: str, value: Any) -> None:
-    if key in _CHOICES and value not in _CHOICES[key]:
-        raise ValueError(f"{key} is {value!r}; choose one of {list(_CHOICES[key])}")
-    if key in _INTERVALS:
-        interval = _INTERVALS[key]
-        numbers = [each for each in _leaves(value) if each is not None]  # some default to None
-        if not all(_is_number(each) and each in interval for each in numbers):
-            few = "numbers" if isinstance(value, (list, tuple)) else "a number"
-            raise _refusal(key, value, f"{few} {interval}{_meaning_of_zero(key)}")
-    if key in _NOT_EMPTY and not all(len(each) for each in _innermost(value)):
-        raise _refusal(key, value, "at least one entry in each list")
-    if key in _LENGTHS and any(len(each) not in _LENGTHS[key] for each in _innermost(value)):
-        raise _refusal(key, value, f"{_LENGTHS[key][0]} numbers in each list")
-
-
-def _meaning_of_zero(key: str) -> str:
-    return " (0 = never)" if key in ("TEST.EVAL_PERIOD", "VIS_PERIOD") else ""
-
-
-def _check_matcher(node: str, values: Dict[str, Any]) -> None:
-    thresholds, labels = values[f"{node}IOU_THRESHOLDS"], values[f"{node}IOU_LABELS"]
-    if list(thresholds) != sorted(thresholds) or not thresholds:
-        raise _refusal(f"{node}IOU_THRESHOLDS", thresholds, "overlaps in rising order")
-    if len(labels) != len(thresholds) + 1:
-        raise ValueError(
-            f"{node}IOU_LABELS is {labels} and {node}IOU_THRESHOLDS is {thresholds}; give one label more than "
-            "thresholds"
-        )
-
-
-def _check_pixels(values: Dict[str, Any]) -> None:
-    mean, std = values["MODEL.PIXEL_MEAN"], values["MODEL.PIXEL_STD"]
-    if len(mean) != len(std):
-        raise ValueError(
-            f"MODEL.PIXEL_MEAN is {mean} and MODEL.PIXEL_STD is {std}; give both one number for each "
-            "channel of an image"
-        )
-
-
-def _check_box_head(values: Dict[str, Any]) -> None:
-    node = "MODEL.ROI_BOX_HEAD."
-    if values[f"{node}NAME"] == "FastRCNNConvFCHead" and values[f"{node}NUM_FC"] + values[f"{node}NUM_CONV"] == 0:
-        raise ValueError(f"{node}NUM_FC and {node}NUM_CONV are 0; give the box head {node}NAME one layer at least")
-
-
-def _check_sizes(values: Dict[str, Any]) -> None:
+def _check_together(values: Dict[str, Any]) -> None:
+    """Refuses values that do not fit each other."""
+    for node in _MATCHERS:
+        thresholds = values[f"{node}.IOU_THRESHOLDS"]
+        if list(thresholds) != sorted(thresholds) or not thresholds:
+            _refuse(values, f"{node}.IOU_THRESHOLDS", "overlaps in rising order")
+        if len(values[f"{node}.IOU_LABELS"]) != len(thresholds) + 1:
+            _refuse(values, f"{node}.IOU_LABELS {node}.IOU_THRESHOLDS", "one label more than thresholds")
+    if len(values["MODEL.PIXEL_MEAN"]) != len(values["MODEL.PIXEL_STD"]):
+        _refuse(values, "MODEL.PIXEL_MEAN MODEL.PIXEL_STD", "both one number for each channel of an image")
+    head = "MODEL.ROI_BOX_HEAD."
+    if values[f"{head}NAME"] == "FastRCNNConvFCHead" and values[f"{head}NUM_FC"] + values[f"{head}NUM_CONV"] == 0:
+        _refuse(values, f"{head}NUM_FC {head}NUM_CONV {head}NAME", "the box head one layer at least")
     sizes = values["INPUT.MIN_SIZE_TRAIN"]
     if values["INPUT.MIN_SIZE_TRAIN_SAMPLING"] == "range" and (len(sizes) != 2 or sizes[0] > sizes[1]):
-        raise ValueError(
-            f"INPUT.MIN_SIZE_TRAIN_SAMPLING is 'range' and INPUT.MIN_SIZE_TRAIN is {sizes}; give a "
-            "smallest and a largest size"
-        )
+        _refuse(values, "INPUT.MIN_SIZE_TRAIN_SAMPLING INPUT.MIN_SIZE_TRAIN", "a smallest and a largest size")
     if values["INPUT.CROP.ENABLED"] and values["INPUT.CROP.TYPE"].startswith("relative"):
-        if any(each > 1.0 for each in values["INPUT.CROP.SIZE"]):
-            raise ValueError(
-                f"INPUT.CROP.SIZE is {values['INPUT.CROP.SIZE']} and INPUT.CROP.TYPE is "
-                f"{values['INPUT.CROP.TYPE']!r}; give shares of the image's sides up to 1.0, or INPUT.CROP.TYPE "
-                "'absolute' for pixels"
-            )
+        if max(values["INPUT.CROP.SIZE"]) > 1.0:
+            wanted = "shares of the image's sides up to 1.0, or INPUT.CROP.TYPE 'absolute' for pixels"
+            _refuse(values, "INPUT.CROP.SIZE INPUT.CROP.TYPE", wanted)
+    expected = values["TEST.EXPECTED_RESULTS"]
+    if not all(map(_is_expected_row, expected)):
+        _refuse(values, "TEST.EXPECTED_RESULTS", "rows such as ['bbox', 'AP', 38.5, 0.2]")
+    if any(result - tolerance > 100.0 for _, _, result, tolerance in expected):
+        _refuse(values, "TEST.EXPECTED_RESULTS", "figures that can be reached: an AP is at most 100")
+    if expected and not values["DATASETS.TEST"]:
+        _refuse(values, "TEST.EXPECTED_RESULTS", "[], or name a data set in DATASETS.TEST to evaluate on")
 
 
-def _check_expected_results(expected: Sequence[Any], test_sets: Tuple[str, ...]) -> None:
-    for each in expected:
-        is_row = isinstance(each, (list, tuple)) and len(each) == 4
-        if not (is_row and all(isinstance(name, str) for name in each[:2]) and all(map(_is_number, each[2:]))):
-            raise _refusal("TEST.EXPECTED_RESULTS", expected, "rows such as ['bbox', 'AP', 38.5, 0.2]")
-        if each[2] - each[3] > 100.0:
-            raise _refusal("TEST.EXPECTED_RESULTS", expected, "figures that can be reached: an AP is at most 100")
-    if expected and not test_sets:
-        raise _refusal("TEST.EXPECTED_RESULTS", expected, "[], or name a data set in DATASETS.TEST to evaluate on")
+def _is_expected_row(row: Any) -> bool:
+    if not isinstance(row, (list, tuple)) or len(row) != 4:
+        return False
+    return all(isinstance(name, str) for name in row[:2]) and all(map(_is_number, row[2:]))

@@ -16,7 +16,7 @@ from torch import nn
 from qmimic_d2.checkpoint.reader import local_path, read_mapping
 from qmimic_d2.data.resumable_loader import SAMPLERS
 from qmimic_d2.engine.checks.data import check_datasets, model_classes
-from qmimic_d2.engine.checks.key_values import check_values, flat_keys
+from qmimic_d2.engine.checks.key_values import check_values
 from qmimic_d2.engine.checks.output_folder import check_output_dir
 from qmimic_d2.engine.checks.rehearsal import Rehearsal, without_a_trace
 from qmimic_d2.engine.resuming import check_resuming
@@ -29,6 +29,7 @@ from qmimic_d2.engine.trainer import (
 )
 from qmimic_d2.modeling.attach import warn_of_unused_teacher
 from qmimic_d2.near_names import check_registered
+from qmimic_d2.yaml.config import flat_keys
 
 __all__ = ["check_run"]
 
