@@ -44,15 +44,11 @@ def families() -> Dict[str, Tuple[str, Tuple[Any, ...]]]:
     import helpers
 
     fpn = (*helpers.RESNET_FPN, f"{MIMIC}.ROI_SOURCE", ["proposals"])
-    rfcn = (
-        *("MODEL.ROI_HEADS.NAME", "RFCNROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
-        *("MODEL.RFCN.NUM_BINS", 3, "MODEL.RFCN.CONV_DIM", 8),
-    )
     return {
         "faster_rcnn": ("RCNN", ()),
         "faster_rcnn_resnet": ("RCNN", helpers.RESNET_C4),
         "faster_rcnn_fpn": ("RCNN", fpn),
-        "rfcn": ("RCNN", rfcn),
+        "rfcn": ("RCNN", helpers.RFCN),
         "cascade_rcnn": ("RCNN", helpers.CASCADE),
         "mask_rcnn": ("RCNN", helpers.MASK_HEAD),
         "keypoint_rcnn": ("RCNN", helpers.KEYPOINT_HEAD),
@@ -101,7 +97,7 @@ def lazy_cases(folder: Path) -> Iterator[Tuple[str, Any]]:
     from qmimic_d2.lazy_config import add_mimic, add_quantizer
 
     teacher = helpers.write_teacher(folder, name="lazy")
-    for family, (build, *_) in FAMILIES.items():
+    for family, build in FAMILIES.items():
         for variant, settings in VARIANTS.items():
             node = _nested(settings)
             node.setdefault("QUANTIZER", {}).setdefault("STRIDE", 0.25)

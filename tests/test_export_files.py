@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from exported import assert_close, random_image, run_without, spread_model, write_forms
-from helpers import CASCADE, KEYPOINT_HEAD, MASK_HEAD, RESNET_C4, RESNET_FPN
+from helpers import RESNET_C4, RESNET_FPN
 from PIL import Image
 from torchvision.ops import ps_roi_align, ps_roi_pool
 
@@ -69,9 +69,7 @@ def exported(folder, cfg, model, **options):
     "options",
     [
         (),
-        RESNET_FPN,
         RESNET_C4,
-        CASCADE,
         ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlign"),
         ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool"),
         (f"{QUANTIZER}.NAME", ""),
@@ -79,7 +77,6 @@ def exported(folder, cfg, model, **options):
         (f"{QUANTIZER}.NAME", "PowerOfTwo", f"{QUANTIZER}.SIGNED", True),
         (f"{QUANTIZER}.SIGNED", True, f"{QUANTIZER}.NUM_CODES", 8),
         (f"{MIMIC}.ADAPTER_PLACEMENT", "trunk", f"{MIMIC}.ADAPTER", "conv1x1_relu", f"{MIMIC}.TRUNK_CHANNELS", [24]),
-        ("MODEL.ROI_HEADS.NAME", "RFCNROIHeads", "MODEL.RFCN.NUM_BINS", 3, "MODEL.RFCN.CONV_DIM", 8),
     ],
 )
 def test_files_detect_what_the_model_detects(tmp_path, options):
@@ -87,16 +84,6 @@ def test_files_detect_what_the_model_detects(tmp_path, options):
     predictor = Predictor.of_model(cfg, model)
     for detector in exported(tmp_path, cfg, model)[:2]:
         for size in ((64, 96), (50, 33), (100, 300)):
-            image = random_image(*size)
-            assert_close(detector(image), predictor.detect(image))
-
-
-@pytest.mark.parametrize("meta_architecture", ["RetinaNet", "QuantRetinaNet", "QuantFCOS"])
-def test_a_one_stage_detector(tmp_path, meta_architecture):
-    cfg, model = spread_model(*RETINANET, *FCOS, meta_architecture=meta_architecture)
-    predictor = Predictor.of_model(cfg, model)
-    for detector in exported(tmp_path, cfg, model)[:2]:
-        for size in ((64, 96), (50, 33)):
             image = random_image(*size)
             assert_close(detector(image), predictor.detect(image))
 
@@ -118,14 +105,6 @@ def test_a_picture_without_detections(tmp_path):
     for detector in exported(tmp_path, cfg, model)[:2]:
         found = detector(random_image(64, 64))
         assert len(found) == 0 and found.boxes.shape == (0, 4)
-
-
-@pytest.mark.parametrize("options, beyond", [(MASK_HEAD, "pred_masks"), (KEYPOINT_HEAD, "pred_keypoints")])
-def test_masks_and_keypoints_are_refused(tmp_path, options, beyond):
-    cfg, model = spread_model(*options)
-    with pytest.raises(ValueError, match=f"{beyond}.*MODEL.MASK_ON"):
-        exported(tmp_path, cfg, model)
-    assert os.listdir(tmp_path) == []
 
 
 def test_other_meta_architectures_are_refused(tmp_path):

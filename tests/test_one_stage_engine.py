@@ -116,14 +116,6 @@ def detector(folder, family, data):
     return written
 
 
-def test_calibrate_measures_what_the_head_reads(detector, tmp_path, capsys):
-    path = tmp_path / "report.json"
-    arguments = ["calibrate", "--config-file", detector.config_file, "--weights", detector.weights]
-    assert main([*arguments, "--num-images", "2", "--strides", "0.5", "--json", str(path)]) == 0
-    assert list(json.loads(path.read_text())["features"]) == ["conv5"]
-    assert "conv5" in capsys.readouterr().out
-
-
 def test_categories_are_those_of_the_head(detector, family):
     cfg = detector.cfg.clone()
     assert [each.name for each in dataset_categories(cfg)] == ["class 0", "class 1", "class 2"]

@@ -21,7 +21,6 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from helpers import (
     CASCADE,
-    KEYPOINT_HEAD,
     MASK_HEAD,
     RESNET_C4,
     RESNET_FPN,
@@ -692,20 +691,6 @@ def test_a_trace_of_the_backbone_in_evaluation(vgg_teacher):
 
 
 # ------------------------------------------------------------------------- how Detectron2 trains a model
-
-
-@pytest.mark.parametrize("head, loss", [(MASK_HEAD, "loss_mask"), (KEYPOINT_HEAD, "loss_keypoint")])
-@pytest.mark.parametrize("quantizer", [PLAIN, ()])
-def test_mask_and_keypoint_heads_train_too(vgg_teacher, head, loss, quantizer):
-    model = mimic_model(*vgg_teacher.options, *head, *quantizer)
-    num_classes = 1 if head is KEYPOINT_HEAD else 3
-    inputs = batch(num_classes=num_classes)
-    step = training_step(model, inputs)
-    assert step.losses[loss].item() > 0.0 and step.losses["loss_mimic"].item() > 0.0
-    assert all(torch.isfinite(gradient).all() for gradient in step.gradients.values())
-    stock = training_step(other_model("QuantRCNN", *head, *quantizer), inputs)
-    assert_equal(without("loss_mimic", step.losses), stock.losses)
-    detections_of(model, inputs)
 
 
 def test_a_cascade_trains_too(vgg_teacher):

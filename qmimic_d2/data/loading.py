@@ -64,7 +64,7 @@ def load_dataset_dicts(names: Union[str, Sequence[str]], **options: Any) -> List
         return get_detection_dataset_dicts(names, **options)
 
 
-def build_coco_evaluator(name: str, output_dir: str) -> COCOEvaluator:
+def build_coco_evaluator(name: str, output_dir: str, kpt_oks_sigmas: Sequence[float] = ()) -> COCOEvaluator:
     """
     Detectron2's evaluator on the data as they are now.
 
@@ -74,6 +74,7 @@ def build_coco_evaluator(name: str, output_dir: str) -> COCOEvaluator:
     Args:
         name: registered.
         output_dir: of detections.
+        kpt_oks_sigmas: as Detectron2's; () for COCO's own keypoints.
 
     Raises:
         DataSetError: as :func:`load_dataset`.
@@ -88,7 +89,7 @@ def build_coco_evaluator(name: str, output_dir: str) -> COCOEvaluator:
         with _replaced({name: lambda: copy.deepcopy(load())}):
             detectron2_coco.convert_to_coco_json(name, path, allow_cached=False)
     with _json_file(metadata, path):
-        return COCOEvaluator(name, output_dir=output_dir)
+        return COCOEvaluator(name, output_dir=output_dir, kpt_oks_sigmas=kpt_oks_sigmas)
 
 
 def class_names(name: str) -> Optional[List[str]]:

@@ -321,7 +321,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "")
     output_dir = os.path.join(cfg.OUTPUT_DIR, INFERENCE)
     if kind == "coco":
-        return build_coco_evaluator(dataset_name, output_dir)
+        return build_coco_evaluator(dataset_name, output_dir, cfg.TEST.KEYPOINT_OKS_SIGMAS)
     if kind == "pascal_voc":
         return PascalVOCEvaluator(dataset_name)
     if kind == "wider_face":

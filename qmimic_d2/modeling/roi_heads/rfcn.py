@@ -138,6 +138,7 @@ class RFCNROIHeads(ROIHeads):
                 "federated loss draws its classes anew for every batch and ranks no regions: switch one off"
             )
         self.in_feature = in_feature
+        self.in_features = [in_feature]  # as Detectron2's heads say which maps they read
         self.conv = conv
         self.box_predictor = box_predictor
         self.num_hard_examples = num_hard_examples
