@@ -17,6 +17,7 @@ from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.modeling.attach import attach_parts, mimic_arguments, quantizer_arguments
 from qmimic_d2.modeling.family import family_of, features_read_by, head_node
 from qmimic_d2.modeling.trunk_adapter import TrunkAdapter, is_in_trunk
+from qmimic_d2.yaml.config import describe_mismatch
 
 __all__ = ["add_mimic", "add_quantizer", "build_lazy_detector"]
 
@@ -108,7 +109,10 @@ def _yacs_config(meta_architecture: str, qmimic: Mapping[str, Any]) -> CfgNode:
     keys = OmegaConf.to_container(qmimic, resolve=True) if isinstance(qmimic, DictConfig) else dict(qmimic)
     cfg = get_cfg()
     add_qmimic_config(cfg)
-    cfg.merge_from_other_cfg(CfgNode({"MODEL": {"META_ARCHITECTURE": meta_architecture, "QMIMIC": keys}}))
+    try:
+        cfg.merge_from_other_cfg(CfgNode({"MODEL": {"META_ARCHITECTURE": meta_architecture, "QMIMIC": keys}}))
+    except ValueError as error:
+        raise ValueError(describe_mismatch(error)) from error
     # The teacher follows the student to its device when training begins.
     cfg.MODEL.DEVICE = "cpu"
     return cfg

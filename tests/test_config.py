@@ -244,6 +244,8 @@ def test_an_earlier_key_is_refused_with_its_new_name(tmp_path, name):
     base, path = tmp_path / "base.yaml", tmp_path / "config.yaml"
     base.write_text(yaml.safe_dump({"MODEL": {"QMIMIC": {"QUANTIZER": {name: value}}}}))
     path.write_text("_BASE_: base.yaml\n")
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("VERSION: 2\n")
     for file in (base, path):
         for merge in (qmimic_cfg().merge_from_file, load_config):
             with pytest.raises(KeyError) as caught:
@@ -252,14 +254,26 @@ def test_an_earlier_key_is_refused_with_its_new_name(tmp_path, name):
     with pytest.raises(KeyError) as caught:
         load_config("", [f"MODEL.QMIMIC.QUANTIZER.{name}", str(value)])
     assert_renamed(caught, name)
-    with pytest.raises(TeacherConfigError) as caught:
-        load_teacher_config(qmimic_cfg("MODEL.QMIMIC.TEACHER.CONFIG_FILE", str(base)))
-    assert_renamed(caught, name)
+    assert "Near keys" not in caught.value.args[0]
+    teacher = ("MODEL.QMIMIC.TEACHER.CONFIG_FILE", str(empty))
+    opts = ("MODEL.QMIMIC.TEACHER.OPTS", [f"MODEL.QMIMIC.QUANTIZER.{name}", value])
+    for options in (("MODEL.QMIMIC.TEACHER.CONFIG_FILE", str(base)), (*teacher, *opts)):
+        with pytest.raises(TeacherConfigError) as caught:
+            load_teacher_config(qmimic_cfg(*options))
+        assert_renamed(caught, name)
 
 
 def test_an_earlier_value_is_refused_with_the_new_form(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("MODEL: {QMIMIC: {MIMIC: {ROI_SOURCE: ground_truth+sampled}}}\n")
-    for load in (lambda: load_config(str(path)), lambda: load_config("", ["MODEL.QMIMIC.MIMIC.ROI_SOURCE", "sampled"])):
-        with pytest.raises(ValueError, match="list.*ROI_SOURCE.*Give a list"):
+    pair = ["MODEL.QMIMIC.MIMIC.ROI_SOURCE", "ground_truth+sampled"]
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("VERSION: 2\n")
+    teacher = ("MODEL.QMIMIC.TEACHER.CONFIG_FILE", str(empty), "MODEL.QMIMIC.TEACHER.OPTS", pair)
+    for load in (
+        lambda: load_config(str(path)),
+        lambda: load_config("", pair),
+        lambda: load_teacher_config(qmimic_cfg(*teacher)),
+    ):
+        with pytest.raises(ValueError, match="ROI_SOURCE. Give a list: \\['ground_truth', 'sampled'\\]"):
             load()

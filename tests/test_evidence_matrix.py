@@ -1,5 +1,6 @@
 """The shipped matrix is well-formed and every run of it is an ordinary config; mistakes in one are named."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,14 @@ def test_digest_is_of_what_has_an_effect():
     ]:
         assert digest(key, value) != plain, key
     assert digest(name="Digits/student_vgg_1_16_mimic.yaml") != plain
+
+
+def test_recorded_digests_stay_valid(runs):
+    files = sorted((SHIPPED.parent / "runs").glob("*/*.json"))
+    assert len(files) > 500
+    for file in files:
+        (run,) = MATRIX.runs(variants=[file.parent.name], seeds=[int(file.stem)])
+        assert json.loads(file.read_text())["config_digest"] == runs.digest(run), file
 
 
 def test_settings_are_differences_from_the_defaults():

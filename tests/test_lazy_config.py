@@ -327,6 +327,9 @@ def test_a_model_without_a_backbone_is_refused():
         ({"QUANTIZER": {"STRIDES": 0.5}}, KeyError, "MODEL.QMIMIC.QUANTIZER.STRIDES"),
         ({"QUANTIZER": {"STRIDE": 1}}, ValueError, "MODEL.QMIMIC.QUANTIZER.STRIDE"),
         ({"QUANTIZER": {"NAME": "Unifrom"}}, KeyError, "Unifrom"),
+        ({"QUANTIZER": {"TEACHER_ON": True}}, KeyError, "renamed to MODEL.QMIMIC.MIMIC.QUANTIZE_TEACHER"),
+        ({"QUANTIZER": {"STUDENT_AT": []}}, KeyError, "renamed to MODEL.QMIMIC.QUANTIZER.ON_BACKBONE and .*QUANTIZE_"),
+        ({"MIMIC": {"ROI_SOURCE": "sampled+proposals"}}, ValueError, "a list: \\['sampled', 'proposals'\\]"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(qmimic, error, words):

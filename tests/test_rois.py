@@ -5,10 +5,10 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 from qmimic_d2.modeling.mimic.region_sources import (
-    ROI_SOURCES,
     WHOLE_MAP,
     TrainingRegions,
     check_roi_source,
+    roi_source_names,
     select_rois,
 )
 
@@ -39,7 +39,7 @@ def selected(*args):
 
 
 def test_sources(regions):
-    assert sorted(ROI_SOURCES) == ["ground_truth", "neighbourhood", "proposals", "sampled", "teacher_proposals"]
+    assert sorted(roi_source_names()) == ["ground_truth", "neighbourhood", "proposals", "sampled", "teacher_proposals"]
     assert selected(["sampled"], regions) == [boxes(3).tolist(), []]
     assert selected(["proposals"], regions) == [boxes(5, 100.0).tolist(), boxes(1, 200.0).tolist()]
     assert selected(["teacher_proposals"], regions) == [boxes(2, 500.0).tolist(), []]
@@ -102,7 +102,7 @@ def test_an_image_without_objects_has_no_neighbourhood():
 
 @pytest.mark.parametrize(
     "sources",
-    [*([each] for each in ROI_SOURCES), [WHOLE_MAP], ["sampled", "ground_truth"], ("neighbourhood", "sampled")],
+    [*([each] for each in roi_source_names()), [WHOLE_MAP], ["sampled", "ground_truth"], ("neighbourhood", "sampled")],
 )
 def test_known_sources(sources):
     check_roi_source(sources)
@@ -144,7 +144,7 @@ def test_no_gradient_flows_into_boxes():
 
 def test_selecting_draws_no_random_number(regions):
     state = torch.get_rng_state()
-    for source in ROI_SOURCES:
+    for source in roi_source_names():
         select_rois([source], regions, 1)
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -164,7 +164,7 @@ def _hint(cfg: CfgNode, opts: Sequence[str]) -> str:
     if misplaced:
         return f". Options such as {misplaced[0]} stand before the pairs"
     known = flat_keys(cfg)
-    unknown = [str(key) for key in opts[::2] if key not in known]
+    unknown = [str(key) for key in opts[::2] if key not in known and not cfg.key_is_renamed(key)]
     near = near_names(unknown[0], known) if unknown else []
     return f". Near keys are {near}" if near else ""
 

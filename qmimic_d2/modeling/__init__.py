@@ -8,6 +8,7 @@ from qmimic_d2.modeling.meta_arch.quant_rcnn import QuantRCNN
 from qmimic_d2.modeling.meta_arch.quant_retinanet import QuantRetinaNet
 from qmimic_d2.modeling.mimic.loss import Pair, RoIMimicLoss
 from qmimic_d2.modeling.mimic.mimic import Mimic
+from qmimic_d2.modeling.mimic.region_sources import ROI_SOURCE_REGISTRY, TrainingRegions
 from qmimic_d2.modeling.mimic.teacher import FrozenTeacher
 from qmimic_d2.modeling.quantizer import (
     QUANTIZER_REGISTRY,
@@ -21,6 +22,7 @@ from qmimic_d2.modeling.roi_heads import RFCNROIHeads
 
 __all__ = [
     "QUANTIZER_REGISTRY",
+    "ROI_SOURCE_REGISTRY",
     "ClampQuantizer",
     "CodeQuantizer",
     "FrozenTeacher",
@@ -36,6 +38,7 @@ __all__ = [
     "QuantRetinaNet",
     "RFCNROIHeads",
     "RoIMimicLoss",
+    "TrainingRegions",
     "UniformQuantizer",
     "attach_mimic",
     "attach_quantizer",

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 BASE_KEY = "_BASE_"
 
 _MOST_FILES = 100
+# yacs's error for a text in place of a list. Earlier versions joined the sources of MIMIC.ROI_SOURCE by "+".
+_TEXT_FOR_LIST = re.compile(r"<class 'list'> vs\. <class 'str'>.* vs\. (.*)\) for config key", re.DOTALL)
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -78,10 +80,11 @@ def flat_keys(node: CfgNode, prefix: str = "") -> Dict[str, Any]:
 
 
 def describe_mismatch(error: ValueError) -> str:
-    """The text of yacs's error, which names the key; for an integer where a float belongs, with what to write."""
+    """The text of yacs's error, which names the key; for a text or an integer of the wrong type, with what to write."""
     text = str(error)
-    if "'list'" in text and "'str'" in text:
-        return f"{text}. Give a list: ['a', 'b']"
+    as_text = _TEXT_FOR_LIST.search(text)
+    if as_text:
+        return f"{text}. Give a list: {as_text[1].split('+')}"
     return f"{text}. A float needs its point: 1.0, not 1" if "'float'" in text and "'int'" in text else text
 
 

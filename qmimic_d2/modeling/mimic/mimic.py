@@ -20,12 +20,7 @@ from qmimic_d2.modeling.family import DETECTOR_REGIONS, head_modules, own_region
 from qmimic_d2.modeling.image_counts import named
 from qmimic_d2.modeling.mimic.attachment import Attachment
 from qmimic_d2.modeling.mimic.loss import Pair, RoIMimicLoss
-from qmimic_d2.modeling.mimic.region_sources import (
-    ROI_SOURCES,
-    WHOLE_MAP,
-    check_roi_source,
-    select_rois,
-)
+from qmimic_d2.modeling.mimic.region_sources import WHOLE_MAP, check_roi_source, roi_source_names, select_rois
 from qmimic_d2.modeling.mimic.scale_warning import ScaleWarning
 from qmimic_d2.modeling.mimic.step_record import StepRecord
 from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, build_teacher, load_teacher_modules
@@ -306,7 +301,7 @@ def check_detector(model: nn.Module, settings: MimicSettings) -> None:
     """
     heads = {name: getattr(model, name, None) for name in ("proposal_generator", "roi_heads")}
     given = own_regions(model)
-    available = [each for each in ROI_SOURCES if each not in DETECTOR_REGIONS or each in given]
+    available = [each for each in roi_source_names() if each not in DETECTOR_REGIONS or each in given]
     check_roi_source(settings.roi_source, available)
     if isinstance(heads["proposal_generator"], RRPN) or isinstance(heads["roi_heads"], RROIHeads):
         raise ValueError(

@@ -7,14 +7,22 @@ Shape letters:
 """
 
 from dataclasses import dataclass, field
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.structures import Boxes, Instances
+from fvcore.common.registry import Registry
 
 from qmimic_d2.modeling.image_counts import check_boxes, check_counts
 
-__all__ = ["ROI_SOURCES", "WHOLE_MAP", "TrainingRegions", "check_roi_source", "select_rois"]
+__all__ = [
+    "ROI_SOURCE_REGISTRY",
+    "WHOLE_MAP",
+    "TrainingRegions",
+    "check_roi_source",
+    "roi_source_names",
+    "select_rois",
+]
 
 # The entry of MODEL.QMIMIC.MIMIC.ROI_SOURCE that compares whole maps, cell by cell, and no region.
 WHOLE_MAP = "whole_map"
@@ -51,7 +59,16 @@ class TrainingRegions:
     seed: int = 0
 
 
-def _sampled(regions: TrainingRegions) -> List[Boxes]:
+ROI_SOURCE_REGISTRY = Registry("ROI_SOURCE")
+ROI_SOURCE_REGISTRY.__doc__ = """
+Registry of region sources: functions of the :class:`TrainingRegions` of a step that return N Boxes of shape (R, 4).
+``MODEL.QMIMIC.MIMIC.ROI_SOURCE`` lists their names.
+"""
+
+
+@ROI_SOURCE_REGISTRY.register()
+def sampled(regions: TrainingRegions) -> List[Boxes]:
+    """The proposals that the RoI heads sampled; raises a ValueError where they return none."""
     if not regions.sampled:
         raise ValueError(
             f"{_KEY} has 'sampled', but the RoI heads return no sampled proposals in training (StandardROIHeads, its "
@@ -60,7 +77,9 @@ def _sampled(regions: TrainingRegions) -> List[Boxes]:
     return [instances.proposal_boxes for instances in regions.sampled]
 
 
-def _proposals(regions: TrainingRegions) -> List[Boxes]:
+@ROI_SOURCE_REGISTRY.register()
+def proposals(regions: TrainingRegions) -> List[Boxes]:
+    """All proposals of the student; raises a ValueError where the detector gave none."""
     if not regions.proposals and regions.image_sizes:
         raise ValueError(
             f"{_KEY} has 'proposals', but the detector gave none in this step; use 'ground_truth' or 'neighbourhood'"
@@ -68,16 +87,21 @@ def _proposals(regions: TrainingRegions) -> List[Boxes]:
     return [instances.proposal_boxes for instances in regions.proposals]
 
 
-def _teacher_proposals(regions: TrainingRegions) -> List[Boxes]:
+@ROI_SOURCE_REGISTRY.register()
+def teacher_proposals(regions: TrainingRegions) -> List[Boxes]:
+    """All proposals of the teacher."""
     return regions.teacher_proposals
 
 
-def _ground_truth(regions: TrainingRegions) -> List[Boxes]:
+@ROI_SOURCE_REGISTRY.register()
+def ground_truth(regions: TrainingRegions) -> List[Boxes]:
+    """The annotated boxes."""
     return regions.ground_truth
 
 
-def _neighbourhood(regions: TrainingRegions) -> List[Boxes]:
-    """Each annotated box and, behind all of them, its neighbours: boxes near it, of about its size."""
+@ROI_SOURCE_REGISTRY.register()
+def neighbourhood(regions: TrainingRegions) -> List[Boxes]:
+    """Each annotated box and, after all of them, its neighbours: boxes near it, of about its size."""
     generator = torch.Generator().manual_seed(regions.seed)
     found = []
     for boxes, size in zip(regions.ground_truth, regions.image_sizes):
@@ -87,14 +111,9 @@ def _neighbourhood(regions: TrainingRegions) -> List[Boxes]:
     return found
 
 
-# What MODEL.QMIMIC.MIMIC.ROI_SOURCE may hold, besides WHOLE_MAP. A project adds its own here.
-ROI_SOURCES: Dict[str, Callable[[TrainingRegions], List[Boxes]]] = {
-    "sampled": _sampled,
-    "proposals": _proposals,
-    "teacher_proposals": _teacher_proposals,
-    "ground_truth": _ground_truth,
-    "neighbourhood": _neighbourhood,
-}
+def roi_source_names() -> List[str]:
+    """Every registered source, in the order of registration."""
+    return [name for name, _ in ROI_SOURCE_REGISTRY]
 
 
 def check_roi_source(sources: Sequence[str], available: Optional[Sequence[str]] = None) -> None:
@@ -106,7 +125,7 @@ def check_roi_source(sources: Sequence[str], available: Optional[Sequence[str]] 
     Raises:
         ValueError: it is neither ``[WHOLE_MAP]`` nor one or more available sources, each once.
     """
-    available = sorted(ROI_SOURCES if available is None else available)
+    available = sorted(roi_source_names() if available is None else available)
     is_list = isinstance(sources, Sequence) and not isinstance(sources, str)
     if is_list and list(sources) == [WHOLE_MAP]:
         return
@@ -120,7 +139,7 @@ def select_rois(sources: Sequence[str], regions: TrainingRegions, max_per_image:
     The regions that the mimic loss compares.
 
     Args:
-        sources: keys of :data:`ROI_SOURCES`; the regions are their union, in that order.
+        sources: names in :data:`ROI_SOURCE_REGISTRY`; the regions are their union, in that order.
         regions: what the training step knows of.
         max_per_image: most regions per image, the first ones of the union; 0 = all. Taking the
             first draws no random number, so that a run with the mimic and one without sample alike.
@@ -131,7 +150,7 @@ def select_rois(sources: Sequence[str], regions: TrainingRegions, max_per_image:
     Raises:
         ValueError: a part covers another number of images than the step has, or its boxes are rotated.
     """
-    parts = {part: ROI_SOURCES[part](regions) for part in sources}
+    parts = {part: ROI_SOURCE_REGISTRY.get(part)(regions) for part in sources}
     counts = {f"the regions of {_KEY} {part!r}": len(boxes) for part, boxes in parts.items()}
     check_counts(counts, len(regions.image_sizes) or len(next(iter(parts.values()))))
     for boxes in parts.values():

@@ -18,7 +18,7 @@ from qmimic_d2.config_files import find_config_file
 from qmimic_d2.modeling.family import detector_name, family_of, has_quantizer_keys
 from qmimic_d2.modeling.mimic.sharing import shared
 from qmimic_d2.near_names import near_names
-from qmimic_d2.yaml.config import merge_config
+from qmimic_d2.yaml.config import describe_mismatch, merge_config
 
 __all__ = ["TeacherConfig", "TeacherConfigError", "load_teacher_config"]
 
@@ -170,7 +170,10 @@ def _read_yaml(path: str, student_cfg: CfgNode, add_keys: Optional[Callable[[Cfg
         add_keys(teacher)
     before = teacher.clone()
     _check_new_keys(merge_config(teacher, path, allow_new=True), before)
-    teacher.merge_from_list(list(student_cfg.MODEL.QMIMIC.TEACHER.OPTS))
+    try:
+        teacher.merge_from_list(list(student_cfg.MODEL.QMIMIC.TEACHER.OPTS))
+    except ValueError as error:
+        raise ValueError(describe_mismatch(error)) from error
     teacher.MODEL.DEVICE = student_cfg.MODEL.DEVICE
     teacher.freeze()
     is_quantized = has_quantizer_keys(teacher.MODEL.META_ARCHITECTURE)
