@@ -127,7 +127,7 @@ def train(model: Any) -> Dict[str, Any]:
     import torch
     from detectron2.utils.events import EventStorage
 
-    from qmimic_d2.checkpoint.checkpointer import weights_digest
+    from qmimic_d2.checkpoint import weights_digest
 
     model.train()
     optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.002, momentum=0.9)

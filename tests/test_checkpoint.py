@@ -13,7 +13,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from module_state import assert_same, randomized, snapshot
 from torch import nn
 
-from qmimic_d2.checkpoint.checkpointer import load_audited, read_checkpoint, weights_digest
+from qmimic_d2.checkpoint import load_audited, read_checkpoint, weights_digest
 
 KEY = "MODEL.QMIMIC.TEACHER.WEIGHTS"
 

@@ -15,7 +15,7 @@ from fvcore.common.param_scheduler import ConstantParamScheduler
 from module_state import assert_same, randomized, snapshot
 from torch import nn
 
-from qmimic_d2.checkpoint.checkpointer import SafeCheckpointer, UnsafeCheckpointError, weights_digest
+from qmimic_d2.checkpoint import SafeCheckpointer, UnsafeCheckpointError, weights_digest
 from qmimic_d2.files import remove_leftovers, whole_file
 
 

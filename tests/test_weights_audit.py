@@ -5,7 +5,7 @@ import torch
 from module_state import assert_same, randomized, snapshot
 from torch import nn
 
-from qmimic_d2.checkpoint.checkpointer import DivergedError, SafeCheckpointer, load_audited
+from qmimic_d2.checkpoint import DivergedError, SafeCheckpointer, load_audited
 
 NAN, INF = float("nan"), float("inf")
 

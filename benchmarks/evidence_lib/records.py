@@ -10,7 +10,7 @@ import numpy as np
 
 import qmimic_d2
 from package_versions import package_versions
-from qmimic_d2.checkpoint.checkpointer import weights_digest
+from qmimic_d2.checkpoint import weights_digest
 from qmimic_d2.checkpoint.reader import read_checkpoint
 from qmimic_d2.files import write_json
 from qmimic_d2.run_folder import DETECTIONS, EVALUATION, METRICS, MIMIC, read_evaluation

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from qmimic_d2.checkpoint.reader import entries_below, listing, subject
 
 __all__ = [
-    "advice",
     "load_audited",
     "log_loaded",
     "non_finite_entries",
@@ -84,12 +83,10 @@ def load_audited(
     found = problems(missing, shapes, unexpected, non_finite, dtypes)
     if found:
         module.load_state_dict(before)
+        hint = ""
         if not entries and not differing and state:
-            found += f"\n  no name begins with {prefix!r}; names are such as {sorted(state)[:3]}"
-        raise ValueError(
-            f"{subject(key, source)} does not fit {type(module).__name__} at {prefix!r}:{found}\n"
-            f"{advice(non_finite, dtypes)}"
-        )
+            hint = f"\n  no name begins with {prefix!r}; names are such as {sorted(state)[:3]}"
+        raise ValueError(f"{subject(key, source)} does not fit {type(module).__name__} at {prefix!r}:{hint}{found}")
 
     own_rule = without_counters(set(own) - set(entries))
     if own_rule:
@@ -170,13 +167,17 @@ def _is_sound(given: Tensor, own: Tensor) -> bool:
 
 
 def problems(
-    missing: Sequence[str],
-    shapes: Sequence[Tuple[str, Tuple[int, ...], Tuple[int, ...]]],
-    unexpected: Sequence[str],
-    non_finite: Sequence[str],
+    missing: Sequence[str] = (),
+    shapes: Sequence[Tuple[str, Tuple[int, ...], Tuple[int, ...]]] = (),
+    unexpected: Sequence[str] = (),
+    non_finite: Sequence[str] = (),
     dtypes: Sequence[Tuple[str, torch.dtype, torch.dtype]] = (),
 ) -> str:
-    """What does not fit, one paragraph per kind; shapes and dtypes as (name, in the checkpoint, in the model)."""
+    """
+    What does not fit, one paragraph per kind, and what to do about it; "" where all fits.
+
+    Shapes and dtypes are given as (name, in the checkpoint, in the model).
+    """
 
     def differing(items: Sequence[Tuple[str, object, object]]) -> List[str]:
         return [f"{name}: {given} in the checkpoint, {needed} in the model" for name, given, needed in items]
@@ -188,19 +189,17 @@ def problems(
         ("unknown to the model", unexpected),
         ("with NaN or infinite values", non_finite),
     )
-    return "".join(f"\n  {len(items)} {kind}:{listing(items)}" for kind, items in kinds if items)
-
-
-def advice(non_finite: Sequence[str], dtypes: Sequence[Tuple[str, torch.dtype, torch.dtype]]) -> str:
-    """What to do about a checkpoint that does not fit."""
+    text = "".join(f"\n  {len(items)} {kind}:{listing(items)}" for kind, items in kinds if items)
     if non_finite:
-        return (
+        advice = (
             "The training that wrote it diverged: give an earlier checkpoint, or train again with a smaller "
             "SOLVER.BASE_LR."
         )
-    if dtypes:
-        return "Give the weights as floating-point numbers, before they were quantized or converted."
-    return "Give the weights of the architecture that the config builds, or correct the config."
+    elif dtypes:
+        advice = "Give the weights as floating-point numbers, before they were quantized or converted."
+    else:
+        advice = "Give the weights of the architecture that the config builds, or correct the config."
+    return f"{text}\n{advice}" if text else ""
 
 
 def log_loaded(filled: Mapping[str, Tensor], model: str, source: str, digest: str) -> None:

@@ -1,14 +1,8 @@
 """
-Checkpoints, and an account of what they filled.
+Detectron2's checkpointer for the student, reading by the rules of :func:`qmimic_d2.checkpoint.reader.read_checkpoint`.
 
-* :func:`read_checkpoint`: a file, or an address that Detectron2 resolves, becomes a flat state dict,
-  and no code in it is executed.
-* :func:`load_audited`: a state dict fills one module completely, or an error lists what does not fit
-  and the module stays as it was. The teacher's backbone is loaded this way.
-* :class:`SafeCheckpointer`: Detectron2's checkpointer for the student, reading by the same rules.
-
-Detectron2's own checkpointer leaves random weights behind after an empty path or wrong shapes; a random
-teacher then trains a student quietly. Here these are errors, raised before the first iteration.
+Detectron2's own leaves random weights behind after an empty path or wrong shapes. Here these are errors, raised before
+the first iteration.
 """
 
 import logging
@@ -22,8 +16,6 @@ from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import Tensor, nn
 
 from qmimic_d2.checkpoint.audit import (
-    advice,
-    load_audited,
     log_loaded,
     non_finite_entries,
     problems,
@@ -35,7 +27,6 @@ from qmimic_d2.checkpoint.reader import (
     UnsafeCheckpointError,
     flat_state,
     local_path,
-    read_checkpoint,
     read_mapping,
     subject,
 )
@@ -43,15 +34,7 @@ from qmimic_d2.checkpoint.training_entries import rename_old_entries
 from qmimic_d2.files import whole_file
 from qmimic_d2.run_folder import TAG
 
-__all__ = [
-    "DivergedError",
-    "SafeCheckpointer",
-    "UnsafeCheckpointError",
-    "load_audited",
-    "read_checkpoint",
-    "tensors_in",
-    "weights_digest",
-]
+__all__ = ["DivergedError", "SafeCheckpointer", "check_resumed_state", "tensors_in"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +77,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.name_converters = tuple(name_converters)
         self.ignored_prefixes = tuple(ignored_prefixes)
         # A constant of the model's own may be infinite, such as an attention mask.
-        self._constants = {name for name, tensor in _broken_tensors(self.model.state_dict())}
+        self._constants = set(_broken_tensors(self.model.state_dict()))
         self._complete = False
         self._key = ""
 
@@ -213,9 +196,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(basename)
 
     def _check_finite(self, data: Mapping[str, Any], target: str) -> None:
-        broken = [name for name, _ in _broken_tensors(data["model"]) if name not in self._constants]
-        rest = {key: value for key, value in data.items() if key != "model"}
-        broken += [name for name, _ in _broken_tensors(rest)]
+        broken = [name for name in _broken_tensors(data["model"]) if name not in self._constants]
+        broken += _broken_tensors({**data, "model": {}})
         if broken:
             raise DivergedError(
                 f"{target} is not written: the training has diverged, and {len(broken)} of its tensors have NaN or "
@@ -272,7 +254,10 @@ class SafeCheckpointer(DetectionCheckpointer):
             is_caffe2 = checkpoint.get("__author__") == "Caffe2"
             state = checkpoint["model"] = align_and_update_state_dicts(own, state, c2_conversion=is_caffe2)
         source = self._parsed_url_during_load.geturl()
-        self._audit(state, own, source)
+        # values that would fill the model and make nothing of it
+        found = problems(non_finite=non_finite_entries(state, own), dtypes=wrong_dtypes(state, own))
+        if found:
+            raise ValueError(f"{subject(self._key, source)} cannot fill {type(self.model).__name__}:{found}")
         incompatible = super()._load_model(checkpoint)
 
         shapes = incompatible.incorrect_shapes
@@ -285,22 +270,12 @@ class SafeCheckpointer(DetectionCheckpointer):
             extent = "nothing" if fills_nothing else "only a part"
             raise ValueError(
                 f"{subject(self._key, source)} fills {extent} of {type(self.model).__name__}:"
-                f"{problems(missing, shapes, without_counters(incompatible.unexpected_keys), [])}\n"
-                "Give the weights of the architecture that the config builds, or correct the config."
+                f"{problems(missing, shapes, without_counters(incompatible.unexpected_keys))}"
             )
         log_loaded(
             {n: own[n] for n in filled}, type(self.model).__name__, source, weights_digest(self.model)
         )
         return incompatible
-
-    def _audit(self, state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
-        """Refuses values that would fill the model and make nothing of it, before they do."""
-        non_finite, dtypes = non_finite_entries(state, own), wrong_dtypes(state, own)
-        if non_finite or dtypes:
-            raise ValueError(
-                f"{subject(self._key, source)} cannot fill {type(self.model).__name__}:"
-                f"{problems([], [], [], non_finite, dtypes)}\n{advice(non_finite, dtypes)}"
-            )
 
 
 def check_resumed_state(content: Mapping[str, Any], parts: Iterable[str], path: str, key: str) -> None:
@@ -322,11 +297,9 @@ def check_resumed_state(content: Mapping[str, Any], parts: Iterable[str], path: 
             "schedule, iteration), so nothing can be resumed from it. Begin a training from these weights, without "
             f"--resume: MODEL.WEIGHTS {path!r} and another OUTPUT_DIR."
         )
-    broken = [name for name, _ in _broken_tensors({part: content[part] for part in parts})]
+    broken = _broken_tensors({part: content[part] for part in parts})
     if broken:
-        raise ValueError(
-            f"{subject(key, path)} cannot be resumed from:{problems([], [], [], broken)}\n{advice(broken, [])}"
-        )
+        raise ValueError(f"{subject(key, path)} cannot be resumed from:{problems(non_finite=broken)}")
 
 
 def tensors_in(content: Any, name: str = "") -> Iterator[Tuple[str, Tensor]]:
@@ -339,11 +312,13 @@ def tensors_in(content: Any, name: str = "") -> Iterator[Tuple[str, Tensor]]:
             yield from tensors_in(value, f"{name}.{key}" if name else str(key))
 
 
-def _broken_tensors(content: Any) -> Iterator[Tuple[str, Tensor]]:
-    """The tensors with NaN or infinite values."""
-    for name, tensor in tensors_in(content):
-        if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
-            yield name, tensor
+def _broken_tensors(content: Any) -> List[str]:
+    """Names of the tensors with NaN or infinite values."""
+    return [
+        name
+        for name, tensor in tensors_in(content)
+        if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all()
+    ]
 
 
 def _zoo_layout(content: Dict[str, Any]) -> Dict[str, Any]:

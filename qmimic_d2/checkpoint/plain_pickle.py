@@ -35,7 +35,7 @@ class RefusedName(Refused):
     """A pickle names what is not admitted; it was not imported."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(name.encode("unicode_escape").decode())
+        super().__init__(name[:200].encode("unicode_escape").decode())
 
 
 class Name:

@@ -7,7 +7,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
-from qmimic_d2.checkpoint.checkpointer import read_checkpoint
+from qmimic_d2.checkpoint import read_checkpoint
 from qmimic_d2.modeling.family import head_features
 from qmimic_d2.modeling.mimic.adapter import build_adapter
 from qmimic_d2.modeling.mimic.teacher import teacher_shapes

@@ -19,7 +19,7 @@ from detectron2.modeling import Backbone
 from detectron2.structures import Boxes, ImageList
 from torch import Tensor, nn
 
-from qmimic_d2.checkpoint.checkpointer import load_audited, read_checkpoint
+from qmimic_d2.checkpoint import load_audited, read_checkpoint
 from qmimic_d2.modeling.family import head_features
 from qmimic_d2.modeling.image_counts import check_maps
 from qmimic_d2.modeling.mimic.sharing import shared
