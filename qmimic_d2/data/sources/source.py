@@ -1,0 +1,232 @@
+"""One data set of a user's own: its format, its place, its classes, and how it is loaded."""
+
+import os
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from qmimic_d2.data.checks.coco import inspect_coco
+from qmimic_d2.data.checks.findings import DataSetError, Findings
+from qmimic_d2.data.pascal_voc import load_pascal_voc, read_objects, voc_image_ids
+from qmimic_d2.data.sources.yolo import SPLITS, load_yolo, read_data_yaml
+
+__all__ = ["FORMATS", "Source", "SourceLoader", "guess_sources"]
+
+KEY = "DATASETS.SOURCES"
+_ENTRIES = ("NAME", "FORMAT", "PATH", "SPLIT", "IMAGES", "CLASSES")
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    An entry of ``DATASETS.SOURCES``.
+
+    Attributes:
+        name: of the data set, as ``DATASETS.TRAIN`` and ``TEST`` have it.
+        format: a key of :data:`FORMATS`.
+        path: of the annotation file, folder or data.yaml.
+        split: of a "voc" or "yolo" set; "" for "coco".
+        images: folder of the images of a "coco" set.
+        classes: names in the order of the labels; () = as the data have them.
+    """
+
+    name: str
+    format: str
+    path: str
+    split: str = ""
+    images: str = ""
+    classes: Tuple[str, ...] = ()
+
+    @classmethod
+    def from_entry(cls, entry: Any, beside: str = "") -> "Source":
+        """
+        Args:
+            entry: a dict of the config.
+            beside: folder from which relative paths count; "" = the working directory. A path that is not there but
+                in the working directory counts from that.
+
+        Raises:
+            ValueError: it is no such dict, or lacks something; says what.
+        """
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{KEY} has {entry!r}; give dicts with NAME, FORMAT and PATH")
+        unknown = sorted(set(entry) - set(_ENTRIES), key=str)
+        if unknown:
+            raise ValueError(f"{KEY} has an entry with {unknown}; an entry may have {list(_ENTRIES)}")
+        for key in ("NAME", "FORMAT", "PATH"):
+            if not isinstance(entry.get(key), str) or not entry[key]:
+                raise ValueError(f"{KEY} has {dict(entry)!r}, where {key} is {entry.get(key)!r}; give a text")
+        if entry["FORMAT"] not in FORMATS:
+            raise ValueError(f"{KEY}: {entry['NAME']!r} has FORMAT {entry['FORMAT']!r}; choose one of {list(FORMATS)}")
+        has_split = FORMATS[entry["FORMAT"]].has_split
+        if has_split != bool(entry.get("SPLIT")):
+            what = "needs a SPLIT" if has_split else f"takes no SPLIT, and has {entry['SPLIT']!r}"
+            raise ValueError(f"{KEY}: {entry['NAME']!r} of FORMAT {entry['FORMAT']!r} {what}")
+        if entry.get("IMAGES") and entry["FORMAT"] != "coco":
+            raise ValueError(f"{KEY}: {entry['NAME']!r} has IMAGES, which FORMAT 'coco' alone takes")
+        path = _absolute(entry["PATH"], beside)
+        images = _absolute(entry["IMAGES"], beside) if entry.get("IMAGES") else ""
+        classes = tuple(str(each) for each in entry.get("CLASSES") or ())
+        if entry["FORMAT"] == "coco":
+            images = images or os.path.dirname(path)
+        return cls(entry["NAME"], entry["FORMAT"], path, str(entry.get("SPLIT") or ""), images, classes)
+
+    def to_entry(self) -> Dict[str, Any]:
+        """The dict that :meth:`from_entry` reads."""
+        entry = {"NAME": self.name, "FORMAT": self.format, "PATH": self.path}
+        for key, value in (("SPLIT", self.split), ("IMAGES", self.images), ("CLASSES", list(self.classes))):
+            if value:
+                entry[key] = value
+        return entry
+
+    def find_classes(self) -> Tuple[str, ...]:
+        """
+        ``classes``, or else those of the data.
+
+        Raises:
+            FileNotFoundError, ValueError: the data are not there, or cannot be read.
+        """
+        try:
+            return self.classes or tuple(FORMATS[self.format].classes(self))
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"{KEY}: {self.name!r}: {error}") from error
+
+
+class SourceLoader:
+    """
+    Loads a "voc" or "yolo" source: the function that Detectron2's catalog calls.
+
+    Args:
+        source: with its classes.
+    """
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __call__(self) -> List[Dict[str, Any]]:
+        """
+        Dicts as Detectron2 has them.
+
+        Raises:
+            FileNotFoundError, DataSetError: the data cannot be used; the message has every problem.
+        """
+        findings = Findings()
+        dicts = self.load(findings)
+        if findings.has_problems:
+            raise DataSetError(f"the data set {self.source.name!r} cannot be used:\n{findings.problems()}")
+        return dicts
+
+    def load(self, findings: Findings) -> List[Dict[str, Any]]:
+        """The same; problems and repairs go to ``findings``."""
+        return FORMATS[self.source.format].load(self.source, findings)
+
+
+class _Format(NamedTuple):
+    """
+    Attributes:
+        has_split: one path holds several sets.
+        classes: gives the class names of the data.
+        load: gives Detectron2's dicts; None where Detectron2's own loader does.
+    """
+
+    has_split: bool
+    classes: Callable[[Source], Sequence[str]]
+    load: Optional[Callable[[Source, Findings], List[Dict[str, Any]]]]
+
+
+def _coco_classes(source: Source) -> Sequence[str]:
+    if not os.path.isfile(source.path):
+        raise FileNotFoundError(f"there is no annotation file {source.path!r}")
+    return inspect_coco(source.path, "", Findings(), needs_annotations=False).class_names
+
+
+def _voc_classes(source: Source) -> Sequence[str]:
+    _check_voc(source)
+    names = set()
+    for each in voc_image_ids(source.path, source.split):
+        path = os.path.join(source.path, "Annotations", f"{each}.xml")
+        if os.path.isfile(path):  # the check of the data names the others
+            names.update(found.name for found in read_objects(path, Findings()))
+    return sorted(names)
+
+
+def _load_voc(source: Source, findings: Findings) -> List[Dict[str, Any]]:
+    _check_voc(source)
+    return load_pascal_voc(source.path, source.split, source.classes, findings)
+
+
+def _check_voc(source: Source) -> None:
+    folder = os.path.join(source.path, "ImageSets", "Main")
+    if not os.path.isfile(os.path.join(folder, f"{source.split}.txt")):
+        raise FileNotFoundError(
+            f"there is no list {os.path.join(folder, source.split + '.txt')!r}; {source.path!r} has the splits "
+            f"{_voc_splits(source.path)}"
+        )
+
+
+def _voc_splits(path: str) -> List[str]:
+    folder = os.path.join(path, "ImageSets", "Main")
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return [name[:-4] for name in names if name.endswith(".txt")]
+
+
+def _load_yolo(source: Source, findings: Findings) -> List[Dict[str, Any]]:
+    return load_yolo(read_data_yaml(source.path), source.split, source.classes, findings)
+
+
+FORMATS: Dict[str, _Format] = {
+    "coco": _Format(False, _coco_classes, None),
+    "voc": _Format(True, _voc_classes, _load_voc),
+    "yolo": _Format(True, lambda source: read_data_yaml(source.path).classes, _load_yolo),
+}
+
+# Splits of a folder in VOC's layout: for training and for evaluation, the preferred ones first.
+_VOC_TRAIN, _VOC_TEST = ("trainval", "train"), ("test", "val")
+
+
+def guess_sources(path: str, prefix: str) -> Tuple[List[Source], List[Source]]:
+    """
+    What a path holds, by its form: a ``data.yaml`` of YOLO, or a folder in VOC's layout.
+
+    Args:
+        path: of a file or folder.
+        prefix: of the names: "prefix_train" and "prefix_val".
+
+    Returns:
+        Sources to train on, and sources to evaluate on.
+
+    Raises:
+        FileNotFoundError, ValueError: it is nothing of the kind, or has no part to evaluate on; says what is there.
+    """
+    path = os.path.abspath(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"there is no {path!r}")
+    if os.path.isdir(path) and os.path.isfile(os.path.join(path, "data.yaml")):
+        path = os.path.join(path, "data.yaml")
+    if os.path.isdir(path):
+        kind, splits = "voc", _voc_splits(path)
+        if not splits:
+            raise ValueError(
+                f"{path!r} is no data set that is known: it has no data.yaml (YOLO) and no ImageSets/Main (Pascal VOC). "
+                "For COCO, give the annotation files and the folders of their images"
+            )
+        train = next((each for each in _VOC_TRAIN if each in splits), "")
+        others = [each for each in _VOC_TEST if each in splits and not (train == "trainval" and each == "val")]
+    elif path.lower().endswith((".yaml", ".yml")):
+        kind, splits = "yolo", list(read_data_yaml(path).images)
+        train = "train" if "train" in splits else ""
+        others = [each for each in SPLITS[1:] if each in splits]
+    else:
+        raise ValueError(f"{path!r} is neither a data.yaml nor a folder; for COCO, give annotation files and folders")
+    if not train or not others:
+        missing = "to evaluate on" if train else "to train on"
+        raise ValueError(f"{path!r} has the splits {splits}, and none {missing}")
+    return (
+        [Source(f"{prefix}_train", kind, path, train)],
+        [Source(f"{prefix}_val", kind, path, others[0])],
+    )
+
+
+def _absolute(path: str, beside: str) -> str:
+    path = os.path.expanduser(path)
+    from_file = os.path.abspath(os.path.join(beside, path))
+    return from_file if os.path.exists(from_file) or not os.path.exists(path) else os.path.abspath(path)
