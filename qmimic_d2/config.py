@@ -29,6 +29,7 @@ def add_qmimic_config(cfg: CN) -> None:
     cfg.MODEL.FCOS.update(others)
     _add_resnet_keys(cfg)
     _add_solver_keys(cfg)
+    _add_dataset_keys(cfg)
     _refuse_earlier_names(cfg)
 
 
@@ -315,6 +316,14 @@ def _add_solver_keys(cfg: CN) -> None:
     # Optimizer of train_net.py: "SGD" (Detectron2's own, with SOLVER.MOMENTUM and NESTEROV) or
     # "AdamW" (with SOLVER.BASE_LR and SOLVER.WEIGHT_DECAY).
     cfg.SOLVER.OPTIMIZER = "SGD"
+
+
+def _add_dataset_keys(cfg: CN) -> None:
+    # Data sets of your own, one dict each, which DATASETS.TRAIN and TEST may name: {NAME: "cells_train", FORMAT: "coco",
+    # PATH: "train.json", IMAGES: "photos"}, {NAME: ..., FORMAT: "voc", PATH: "folder", SPLIT: "train"} or {NAME: ...,
+    # FORMAT: "yolo", PATH: "data.yaml", SPLIT: "val"}. CLASSES gives the names of the classes in the order of their
+    # labels; without it they come from the data. Paths count from the YAML or the working directory.
+    cfg.DATASETS.SOURCES = []
 
 
 def _refuse_earlier_names(cfg: CN) -> None:

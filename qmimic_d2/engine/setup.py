@@ -24,6 +24,7 @@ from torch import nn
 from qmimic_d2.checkpoint.checkpointer import DivergedError
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.config_files import find_config_file
+from qmimic_d2.data.sources import complete_sources, register_sources
 from qmimic_d2.engine.resuming import damaged_config, saved_config
 from qmimic_d2.files import remove_leftovers
 from qmimic_d2.folder_lock import FolderInUseError, hold_folder
@@ -121,6 +122,8 @@ def load_config(
             )
         _merge_file(cfg, config_file)
     _merge_pairs(cfg, list(opts))
+    complete_sources(cfg, os.path.dirname(config_file) if config_file else "")
+    register_sources(cfg)
     if not eval_only:
         _check_given(cfg, defaults)
     if device:
@@ -196,6 +199,7 @@ def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     cfg.defrost()
     cfg.SEED = comm.all_gather(cfg.SEED)[0]
     cfg.freeze()
+    register_sources(cfg)  # this may be another process than the one that read the config
     if comm.is_main_process() and is_local(cfg.OUTPUT_DIR):
         hold_folder(cfg.OUTPUT_DIR)
         remove_leftovers(cfg.OUTPUT_DIR)

@@ -51,7 +51,7 @@ class Source:
             raise ValueError(f"{KEY} has {entry!r}; give dicts with NAME, FORMAT and PATH")
         unknown = sorted(set(entry) - set(_ENTRIES), key=str)
         if unknown:
-            raise ValueError(f"{KEY} has an entry with {unknown}; an entry may have {list(_ENTRIES)}")
+            raise ValueError(f"{KEY} has an entry {entry.get('NAME', '')!r} with {unknown}; an entry may have {list(_ENTRIES)}")
         for key in ("NAME", "FORMAT", "PATH"):
             if not isinstance(entry.get(key), str) or not entry[key]:
                 raise ValueError(f"{KEY} has {dict(entry)!r}, where {key} is {entry.get(key)!r}; give a text")
@@ -169,6 +169,12 @@ def _voc_splits(path: str) -> List[str]:
     return [name[:-4] for name in names if name.endswith(".txt")]
 
 
+def _yolo_classes(source: Source) -> Sequence[str]:
+    data = read_data_yaml(source.path)
+    data.check_split(source.split)
+    return data.classes
+
+
 def _load_yolo(source: Source, findings: Findings) -> List[Dict[str, Any]]:
     return load_yolo(read_data_yaml(source.path), source.split, source.classes, findings)
 
@@ -176,7 +182,7 @@ def _load_yolo(source: Source, findings: Findings) -> List[Dict[str, Any]]:
 FORMATS: Dict[str, _Format] = {
     "coco": _Format(False, _coco_classes, None),
     "voc": _Format(True, _voc_classes, _load_voc),
-    "yolo": _Format(True, lambda source: read_data_yaml(source.path).classes, _load_yolo),
+    "yolo": _Format(True, _yolo_classes, _load_yolo),
 }
 
 # Splits of a folder in VOC's layout: for training and for evaluation, the preferred ones first.
@@ -206,8 +212,8 @@ def guess_sources(path: str, prefix: str) -> Tuple[List[Source], List[Source]]:
         kind, splits = "voc", _voc_splits(path)
         if not splits:
             raise ValueError(
-                f"{path!r} is no data set that is known: it has no data.yaml (YOLO) and no ImageSets/Main (Pascal VOC). "
-                "For COCO, give the annotation files and the folders of their images"
+                f"{path!r} is no data set that is known: it has no data.yaml (YOLO) and no ImageSets/Main (Pascal "
+                "VOC). For COCO, give the annotation files and the folders of their images"
             )
         train = next((each for each in _VOC_TRAIN if each in splits), "")
         others = [each for each in _VOC_TEST if each in splits and not (train == "trainval" and each == "val")]

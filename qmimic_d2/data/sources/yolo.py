@@ -53,6 +53,14 @@ class YoloData:
     classes: Tuple[str, ...]
     images: Dict[str, Tuple[str, ...]]
 
+    def check_split(self, split: str) -> None:
+        """
+        Raises:
+            ValueError: there is no such split.
+        """
+        if split not in self.images:
+            raise ValueError(f"{self.path!r} has no split {split!r}; it has {list(self.images)}")
+
 
 def read_data_yaml(path: str) -> YoloData:
     """
@@ -88,8 +96,7 @@ def load_yolo(data: YoloData, split: str, classes: Sequence[str], findings: Find
     Raises:
         ValueError: there is no such split, or no image in it.
     """
-    if split not in data.images:
-        raise ValueError(f"{data.path!r} has no split {split!r}; it has {list(data.images)}")
+    data.check_split(split)
     labels = {name: number for number, name in enumerate(classes)}
     paths = [path for place in data.images[split] for path in _images(place)]
     if not paths:

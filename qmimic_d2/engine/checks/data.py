@@ -18,6 +18,7 @@ from qmimic_d2.data.checks.dicts import inspect_dicts
 from qmimic_d2.data.checks.image_files import ImageFile, check_image_files
 from qmimic_d2.data.loading import class_names, is_coco, is_pascal_voc, keep_repaired
 from qmimic_d2.data.pascal_voc import check_pascal_voc, load_pascal_voc
+from qmimic_d2.data.sources import SourceLoader
 from qmimic_d2.modeling.family import num_classes_section
 
 __all__ = ["ModelClasses", "check_datasets", "check_evaluated_classes", "class_difference", "model_classes"]
@@ -139,6 +140,8 @@ def _look_at(
 ) -> _DataSet:
     findings = Findings()
     try:
+        if isinstance(DatasetCatalog.data.get(name), SourceLoader):
+            return _look_at_source(name, findings, files)
         if is_pascal_voc(name):
             return _look_at_pascal_voc(name, findings, files)
         if is_coco(name):
@@ -146,6 +149,14 @@ def _look_at(
         return _look_at_dicts(name, findings, needs, is_evaluated, files)
     except (ValueError, KeyError, OSError) as error:  # each says what is wrong
         return _DataSet(str(error.args[0] if isinstance(error, KeyError) and error.args else error), findings)
+
+
+def _look_at_source(name: str, findings: Findings, files: Dict[str, object]) -> _DataSet:
+    dicts = DatasetCatalog[name].load(findings)
+    check_image_files([ImageFile(each["file_name"], None) for each in dicts], findings, files, name)
+    names = list(MetadataCatalog.get(name).thing_classes)
+    used = [label["category_id"] for each in dicts for label in each["annotations"]]
+    return _DataSet("", findings, names, max(used, default=-1) + 1, len(used))
 
 
 def _look_at_pascal_voc(name: str, findings: Findings, files: Dict[str, object]) -> _DataSet:

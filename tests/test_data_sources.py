@@ -1,0 +1,371 @@
+"""Data sets of users' own by DATASETS.SOURCES: COCO, Pascal VOC and YOLO."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from qmimic_d2.config import add_qmimic_config
+from qmimic_d2.data.checks.findings import DataSetError, Findings
+from qmimic_d2.data.loading import load_dataset
+from qmimic_d2.data.sources import Source, SourceLoader, complete_sources, guess_sources, register_sources
+from qmimic_d2.data.sources.yolo import load_yolo, read_data_yaml
+from qmimic_d2.engine import check_run, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES = ["cat", "dog"]
+# By split and image: size, then (class, x0, y0, x1, y1) in pixels.
+IMAGES = {
+    "train": {
+        "a": ((64, 48), [("dog", 8.0, 4.0, 40.0, 36.0), ("cat", 0.0, 0.0, 16.0, 12.0)]),
+        "b": ((48, 64), [("cat", 12.0, 16.0, 36.0, 64.0)]),
+        "c": ((32, 32), []),
+    },
+    "val": {"d": ((64, 64), [("dog", 16.0, 16.0, 48.0, 48.0)])},
+}
+
+
+def write_image(path, size):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def write_yolo(folder):
+    for split, images in IMAGES.items():
+        for name, (size, objects) in images.items():
+            write_image(folder / "images" / split / f"{name}.png", size)
+            lines = []
+            for label, x0, y0, x1, y1 in objects:
+                box = ((x0 + x1) / 2 / size[0], (y0 + y1) / 2 / size[1], (x1 - x0) / size[0], (y1 - y0) / size[1])
+                lines.append(" ".join(map(str, (CLASSES.index(label), *box))))
+            if lines:
+                labels = folder / "labels" / split / f"{name}.txt"
+                labels.parent.mkdir(parents=True, exist_ok=True)
+                labels.write_text("\n".join(lines) + "\n")
+    (folder / "data.yaml").write_text("train: images/train\nval: images/val\nnc: 2\nnames: [cat, dog]\n")
+    return folder / "data.yaml"
+
+
+def write_voc(folder):
+    for split, images in IMAGES.items():
+        lists = folder / "ImageSets" / "Main"
+        lists.mkdir(parents=True, exist_ok=True)
+        (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in images))
+        for name, (size, objects) in images.items():
+            write_image(folder / "JPEGImages" / f"{name}.png", size)
+            found = "".join(
+                f"<object><name>{label}</name><difficult>0</difficult><bndbox><xmin>{x0 + 1:g}</xmin>"
+                f"<ymin>{y0 + 1:g}</ymin><xmax>{x1:g}</xmax><ymax>{y1:g}</ymax></bndbox></object>"
+                for label, x0, y0, x1, y1 in objects
+            )
+            xml = folder / "Annotations" / f"{name}.xml"
+            xml.parent.mkdir(exist_ok=True)
+            width, height = size
+            sides = f"<size><width>{width}</width><height>{height}</height></size>"
+            xml.write_text(f"<annotation>{sides}{found}</annotation>")
+    return folder
+
+
+def write_coco(folder):
+    for split, images in IMAGES.items():
+        content = {"images": [], "annotations": [], "categories": []}
+        content["categories"] = [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)]
+        for number, (name, (size, objects)) in enumerate(images.items()):
+            write_image(folder / "photos" / f"{name}.png", size)
+            image = {"id": number, "file_name": f"{name}.png", "width": size[0], "height": size[1]}
+            content["images"].append(image)
+            for label, x0, y0, x1, y1 in objects:
+                annotation = {"id": len(content["annotations"]) + 1, "image_id": number, "iscrowd": 0}
+                annotation.update(category_id=CLASSES.index(label) + 1, bbox=[x0, y0, x1 - x0, y1 - y0])
+                annotation.update(area=(x1 - x0) * (y1 - y0))
+                content["annotations"].append(annotation)
+        (folder / f"{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+def entries(kind, folder, prefix):
+    if kind == "coco":
+        write_coco(folder)
+        return [
+            {"NAME": f"{prefix}_{split}", "FORMAT": "coco", "PATH": f"{split}.json", "IMAGES": "photos"}
+            for split in IMAGES
+        ]
+    path = write_yolo(folder) if kind == "yolo" else write_voc(folder)
+    return [{"NAME": f"{prefix}_{split}", "FORMAT": kind, "PATH": str(path), "SPLIT": split} for split in IMAGES]
+
+
+def config(sources, prefix):
+    cfg = get_cfg()
+    add_qmimic_config(cfg)
+    cfg.DATASETS.SOURCES = sources
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (f"{prefix}_train",), (f"{prefix}_val",)
+    return cfg
+
+
+@pytest.fixture(autouse=True)
+def catalogs_as_before():
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def boxes_of(dicts):
+    """By image: size, and classes with their corners."""
+    found = {}
+    for each in dicts:
+        labels = []
+        for label in each["annotations"]:
+            x, y, x1, y1 = label["bbox"]
+            corners = (x, y, x1, y1) if label["bbox_mode"] == 0 else (x, y, x + x1, y + y1)
+            labels.append((CLASSES[label["category_id"]], *(round(number, 6) for number in corners)))
+        found[Path(each["file_name"]).stem] = ((each["width"], each["height"]), labels)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["coco", "voc", "yolo"])
+def test_every_format_gives_the_same_data(tmp_path, kind):
+    cfg = config(entries(kind, tmp_path, kind), kind)
+    complete_sources(cfg, str(tmp_path))
+    register_sources(cfg)
+    for split, images in IMAGES.items():
+        assert boxes_of(load_dataset(f"{kind}_{split}")) == images
+        assert MetadataCatalog.get(f"{kind}_{split}").thing_classes == CLASSES
+        assert MetadataCatalog.get(f"{kind}_{split}").evaluator_type == "coco"
+
+
+def test_a_test_set_without_a_class_has_the_labels_of_training(tmp_path):
+    cfg = config(entries("voc", tmp_path, "voc"), "voc")
+    complete_sources(cfg, str(tmp_path))
+    assert [entry["CLASSES"] for entry in cfg.DATASETS.SOURCES] == [CLASSES, CLASSES]  # val has dogs alone
+
+
+def test_completing_twice_changes_nothing_and_paths_are_absolute(tmp_path):
+    cfg = config(entries("coco", tmp_path, "x"), "x")
+    complete_sources(cfg, str(tmp_path))
+    first = cfg.DATASETS.SOURCES
+    assert first[0]["PATH"] == str(tmp_path / "train.json") and first[0]["IMAGES"] == str(tmp_path / "photos")
+    complete_sources(cfg, "/elsewhere")
+    assert cfg.DATASETS.SOURCES == first
+
+
+def test_registering_twice_is_harmless_and_another_content_takes_the_place(tmp_path):
+    cfg = config(entries("yolo", tmp_path / "one", "y"), "y")
+    complete_sources(cfg)
+    register_sources(cfg)
+    loader = DatasetCatalog["y_train"]
+    register_sources(cfg)
+    assert DatasetCatalog["y_train"] is loader and isinstance(loader, SourceLoader)
+    cfg = config(entries("yolo", tmp_path / "two", "y"), "y")
+    complete_sources(cfg)
+    register_sources(cfg)
+    assert DatasetCatalog.get("y_train")[0]["file_name"].startswith(str(tmp_path / "two"))
+
+
+def test_the_name_of_another_data_set_is_refused(tmp_path):
+    sources = [{**entry, "NAME": "digits_det_train"} for entry in entries("yolo", tmp_path, "y")[:1]]
+    cfg = config(sources, "y")
+    complete_sources(cfg)
+    with pytest.raises(ValueError, match="NAME 'digits_det_train', which is another data set's"):
+        register_sources(cfg)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"FORMAT": "pascal"}, ["FORMAT 'pascal'", "'coco', 'voc', 'yolo'"]),
+        ({"SPLIT": None}, ["needs a SPLIT"]),
+        ({"SPLIT": "test"}, ["no split 'test'", "['train', 'val']"]),
+        ({"PATH": "nowhere.yaml"}, ["nowhere.yaml", "is not there"]),
+        ({"NAME": 3}, ["NAME is 3"]),
+        ({"Classes": ["a"]}, ["['Classes']", "'CLASSES'"]),
+        ({"IMAGES": "photos"}, ["IMAGES", "'coco' alone"]),
+    ],
+)
+def test_a_wrong_entry_is_refused_by_name(tmp_path, change, words):
+    entry = {**entries("yolo", tmp_path, "y")[0], **change}
+    cfg = config([{key: value for key, value in entry.items() if value is not None}], "y")
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        complete_sources(cfg)
+        register_sources(cfg)
+        DatasetCatalog.get("y_train")
+    for word in ["y_train" if "NAME" not in change else "NAME", *words]:
+        assert word in str(caught.value)
+
+
+def test_two_entries_of_one_name_are_refused(tmp_path):
+    entry = entries("yolo", tmp_path, "y")[0]
+    with pytest.raises(ValueError, match="two entries of the NAME 'y_train'"):
+        complete_sources(config([entry, entry], "y"))
+
+
+# --------------------------------------------------------------------------------------------------- YOLO
+
+
+def yolo_of(tmp_path, *lines, names="[cat, dog]"):
+    write_image(tmp_path / "images" / "a.png", (100, 50))
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.txt").write_text("\n".join(lines))
+    (tmp_path / "data.yaml").write_text(f"train: images\nnames: {names}\n")
+    findings = Findings()
+    data = read_data_yaml(str(tmp_path / "data.yaml"))
+    return load_yolo(data, "train", data.classes, findings), findings
+
+
+def test_boxes_and_polygons(tmp_path):
+    (image,), findings = yolo_of(tmp_path, "1 0.5 0.5 0.2 0.4", "0 0.1 0.2 0.3 0.2 0.2 0.6", "")
+    assert [each["category_id"] for each in image["annotations"]] == [1, 0]
+    assert np.allclose(image["annotations"][0]["bbox"], [40.0, 15.0, 60.0, 35.0])
+    assert np.allclose(image["annotations"][1]["bbox"], [10.0, 10.0, 30.0, 30.0])
+    assert not findings.has_problems and not findings.is_repaired
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("0 0.5 0.5 0.2", "lines are no label (1)"),
+        ("0 0.5 0.5 0.2 a", "lines are no label (1)"),
+        ("0.5 0.5 0.5 0.2 0.2", "lines are no label (1)"),
+        ("0 nan 0.5 0.2 0.2", "lines are no label (1)"),
+        ("2 0.5 0.5 0.2 0.2", "a class that data.yaml does not name (1)"),
+        ("-1 0.5 0.5 0.2 0.2", "a class that data.yaml does not name (1)"),
+        ("0 50 25 20 10", "numbers outside of 0 to 1 (1)"),
+        ("0 0.5 0.5 -0.2 0.2", "negative width or height (1)"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path, line, words):
+    (image,), findings = yolo_of(tmp_path, "1 0.5 0.5 0.2 0.4", line)
+    assert len(image["annotations"]) == 1 + ("negative" in words)
+    assert words in findings.problems() and f"{tmp_path}/labels/a.txt: line 2" in findings.problems()
+
+
+def test_rounding_over_the_border_and_repeated_lines_are_repaired(tmp_path):
+    (image,), findings = yolo_of(tmp_path, "0 0.995 0.5 0.02 0.2", "1 0.5 0.5 0.2 0.4", "1 0.5 0.5 0.2 0.4")
+    assert len(image["annotations"]) == 2 and not findings.has_problems
+    assert image["annotations"][0]["bbox"][2] == 100.0
+    assert "by rounding" in findings.notes() and "labels are repeated in their file (1)" in findings.notes()
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("train: images\n", "no 'names'"),
+        ("train: images\nnames: []\n", "give a list of the classes"),
+        ("train: images\nnames: {0: a, 2: b}\n", "without a gap"),
+        ("train: images\nnames: [a, a]\n", "a class twice"),
+        ("train: images\nnc: 3\nnames: [a]\n", "nc 3, and 1 names"),
+        ("names: [a]\n", "names no images"),
+        ("train: photos\nnames: [a]\n", "there is no"),
+        ("train: 5\nnames: [a]\n", "has 5 in 'train'"),
+        ("[]\n", "is no data.yaml"),
+    ],
+)
+def test_a_wrong_data_yaml_is_refused(tmp_path, text, words):
+    write_image(tmp_path / "images" / "a.png", (8, 8))
+    (tmp_path / "data.yaml").write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        read_data_yaml(str(tmp_path / "data.yaml"))
+    assert words in str(caught.value) and "data.yaml" in str(caught.value)
+
+
+def test_names_by_number_lists_of_images_and_a_path(tmp_path):
+    write_image(tmp_path / "sets" / "images" / "a.png", (8, 8))
+    (tmp_path / "sets" / "train.txt").write_text("images/a.png\n\n")
+    (tmp_path / "data.yaml").write_text("path: sets\ntrain: [train.txt]\nnames: {0: cat, 1: 7}\n")
+    data = read_data_yaml(str(tmp_path / "data.yaml"))
+    assert data.classes == ("cat", "7")
+    (image,) = load_yolo(data, "train", data.classes, Findings())
+    assert image["file_name"] == str(tmp_path / "sets" / "images" / "a.png") and image["annotations"] == []
+
+
+def test_the_paths_of_roboflow(tmp_path):
+    write_image(tmp_path / "train" / "images" / "a.png", (8, 8))
+    (tmp_path / "data.yaml").write_text("train: ../train/images\nnames: [a]\n")
+    assert read_data_yaml(str(tmp_path / "data.yaml")).images["train"] == (str(tmp_path / "train" / "images"),)
+
+
+# --------------------------------------------------------------------------------------------------- guesses
+
+
+def test_what_a_path_holds(tmp_path):
+    yolo, voc = write_yolo(tmp_path / "yolo"), write_voc(tmp_path / "voc")
+    for path, kind in ((yolo, "yolo"), (yolo.parent, "yolo"), (voc, "voc")):
+        (train,), (val,) = guess_sources(str(path), "mine")
+        assert (train.format, train.split, train.name) == (kind, "train", "mine_train")
+        assert (val.format, val.split, val.name) == (kind, "val", "mine_val")
+
+
+@pytest.mark.parametrize("kind", ["nothing", "empty", "json", "train alone"])
+def test_what_is_not_known_is_refused(tmp_path, kind):
+    path = tmp_path / "data"
+    if kind == "empty":
+        path.mkdir()
+    elif kind == "json":
+        path = tmp_path / "x.json"
+        path.write_text("{}")
+    elif kind == "train alone":
+        path = write_yolo(path)
+        path.write_text("train: images/train\nnames: [cat, dog]\n")
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        guess_sources(str(path), "mine")
+    words = {"nothing": "there is no", "empty": "ImageSets/Main", "json": "for COCO", "train alone": "to evaluate on"}
+    assert words[kind] in str(caught.value)
+
+
+def test_a_source_survives_its_entry():
+    source = Source("a", "coco", "/x/train.json", "", "/x/photos", ("cat",))
+    assert Source.from_entry(source.to_entry()) == source
+
+
+# --------------------------------------------------------------------------------------------------- a run
+
+
+def write_config(folder, sources, **data):
+    path = folder / "mine.yaml"
+    content = {
+        "_BASE_": str(ROOT / "configs" / "Digits" / "Base-Digits.yaml"),
+        "DATASETS": {"SOURCES": sources, "TRAIN": ["mine_train"], "TEST": ["mine_val"], **data},
+        "MODEL": {"DEVICE": "cpu", "META_ARCHITECTURE": "QuantRCNN", "ROI_HEADS": {"NUM_CLASSES": 2}},
+        "SOLVER": {"MAX_ITER": 2, "STEPS": [], "IMS_PER_BATCH": 2},
+        "DATALOADER": {"NUM_WORKERS": 1},
+        "SEED": 1,
+    }
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_damaged_source_stops_the_run_with_every_problem(tmp_path):
+    sources = entries("yolo", tmp_path, "mine")
+    (tmp_path / "labels" / "train" / "a.txt").write_text("7 0.5 0.5 0.1 0.1\n0 0.5\n")
+    cfg = load_config(str(write_config(tmp_path, sources)), ["OUTPUT_DIR", str(tmp_path / "out")])
+    with pytest.raises(DataSetError) as caught:
+        check_run(cfg, 1)
+    for word in ("'mine_train'", "does not name (1)", "are no label (1)", "a.txt: line 1", "a.txt: line 2"):
+        assert word in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind, processes", [("voc", 0), ("yolo", 2), ("coco", 0)])
+def test_a_training_and_its_own_config_again(tmp_path, kind, processes):
+    path = write_config(tmp_path, entries(kind, tmp_path, "mine"))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+
+    def train(config, output):
+        command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(config), "OUTPUT_DIR", str(output)]
+        command[2:2] = ["--num-processes", str(processes)] if processes else []
+        subprocess.run(command, check=True, env=env, cwd=tmp_path.parent, capture_output=True, timeout=300)
+        rows = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+        return [(row["iteration"], row.get("total_loss"), row.get("bbox/AP")) for row in rows]
+
+    first = train(path, tmp_path / "first")
+    assert first and train(tmp_path / "first" / "config.yaml", tmp_path / "second") == first
