@@ -369,3 +369,23 @@ def test_a_training_and_its_own_config_again(tmp_path, kind, processes):
 
     first = train(path, tmp_path / "first")
     assert first and train(tmp_path / "first" / "config.yaml", tmp_path / "second") == first
+
+
+def test_a_module_registers_data_in_every_process(tmp_path):
+    entry = {**entries("yolo", tmp_path, "mine")[0], "CLASSES": CLASSES}
+    (tmp_path / "my_data.py").write_text(
+        "from detectron2.data import DatasetCatalog, MetadataCatalog\n"
+        "from qmimic_d2.data.sources import Source, SourceLoader\n"
+        f"load = SourceLoader(Source.from_entry({entry!r}))\n"
+        "for name in ('mine_train', 'mine_val'):\n"
+        "    DatasetCatalog.register(name, lambda: load())\n"
+        f"    MetadataCatalog.get(name).set(thing_classes={CLASSES!r}, evaluator_type='coco')\n"
+    )
+    path = write_config(tmp_path, [])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)]), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(ROOT / "train_net.py"), "--num-processes", "2", "--config-file", str(path)]
+    output = ["OUTPUT_DIR", str(tmp_path / "out")]
+    done = subprocess.run([*command, "--import", "my_data", *output], env=env, capture_output=True, timeout=300)
+    assert done.returncode == 0 and (tmp_path / "out" / "model_final.pth").is_file()
+    done = subprocess.run([*command, "--import", "no_such_module", *output], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "--import no_such_module: No module named" in done.stderr

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import gc
+import importlib
 import logging
 import multiprocessing
 import os
@@ -63,7 +64,26 @@ def argument_parser() -> argparse.ArgumentParser:
         default=0,
         help="train on the CPU with this many processes per machine (0 = use --num-gpus)",
     )
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action=_Import,
+        default=[],
+        metavar="MODULE",
+        help="import a module of yours first, which registers data sets or backbones; its code runs",
+    )
     return parser
+
+
+class _Import(argparse.Action):
+    """Imports a module, and notes its name for the other processes of the run."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            importlib.import_module(values)
+        except ImportError as error:
+            parser.error(f"{option_string} {values}: {error}")
+        namespace.modules = [*namespace.modules, values]
 
 
 def describe_error(error: Exception) -> str:
@@ -195,6 +215,8 @@ def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     Raises:
         FolderInUseError: another process writes into OUTPUT_DIR.
     """
+    for name in getattr(args, "modules", ()):
+        importlib.import_module(name)
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SEED = comm.all_gather(cfg.SEED)[0]

@@ -51,7 +51,8 @@ class Source:
             raise ValueError(f"{KEY} has {entry!r}; give dicts with NAME, FORMAT and PATH")
         unknown = sorted(set(entry) - set(_ENTRIES), key=str)
         if unknown:
-            raise ValueError(f"{KEY} has an entry {entry.get('NAME', '')!r} with {unknown}; an entry may have {list(_ENTRIES)}")
+            name = entry.get("NAME", "")
+            raise ValueError(f"{KEY} has an entry {name!r} with {unknown}; an entry may have {list(_ENTRIES)}")
         for key in ("NAME", "FORMAT", "PATH"):
             if not isinstance(entry.get(key), str) or not entry[key]:
                 raise ValueError(f"{KEY} has {dict(entry)!r}, where {key} is {entry.get(key)!r}; give a text")
