@@ -319,7 +319,7 @@ def _add_solver_keys(cfg: CN) -> None:
 
 
 def _add_dataset_keys(cfg: CN) -> None:
-    # Data sets of your own, which DATASETS.TRAIN and TEST may name. One dict each: {NAME: "cells_train", FORMAT: "coco",
+    # Data sets of your own, which DATASETS.TRAIN and TEST may name; dicts: {NAME: "cells_train", FORMAT: "coco",
     # PATH: "train.json", IMAGES: "photos"}, {NAME: ..., FORMAT: "voc", PATH: "folder", SPLIT: "train"} or {NAME: ...,
     # FORMAT: "yolo", PATH: "data.yaml", SPLIT: "val"}. CLASSES gives the names of the classes in the order of their
     # labels; without it they come from the data. Paths count from the YAML or the working directory.
