@@ -7,6 +7,7 @@ the first iteration.
 
 import logging
 import os
+from contextlib import suppress
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 from urllib.parse import urlparse
 
@@ -31,7 +32,7 @@ from qmimic_d2.checkpoint.reader import (
     subject,
 )
 from qmimic_d2.checkpoint.training_entries import rename_old_entries
-from qmimic_d2.files import whole_file
+from qmimic_d2.files import whole_file, write_text
 from qmimic_d2.run_folder import TAG
 
 __all__ = ["DivergedError", "SafeCheckpointer", "check_resumed_state", "tensors_in"]
@@ -141,15 +142,10 @@ class SafeCheckpointer(DetectionCheckpointer):
             return super().get_checkpoint_file()
         if not os.path.exists(self._tag()):
             return ""
-        try:
-            with open(self._tag(), encoding="utf-8") as file:
-                name = file.read(4096).strip()
-        except (OSError, UnicodeDecodeError) as error:
-            name = f"nothing that can be read ({type(error).__name__})"
-            is_name = False
-        else:
-            is_name = bool(name) and name == os.path.basename(name) and name.isprintable()
-        if not is_name:
+        name = ""
+        with suppress(OSError), open(self._tag(), encoding="utf-8", errors="backslashreplace") as file:
+            name = file.read(4096).strip()
+        if not name or name != os.path.basename(name) or not name.isprintable():
             known = sorted(each for each in os.listdir(self.save_dir) if each.endswith(".pth"))
             raise ValueError(
                 f"{self._tag()!r} holds {name!r}, and should hold the name of the checkpoint to resume from. Write one "
@@ -219,8 +215,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         if "://" in self.save_dir:
             super().tag_last_checkpoint(last_filename_basename)
             return
-        with whole_file(self._tag(), keeps_ending=False) as partial, open(partial, "w", encoding="utf-8") as file:
-            file.write(last_filename_basename)
+        write_text(self._tag(), last_filename_basename)
 
     def _torch_load(self, f: str) -> Dict[str, Any]:
         content = dict(read_mapping(f, f, self._key))

@@ -129,14 +129,6 @@ class PlainUnpickler(pickle._Unpickler):
         items = [self.stack.pop(-2), self.stack.pop()]
         self._set_items(items)
 
-    def _append(self) -> None:
-        item = self.stack.pop()
-        self._target(list).append(item)
-
-    def _appends(self) -> None:
-        items = self.pop_mark()
-        self._target(list).extend(items)
-
     def _additems(self) -> None:
         items = self.pop_mark()
         self._target(set).update(map(plain_key, items))
@@ -154,8 +146,6 @@ class PlainUnpickler(pickle._Unpickler):
             pickle.DICT[0]: _dict,
             pickle.SETITEM[0]: _setitem,
             pickle.SETITEMS[0]: lambda self: self._set_items(self.pop_mark()),
-            pickle.APPEND[0]: _append,
-            pickle.APPENDS[0]: _appends,
             pickle.ADDITEMS[0]: _additems,
             pickle.FROZENSET[0]: lambda self: self.append(frozenset(map(plain_key, self.pop_mark()))),
             pickle.FRAME[0]: lambda self: self.read(8),  # every read goes to the file

@@ -31,83 +31,58 @@ class _Interval(NamedTuple):
 
 _COUNT = _Interval(1)
 
-# Every number of a value, however deep in lists, must lie in its key's interval.
+# Every number of a value, however deep in lists, must lie in its key's interval. "*" stands for any node.
 _KEYS_OF_INTERVALS = {
     _COUNT: """
         SOLVER.CHECKPOINT_PERIOD SOLVER.MAX_ITER SOLVER.NUM_DECAYS TEST.DETECTIONS_PER_IMAGE TEST.PRECISE_BN.NUM_ITER
         INPUT.MIN_SIZE_TRAIN INPUT.MAX_SIZE_TRAIN INPUT.MAX_SIZE_TEST
         DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST
-        MODEL.RPN.BATCH_SIZE_PER_IMAGE MODEL.RPN.PRE_NMS_TOPK_TRAIN MODEL.RPN.PRE_NMS_TOPK_TEST
-        MODEL.RPN.POST_NMS_TOPK_TRAIN MODEL.RPN.POST_NMS_TOPK_TEST
-        MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE MODEL.RETINANET.TOPK_CANDIDATES_TEST MODEL.FCOS.TOPK_CANDIDATES_TEST
+        MODEL.RPN.PRE_NMS_TOPK_TRAIN MODEL.RPN.PRE_NMS_TOPK_TEST MODEL.RPN.POST_NMS_TOPK_TRAIN
+        MODEL.RPN.POST_NMS_TOPK_TEST *.BATCH_SIZE_PER_IMAGE *.TOPK_CANDIDATES_TEST
     """,
     # more is a slip of the hand that takes all memory
     _Interval(1, 2**16): """
         MODEL.FPN.OUT_CHANNELS MODEL.RESNETS.NUM_GROUPS MODEL.RESNETS.WIDTH_PER_GROUP
-        MODEL.RESNETS.STEM_OUT_CHANNELS MODEL.RESNETS.RES2_OUT_CHANNELS
-        MODEL.ROI_HEADS.NUM_CLASSES MODEL.RETINANET.NUM_CLASSES MODEL.FCOS.NUM_CLASSES
+        MODEL.RESNETS.STEM_OUT_CHANNELS MODEL.RESNETS.RES2_OUT_CHANNELS *.NUM_CLASSES
         MODEL.ROI_BOX_HEAD.FC_DIM MODEL.ROI_BOX_HEAD.CONV_DIM MODEL.ROI_MASK_HEAD.CONV_DIM
         MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
     """,
     _Interval(0, 2**16): "SOLVER.IMS_PER_BATCH MODEL.RFCN.CONV_DIM",
-    _Interval(0, 100): """
-        MODEL.ROI_BOX_HEAD.NUM_FC MODEL.ROI_BOX_HEAD.NUM_CONV MODEL.ROI_MASK_HEAD.NUM_CONV
-        MODEL.RETINANET.NUM_CONVS MODEL.FCOS.NUM_CONVS
-    """,
-    _Interval(1, 128): """
-        MODEL.QMIMIC.MIMIC.POOLER_RESOLUTION MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
-        MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION
-    """,
-    _Interval(0, 64): """
-        MODEL.QMIMIC.MIMIC.POOLER_SAMPLING_RATIO MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO
-        MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO
-    """,
+    _Interval(0, 100): "MODEL.ROI_BOX_HEAD.NUM_FC *.NUM_CONV *.NUM_CONVS",
+    _Interval(1, 128): "*.POOLER_RESOLUTION",
+    _Interval(0, 64): "*.POOLER_SAMPLING_RATIO",
     # a process each
     _Interval(0, 1024): "DATALOADER.NUM_WORKERS",
     _Interval(0): """
         SOLVER.WARMUP_ITERS SOLVER.STEPS SOLVER.BASE_LR SOLVER.BASE_LR_END SOLVER.GAMMA SOLVER.WEIGHT_DECAY
         SOLVER.WEIGHT_DECAY_NORM SOLVER.WEIGHT_DECAY_BIAS SOLVER.BIAS_LR_FACTOR
         TEST.EVAL_PERIOD VIS_PERIOD INPUT.MIN_SIZE_TEST DATALOADER.REPEAT_THRESHOLD
-        MODEL.BACKBONE.FREEZE_AT MODEL.PROPOSAL_GENERATOR.MIN_SIZE
-        MODEL.RPN.SMOOTH_L1_BETA MODEL.RPN.LOSS_WEIGHT MODEL.RPN.BBOX_REG_LOSS_WEIGHT
-        MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT
+        MODEL.BACKBONE.FREEZE_AT MODEL.PROPOSAL_GENERATOR.MIN_SIZE MODEL.RPN.LOSS_WEIGHT
         MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-        MODEL.RETINANET.SMOOTH_L1_LOSS_BETA MODEL.RETINANET.FOCAL_LOSS_GAMMA
-        MODEL.FCOS.FOCAL_LOSS_GAMMA MODEL.SEM_SEG_HEAD.LOSS_WEIGHT MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT
+        MODEL.SEM_SEG_HEAD.LOSS_WEIGHT MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT
+        *.SMOOTH_L1_BETA *.SMOOTH_L1_LOSS_BETA *.BBOX_REG_LOSS_WEIGHT *.FOCAL_LOSS_GAMMA
     """,
     _Interval(0.0, 1.0): """
-        SOLVER.MOMENTUM SOLVER.WARMUP_FACTOR
-        MODEL.RPN.POSITIVE_FRACTION MODEL.RPN.NMS_THRESH MODEL.RPN.IOU_THRESHOLDS
-        MODEL.ROI_HEADS.POSITIVE_FRACTION MODEL.ROI_HEADS.IOU_THRESHOLDS MODEL.ROI_HEADS.SCORE_THRESH_TEST
-        MODEL.ROI_HEADS.NMS_THRESH_TEST MODEL.ROI_BOX_CASCADE_HEAD.IOUS
-        MODEL.RETINANET.IOU_THRESHOLDS MODEL.RETINANET.SCORE_THRESH_TEST MODEL.RETINANET.NMS_THRESH_TEST
-        MODEL.FCOS.SCORE_THRESH_TEST MODEL.FCOS.NMS_THRESH_TEST
+        SOLVER.MOMENTUM SOLVER.WARMUP_FACTOR MODEL.RPN.NMS_THRESH MODEL.ROI_BOX_CASCADE_HEAD.IOUS
+        *.POSITIVE_FRACTION *.IOU_THRESHOLDS *.SCORE_THRESH_TEST *.NMS_THRESH_TEST
     """,
-    _Interval(0.0, 1.0, is_open=True): "MODEL.RETINANET.PRIOR_PROB MODEL.FCOS.PRIOR_PROB",
+    _Interval(0.0, 1.0, is_open=True): "*.PRIOR_PROB",
     _Interval(0.0, is_open=True): """
-        MODEL.PIXEL_STD MODEL.ANCHOR_GENERATOR.SIZES MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS
-        MODEL.RPN.BBOX_REG_WEIGHTS MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS
-        MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS MODEL.RETINANET.BBOX_REG_WEIGHTS
-        MODEL.FCOS.CENTER_SAMPLING_RADIUS INPUT.CROP.SIZE
-        SOLVER.CLIP_GRADIENTS.CLIP_VALUE SOLVER.CLIP_GRADIENTS.NORM_TYPE
+        MODEL.PIXEL_STD MODEL.ANCHOR_GENERATOR.SIZES MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS INPUT.CROP.SIZE
+        MODEL.FCOS.CENTER_SAMPLING_RADIUS SOLVER.CLIP_GRADIENTS.CLIP_VALUE SOLVER.CLIP_GRADIENTS.NORM_TYPE
+        *.BBOX_REG_WEIGHTS
     """,
     # a label of -1 is ignored, and an alpha below 0 weighs nothing
-    _Interval(-1, 1): """
-        MODEL.RPN.IOU_LABELS MODEL.ROI_HEADS.IOU_LABELS MODEL.RETINANET.IOU_LABELS
-        MODEL.RETINANET.FOCAL_LOSS_ALPHA MODEL.FCOS.FOCAL_LOSS_ALPHA
-    """,
+    _Interval(-1, 1): "*.IOU_LABELS *.FOCAL_LOSS_ALPHA",
 }
 _INTERVALS = {key: interval for interval, keys in _KEYS_OF_INTERVALS.items() for key in keys.split()}
 
-_BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
 _CHOICES: Dict[str, Sequence[Any]] = {
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
-    "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
-    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
-    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "*.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou", "diou", "ciou"),
     "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
@@ -118,10 +93,9 @@ _CHOICES: Dict[str, Sequence[Any]] = {
 # Numbers of entries of each innermost list; rotated boxes have one more.
 _LENGTHS = {
     "INPUT.CROP.SIZE": _Interval(2, 2),
+    "*.BBOX_REG_WEIGHTS": _Interval(4, 4),
     "MODEL.RPN.BBOX_REG_WEIGHTS": _Interval(4, 5),
     "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": _Interval(4, 5),
-    "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": _Interval(4, 4),
-    "MODEL.RETINANET.BBOX_REG_WEIGHTS": _Interval(4, 4),
     "INPUT.MIN_SIZE_TRAIN": _COUNT,
     "MODEL.PIXEL_MEAN": _COUNT,
     "MODEL.ANCHOR_GENERATOR.SIZES": _COUNT,
@@ -182,15 +156,20 @@ def _wanted_alone(key: str, value: Any, default: Any) -> str:
         for kind, fits in (("numbers", _is_number), ("strings", lambda each: isinstance(each, str))):
             if all(map(fits, wanted)) and not all(map(fits, leaves)):
                 return f"{kind}, as in {default!r}"
-    if key in _CHOICES and value not in _CHOICES[key]:
-        return f"one of {list(_CHOICES[key])}"
+    choices, interval, length = (_of_key(table, key) for table in (_CHOICES, _INTERVALS, _LENGTHS))
+    if choices and value not in choices:
+        return f"one of {list(choices)}"
     # some keys default to None
-    if key in _INTERVALS and not all(each is None or _is_number(each) and each in _INTERVALS[key] for each in leaves):
+    if interval and not all(each is None or _is_number(each) and each in interval for each in leaves):
         few = "numbers" if isinstance(value, (list, tuple)) else "a number"
-        return f"{few} {_INTERVALS[key]}{' (0 = never)' if key in ('TEST.EVAL_PERIOD', 'VIS_PERIOD') else ''}"
-    if key in _LENGTHS and not all(len(each) in _LENGTHS[key] for each in _lists(value)):
-        return f"{_LENGTHS[key].low} numbers in each list{' at least' if _LENGTHS[key] is _COUNT else ''}"
+        return f"{few} {interval}{' (0 = never)' if key in ('TEST.EVAL_PERIOD', 'VIS_PERIOD') else ''}"
+    if length and not all(len(each) in length for each in _lists(value)):
+        return f"{length.low} numbers in each list{' at least' if length is _COUNT else ''}"
     return ""
+
+
+def _of_key(table: Dict[str, Any], key: str) -> Any:
+    return table.get(key) or table.get(f"*.{key.rpartition('.')[2]}")
 
 
 def _leaves(value: Any) -> Iterator[Any]:
