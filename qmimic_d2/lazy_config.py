@@ -87,7 +87,11 @@ def build_lazy_detector(
     _check_maps(cfg, backbone)
     parts = quantizer_arguments(cfg)
     if with_mimic:
-        _check_schedule(cfg, max_iter)
+        if cfg.MODEL.QMIMIC.MIMIC.SCHEDULE == "cosine" and max_iter < 1:
+            raise ValueError(
+                f"qmimic.MIMIC.SCHEDULE is 'cosine' and max_iter is {max_iter}; give add_mimic "
+                "max_iter=\"${train.max_iter}\""
+            )
         cfg.SOLVER.MAX_ITER = max_iter
         parts.update(mimic_arguments(cfg))
     attach_parts(model, **parts)
@@ -129,12 +133,4 @@ def _check_maps(cfg: CfgNode, backbone: Backbone) -> None:
         raise ValueError(
             "qmimic.MIMIC.ADAPTER_PLACEMENT is 'trunk', and the lazy model's backbone is no TrunkAdapter; make it "
             "L(TrunkAdapter)(bottom_up=..., channels=..., kind='conv1x1_relu'), with heads that read these channels"
-        )
-
-
-def _check_schedule(cfg: CfgNode, max_iter: int) -> None:
-    if cfg.MODEL.QMIMIC.MIMIC.SCHEDULE == "cosine" and max_iter < 1:
-        raise ValueError(
-            f"qmimic.MIMIC.SCHEDULE is 'cosine' and max_iter is {max_iter}; give add_mimic "
-            "max_iter=\"${train.max_iter}\""
         )

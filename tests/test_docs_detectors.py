@@ -43,7 +43,8 @@ def test_example(number, teacher, teacher_of_retinanet_levels):
     teacher = teacher_of_retinanet_levels if number == RETINANET_LEVELS else teacher
     assert len(YAMLS) == len(LOSSES)
     cfg = tiny_cfg(*RESNET_FPN, "MODEL.QMIMIC.QUANTIZER.SIGNED", False)
-    cfg.merge_from_other_cfg(CfgNode(YAMLS[number]))
+    for block in (YAMLS[0], YAMLS[number]):  # the later blocks are added to the first
+        cfg.merge_from_other_cfg(CfgNode(block))
     cfg.merge_from_list([*teacher.options, *(KEYPOINTS if cfg.MODEL.KEYPOINT_ON else ())])
     model = seeded_model(cfg)
     assert attached_quantizer(model.backbone).quantizer.signed

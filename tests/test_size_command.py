@@ -35,10 +35,12 @@ def test_parts_by_hand():
     meter = _Meter([])
     with meter:
         kept = torch.zeros(10)
-        with meter.part("backbone"):
-            torch.zeros(5)
-        with meter.part("roi_heads"):
-            del kept
+        meter.begin_part()
+        torch.zeros(5)
+        meter.end_part("backbone")
+        meter.begin_part()
+        del kept
+        meter.end_part("roi_heads")
     assert meter.part_peaks == {"backbone": 60, "roi_heads": 40} and meter.peak == 60
 
 

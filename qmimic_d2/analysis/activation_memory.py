@@ -1,4 +1,4 @@
-"""How much memory the activations of one inference take at most: what a device needs beside the weights."""
+"""How much memory the activations of one inference take at most: what a device needs in addition to the weights."""
 
 import weakref
 from contextlib import contextmanager
@@ -56,7 +56,7 @@ class _Meter(TorchDispatchMode):
         self._apart = {_key(tensor) for tensor in apart}
         self._held: Set[int] = set()
         self._live = 0
-        self.peak = 0
+        self.peak = self._peak_before = 0
         self.part_peaks: Dict[str, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -80,13 +80,14 @@ class _Meter(TorchDispatchMode):
         self._held.discard(key)
         self._live -= size
 
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Notes the peak while the block runs."""
-        before, self.peak = self.peak, self._live
-        yield
+    def begin_part(self) -> None:
+        """From here on :attr:`peak` is that of a part."""
+        self._peak_before, self.peak = self.peak, self._live
+
+    def end_part(self, name: str) -> None:
+        """Notes the part's peak; :attr:`peak` is again that of the whole."""
         self.part_peaks[name] = self.peak
-        self.peak = max(before, self.peak)
+        self.peak = max(self._peak_before, self.peak)
 
 
 @contextmanager
@@ -95,18 +96,9 @@ def _watched(model: nn.Module, meter: _Meter) -> Iterator[None]:
     handles = []
     for name in PARTS:
         module = getattr(model, name, None)
-        if module is None:
-            continue
-        running = []
-
-        def begin(module, inputs, name=name, running=running):
-            running.append(meter.part(name))
-            running[-1].__enter__()
-
-        def end(module, inputs, output, running=running):
-            running.pop().__exit__(None, None, None)
-
-        handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+        if module is not None:
+            handles.append(module.register_forward_pre_hook(lambda *_: meter.begin_part()))
+            handles.append(module.register_forward_hook(lambda *_, name=name: meter.end_part(name)))
     try:
         yield
     finally:

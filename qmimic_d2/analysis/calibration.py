@@ -44,7 +44,7 @@ __all__ = [
 
 Item = TypeVar("Item")
 
-# A teacher of less AP, in percent, detects nothing: what quantization costs it tells nothing of a trained one.
+# A teacher of less AP, in percent, detects nothing; its loss by quantization is not that of a trained one.
 LEAST_AP = 1.0
 
 # Stride in units of the features' rms up to which a student that is rounded too learns as well as without rounding.
@@ -67,7 +67,7 @@ def build_calibration_loader(
 
     Args:
         cfg: of the model, for its preprocessing.
-        dataset_names: registered data sets, taken one behind the other.
+        dataset_names: registered data sets, taken one after the other.
         num_images: how many, evenly spaced over these sets; fewer where there are fewer.
 
     Returns:
@@ -107,7 +107,8 @@ def measure_features(
         ValueError: an unknown feature, NaN or infinite values, or no image.
     """
     distributions = {name: FeatureDistribution() for name in features}
-    _for_each_map(model, loader, features, lambda name, values: distributions[name].add(values))
+    for name, values in _maps(model, loader, features):
+        distributions[name].add(values)
     return {name: distribution.result() for name, distribution in distributions.items()}
 
 
@@ -124,12 +125,9 @@ def measure_codes(
         By feature, in the order of the quantizers.
     """
     uses = {name: [CodeUse(quantizer) for quantizer in quantizers] for name in features}
-
-    def add(name: str, values: Tensor) -> None:
+    for name, values in _maps(model, loader, features):
         for use in uses[name]:
             use.add(values)
-
-    _for_each_map(model, loader, features, add)
     return {name: [use.result() for use in each] for name, each in uses.items()}
 
 
@@ -201,7 +199,7 @@ def recommend_stride(
             evaluation without a single detection) does not qualify.
         full_precision_ap: AP of the teacher before quantization.
         max_ap_loss: how much lower the AP may be.
-        max_stride: a bound besides, for the student's sake (:data:`MAX_RELATIVE_STRIDE`).
+        max_stride: another bound, for the student (:data:`MAX_RELATIVE_STRIDE`).
 
     Returns:
         None where no stride qualifies, or the full-precision AP is below :data:`LEAST_AP`.
@@ -237,13 +235,10 @@ def _quantized_by(
             attach_quantizer(backbone, own.quantizer, own.features)
 
 
-def _for_each_map(
-    model: nn.Module,
-    loader: Iterable[List[dict]],
-    features: Sequence[str],
-    visit: Callable[[str, Tensor], None],
-) -> None:
-    """Calls ``visit(name, values)`` for each feature of each image; values flat, in float32, on the CPU."""
+def _maps(
+    model: nn.Module, loader: Iterable[List[dict]], features: Sequence[str]
+) -> Iterator[Tuple[str, Tensor]]:
+    """Name and values of each feature of each image; values flat, in float32, on the CPU."""
     shapes = model.backbone.output_shape()
     check_features(features, shapes, "features")
     num_images = 0
@@ -260,6 +255,6 @@ def _for_each_map(
                         raise ValueError(
                             f"feature {name!r} has NaN or infinite values; see whether the weights are whole"
                         )
-                    visit(name, values)
+                    yield name, values
     if not num_images:
         raise ValueError("there is no image to measure features on")

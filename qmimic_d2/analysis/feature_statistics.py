@@ -32,7 +32,7 @@ class FeatureStatistics:
     Attributes:
         num_values: how many values were seen.
         zero_share: sparsity, the share of values that are exactly 0.
-        negative_share: share of values below 0; 0.0 behind a ReLU.
+        negative_share: share of values below 0; 0.0 after a ReLU.
         mean, rms, min, max: of all values, zeros included.
         percentiles: value by percentile, for each of 50, 90, 99 and 99.9.
         percentile_sample: number of values that the percentiles were taken from; equal to ``num_values``,

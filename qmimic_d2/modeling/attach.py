@@ -66,7 +66,7 @@ def attach_parts(
     Attaches what is given, in the order that a config's detector has it.
 
     Args:
-        quantizer: of the named maps, so that everything behind the backbone reads codes; None: full precision.
+        quantizer: of the named maps, so that all heads read codes; None: full precision.
         quantized_features: names among the backbone's outputs.
         mimic: one that hangs on no detector yet, or a function that hangs one on the detector; None: no mimic.
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, ProposalNetwork
@@ -158,13 +158,10 @@ def _registered_class(meta_architecture: str) -> Optional[type]:
     return found if inspect.isclass(found) else None
 
 
-def _class_names(prefixes: Tuple[str, ...]) -> FrozenSet[str]:
-    return frozenset(prefix + family.name for prefix in prefixes for family in FAMILIES)
-
-
 def _is_ours(meta_architecture: str, *prefixes: str) -> bool:
+    names = {prefix + family.name for prefix in prefixes for family in FAMILIES}
     kind = _registered_class(meta_architecture)
-    return kind is not None and not _class_names(prefixes).isdisjoint(each.__name__ for each in kind.__mro__)
+    return kind is not None and any(each.__name__ in names for each in kind.__mro__)
 
 
 # --------------------------------------------------------------------------------------------------- of a model

@@ -42,7 +42,7 @@ class TrunkAdapter(Backbone):
 
     Args:
         bottom_up: the student's network.
-        channels: width of each adapted map behind its adapter, by name; other maps stay as they are.
+        channels: width of each adapted map after its adapter, by name; other maps stay as they are.
         kind: of the adapters, "conv1x1" or "conv1x1_relu".
 
     Raises:
@@ -100,7 +100,7 @@ def is_in_trunk(cfg: CfgNode) -> bool:
 
 def trunk_channels(cfg: CfgNode) -> Dict[str, int]:
     """
-    Width of each map of the student behind its adapter in the trunk: the teacher's, by the student's names.
+    Width of each map of the student after its adapter in the trunk: the teacher's, by the student's names.
 
     Raises:
         FileNotFoundError, ValueError: neither TRUNK_CHANNELS, nor a teacher, nor the weights of a trained student say
@@ -164,7 +164,7 @@ def without_teacher(cfg: CfgNode) -> CfgNode:
 
 
 def build_trunk_adapter(cfg: CfgNode, bottom_up: Backbone) -> TrunkAdapter:
-    """Puts the adapters that ``MODEL.QMIMIC.MIMIC`` describes behind a student's network."""
+    """A student's network, followed by the adapters that ``MODEL.QMIMIC.MIMIC`` describes."""
     channels = trunk_channels(cfg)
     check_features(list(channels), bottom_up.output_shape(), "MODEL.QMIMIC.MIMIC.IN_FEATURES")
     return TrunkAdapter(bottom_up, channels, cfg.MODEL.QMIMIC.MIMIC.ADAPTER)
