@@ -139,8 +139,8 @@ class GradientMeter:
 
 def _sharded_parts(model: nn.Module) -> List[str]:
     """Names of the modules below the model that FSDP shards by themselves."""
-    return [name for name, module in model.named_modules() if name and _is_sharded(module)]
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    return any(each.__name__ in _SHARDED for each in type(module).__mro__)
+    return [
+        name
+        for name, module in model.named_modules()
+        if name and any(each.__name__ in _SHARDED for each in type(module).__mro__)
+    ]

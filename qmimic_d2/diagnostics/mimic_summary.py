@@ -5,6 +5,7 @@ to change where either was off.
 
 import logging
 import math
+import statistics
 from typing import List, Optional
 
 from detectron2.config import CfgNode
@@ -100,11 +101,12 @@ def warning_of_threshold(shares: List[float], stride: float, rms: float, level: 
         :data:`SMALL_STRIDE` times ``rms``.
     """
     finite = [share for share in shares if math.isfinite(share)]
-    if not finite or sum(finite) / len(finite) <= AT_THRESHOLD or stride < SMALL_STRIDE * rms:
+    mean = statistics.fmean(finite) if finite else 0.0
+    if mean <= AT_THRESHOLD or stride < SMALL_STRIDE * rms:
         return None
     place = f" at {level}" if level else ""
     return (
-        f"{sum(finite) / len(finite):.0%} of the student's features between 0 and the first code{place} ended at the "
+        f"{mean:.0%} of the student's features between 0 and the first code{place} ended at the "
         "threshold between the two, where rounding throws them to and fro; evenly spread it would be 20%. Set "
         f"MODEL.QMIMIC.QUANTIZER.STRIDE smaller (it is {stride:g}, the teacher's features there have a root mean "
         f"square of {rms:.2g}), or keep the codes and round the student's side of "
@@ -121,19 +123,13 @@ def summary_of_shares(shares: List[float], weight: float, schedule: str) -> Opti
     Returns:
         The line; None where nothing finite was measured.
     """
-    finite = sorted(share for share in shares if math.isfinite(share))
+    finite = [share for share in shares if math.isfinite(share)]
     if not finite:
         return None
-    middle = len(finite) // 2
-    median = finite[middle] if len(finite) % 2 else (finite[middle - 1] + finite[middle]) / 2
-    line = (
-        f"The mimic's share of the gradient at the student's map was {median:.0%} "
-        + (
-            f"(median of {len(finite)} measurements, {finite[0]:.0%} to {finite[-1]:.0%})"
-            if len(finite) > 1
-            else "(one measurement)"
-        )
-    )
+    median = statistics.median(finite)
+    of = f"median of {len(finite)} measurements, {min(finite):.0%} to {max(finite):.0%}"
+    of = of if len(finite) > 1 else "one measurement"
+    line = f"The mimic's share of the gradient at the student's map was {median:.0%} ({of})"
     if NEGLIGIBLE <= median <= DOMINANT:
         return f"{line}: neither negligible nor dominant"
     word, change = ("negligible", "larger") if median < NEGLIGIBLE else ("dominant", "smaller")

@@ -66,18 +66,12 @@ class LevelPooler:
             raise ValueError(
                 f"MODEL.QMIMIC.MIMIC.POOLER_SAMPLING_RATIO is {sampling_ratio}; give 0 (adaptive) or more"
             )
-        self.names = list(shapes)
         self.pooler_type = pooler_type
         self.resolution = resolution
         self.sampling_ratio = sampling_ratio
-        self.strides = [shapes[name].stride for name in self.names]
-        self._levels = _fpn_levels(self.names, self.strides) if len(self.names) > 1 else []
+        self.strides = [each.stride for each in shapes.values()]
+        self._levels = _fpn_levels(list(shapes), self.strides) if len(shapes) > 1 else []
         self._poolers = [self._build(1.0 / stride) for stride in self.strides]
-
-    @property
-    def keeps_codes(self) -> bool:
-        """True when a pooled code is a code: max pooling keeps the dictionary, averaging does not."""
-        return self.pooler_type == "ROIPool"
 
     def _build(self, scale: float) -> torch.nn.Module:
         size = (self.resolution, self.resolution)

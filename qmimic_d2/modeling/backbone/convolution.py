@@ -120,15 +120,10 @@ def build_conv3x3(
     Raises:
         ValueError: if the groups do not divide the channels.
     """
+    shared = dict(stride=stride, dilation=dilation, activation=activation)
     if conv == "depthwise":
         return DepthwiseSeparableConv(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            stride=stride,
-            dilation=dilation,
-            norm=norm,
-            out_norm=out_norm,
-            activation=activation,
+            in_channels=in_channels, out_channels=out_channels, norm=norm, out_norm=out_norm, **shared
         )
     if conv == "plain":
         groups = 1
@@ -137,15 +132,7 @@ def build_conv3x3(
             f"{node}.CONV_GROUPS is {groups}, which does not divide a convolution's {in_channels} channels in and "
             f"{out_channels} out; use fewer groups or a smaller {node}.WIDTH_DIVISOR."
         )
-    return _conv3x3(
-        in_channels,
-        out_channels,
-        groups=groups,
-        stride=stride,
-        dilation=dilation,
-        norm=out_norm,
-        activation=activation,
-    )
+    return _conv3x3(in_channels, out_channels, groups=groups, norm=out_norm, **shared)
 
 
 def replace_conv3x3(block: CNNBlockBase, *, node: str, conv: str, groups: int, norm: Norm) -> None:
@@ -176,28 +163,17 @@ def replace_conv3x3(block: CNNBlockBase, *, node: str, conv: str, groups: int, n
             setattr(block, name, replacement)
 
 
-def _conv3x3(
-    in_channels: int,
-    out_channels: int,
-    *,
-    groups: int,
-    stride: int,
-    dilation: int,
-    norm: Norm,
-    activation: Optional[nn.Module],
-) -> Conv2d:
+def _conv3x3(in_channels: int, out_channels: int, *, groups: int, dilation: int, norm: Norm, **further) -> Conv2d:
     conv = Conv2d(
         in_channels,
         out_channels,
         kernel_size=3,
-        stride=stride,
         padding=dilation,
         dilation=dilation,
         groups=groups,
-        # A norm adds a bias of its own.
-        bias=norm == "",
+        bias=norm == "",  # a norm has a bias of its own
         norm=get_norm(norm, out_channels),
-        activation=activation,
+        **further,
     )
     weight_init.c2_msra_fill(conv)
     if groups > 1:

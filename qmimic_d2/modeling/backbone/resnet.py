@@ -227,12 +227,7 @@ def build_divided_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> F
     """
     Detectron2's FPN over a divided ResNet, from ``MODEL.RESNETS`` and ``MODEL.FPN``.
 
-    Args:
-        cfg: configuration with the keys of ``add_qmimic_config``.
-        input_shape: its ``channels`` are the input's.
-
-    Raises:
-        ValueError: see :func:`build_divided_resnet_backbone` and ``build.build_fpn``.
+    Errors are those of :func:`build_divided_resnet_backbone` and ``build.build_fpn``.
     """
     bottom_up = build_divided_resnet_backbone(cfg, input_shape)
     return build_fpn(cfg, bottom_up, strides_key="MODEL.RESNETS.STAGE_STRIDES")
@@ -240,15 +235,6 @@ def build_divided_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> F
 
 @BACKBONE_REGISTRY.register()
 def build_divided_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """
-    The FPN of Detectron2's RetinaNet, with "p6" and "p7" by convolutions on "res5", over a divided ResNet.
-
-    Args:
-        cfg: configuration with the keys of ``add_qmimic_config``.
-        input_shape: its ``channels`` are the input's.
-
-    Raises:
-        ValueError: see :func:`build_divided_resnet_backbone` and ``build.build_fpn``.
-    """
+    """The FPN of Detectron2's RetinaNet, with "p6" and "p7" by convolutions on "res5", over a divided ResNet."""
     bottom_up = build_divided_resnet_backbone(cfg, input_shape)
     return build_fpn(cfg, bottom_up, strides_key="MODEL.RESNETS.STAGE_STRIDES", for_retinanet=True)

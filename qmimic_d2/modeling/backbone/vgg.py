@@ -221,13 +221,6 @@ class VGG(Backbone):
                 outputs[name] = x
         return outputs
 
-    def output_shape(self) -> Dict[str, ShapeSpec]:
-        """Channels and stride (in input pixels) of every returned feature."""
-        return {
-            name: ShapeSpec(channels=self._out_feature_channels[name], stride=self._out_feature_strides[name])
-            for name in self._out_features
-        }
-
     def freeze(self, freeze_at: int = 0) -> "VGG":
         """
         Freeze the first stages, as ``detectron2.modeling.backbone.ResNet.freeze`` does.
@@ -247,13 +240,7 @@ class VGG(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_vgg_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> VGG:
-    """
-    A :class:`VGG` from ``MODEL.VGG``.
-
-    Args:
-        cfg: configuration with the keys of ``add_qmimic_config``.
-        input_shape: its ``channels`` are the input's.
-    """
+    """A :class:`VGG` from ``MODEL.VGG``."""
     return VGG(cfg, input_shape)
 
 
@@ -263,14 +250,8 @@ def build_vgg_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     Detectron2's FPN over a :class:`VGG`, from ``MODEL.VGG`` and ``MODEL.FPN``.
 
     With the default strides, ``IN_FEATURES`` ["conv2", "conv3", "conv4", "conv5"] (named in
-    ``MODEL.VGG.OUT_FEATURES`` as well) gives "p1" to "p4" at strides 2 to 16, and "p5" subsampled.
-
-    Args:
-        cfg: configuration with the keys of ``add_qmimic_config``.
-        input_shape: its ``channels`` are the input's.
-
-    Raises:
-        ValueError: see ``build.build_fpn``.
+    ``MODEL.VGG.OUT_FEATURES`` as well) gives "p1" to "p4" at strides 2 to 16, and "p5" subsampled. Errors are those
+    of ``build.build_fpn``.
     """
     bottom_up = build_vgg_backbone(cfg, input_shape)
     return build_fpn(cfg, bottom_up, strides_key="MODEL.VGG.STAGE_STRIDES")
@@ -283,13 +264,6 @@ def build_retinanet_vgg_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FP
 
     With the default strides and ``IN_FEATURES`` ["conv4", "conv5"] it gives "p3" and "p4", and "p5" and "p6" by
     convolutions on "conv5".
-
-    Args:
-        cfg: configuration with the keys of ``add_qmimic_config``.
-        input_shape: its ``channels`` are the input's.
-
-    Raises:
-        ValueError: see ``build.build_fpn``.
     """
     bottom_up = build_vgg_backbone(cfg, input_shape)
     return build_fpn(cfg, bottom_up, strides_key="MODEL.VGG.STAGE_STRIDES", for_retinanet=True)

@@ -16,12 +16,12 @@ from torch.utils.hooks import RemovableHandle
 
 from qmimic_d2.diagnostics.feature_comparison import FeatureComparison
 from qmimic_d2.diagnostics.gradient_meter import GradientMeter
+from qmimic_d2.diagnostics.scale_warning import ScaleWarning
 from qmimic_d2.modeling.family import DETECTOR_REGIONS, head_modules, own_regions
 from qmimic_d2.modeling.image_counts import named
 from qmimic_d2.modeling.mimic.attachment import Attachment
 from qmimic_d2.modeling.mimic.loss import Pair, RoIMimicLoss
 from qmimic_d2.modeling.mimic.region_sources import WHOLE_MAP, check_roi_source, roi_source_names, select_rois
-from qmimic_d2.modeling.mimic.scale_warning import ScaleWarning
 from qmimic_d2.modeling.mimic.step_record import StepRecord
 from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, build_teacher, load_teacher_modules
 from qmimic_d2.modeling.mimic.weight import BalancedWeight, MimicWeight, build_mimic_weight
@@ -251,7 +251,8 @@ class Mimic(Attachment, RoIMimicLoss):
             weight = self._measure_gradients(detection, losses, weight)
         storage.put_scalar("qmimic/weight", weight, smoothing_hint=False)
         if weight > 0.0:
-            self._scale_warning.look(detection, losses, self.weight, self.normalize_by)
+            if not isinstance(self.weight, BalancedWeight):  # it keeps a share of the gradient, whatever the losses are
+                self._scale_warning.look(detection, losses, self.weight.weight, self.normalize_by)
             return {name: loss * weight for name, loss in losses.items()}
         return self.zeros(named(self.record.maps, self.student_features))
 

@@ -66,7 +66,11 @@ class MimicWeight(nn.Module):
             ValueError: a value out of its range, or an unknown schedule; names the key.
         """
         super().__init__()
-        _check_weight(weight)
+        if not (math.isfinite(weight) and weight >= 0.0):
+            raise ValueError(
+                f"{_PREFIX}LOSS_WEIGHT is {weight!r}; lambda is a finite number >= 0 "
+                "(0.0 measures the match and trains without the mimic)"
+            )
         if schedule not in SCHEDULES:
             raise ValueError(f"{_PREFIX}SCHEDULE is {schedule!r}; choose one of {list(SCHEDULES)}")
         if warmup_iters < 0:
@@ -264,11 +268,3 @@ class BalancedWeight(MimicWeight):
 def build_mimic_weight(cfg: CfgNode) -> MimicWeight:
     """The weight that ``MODEL.QMIMIC.MIMIC`` describes."""
     return BalancedWeight(cfg) if cfg.MODEL.QMIMIC.MIMIC.SCHEDULE == "balanced" else MimicWeight(cfg)
-
-
-def _check_weight(weight: float) -> None:
-    if not (math.isfinite(weight) and weight >= 0.0):
-        raise ValueError(
-            f"{_PREFIX}LOSS_WEIGHT is {weight!r}; lambda is a finite number >= 0 "
-            "(0.0 measures the match and trains without the mimic)"
-        )

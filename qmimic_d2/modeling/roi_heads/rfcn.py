@@ -196,14 +196,9 @@ class RFCNROIHeads(ROIHeads):
     ) -> Tuple[Tuple[Tensor, Tensor], List[Instances]]:
         counts = [len(each) for each in proposals]
         losses = loss_per_region(self.box_predictor, predictions, proposals).split(counts)
+        limits = (self.num_hard_examples, self.hard_example_nms_thresh)
         kept = [
-            select_hardest(
-                losses[index],
-                each.proposal_boxes.tensor,
-                self.num_hard_examples,
-                self.hard_example_nms_thresh,
-            )
-            for index, each in enumerate(proposals)
+            select_hardest(of_image, each.proposal_boxes.tensor, *limits) for of_image, each in zip(losses, proposals)
         ]
         logits, deltas = (
             torch.cat([rows[index] for rows, index in zip(each.split(counts), kept)]) for each in predictions

@@ -6,7 +6,6 @@ from typing import Dict
 from torch import Tensor
 
 from qmimic_d2.diagnostics.gradient_share import summed
-from qmimic_d2.modeling.mimic.weight import BalancedWeight, MimicWeight
 
 __all__ = ["ScaleWarning"]
 
@@ -20,24 +19,19 @@ class ScaleWarning:
     def __init__(self):
         self._has_looked = False
 
-    def look(
-        self, detection: Dict[str, Tensor], mimic: Dict[str, Tensor], weight: MimicWeight, normalize_by: str
-    ) -> None:
+    def look(self, detection: Dict[str, Tensor], mimic: Dict[str, Tensor], full: float, normalize_by: str) -> None:
         """
         Warns where the mimic loss times its full weight is too large, and names the settings that are not in force.
-
-        A balanced weight is passed over: whatever it is, the share of the gradient is the one that was asked for.
 
         Args:
             detection: the detector's losses of a step.
             mimic: those of the mimic, without lambda.
-            weight: lambda; what counts is its size after a warm-up.
+            full: lambda after a warm-up.
             normalize_by: of the mimic loss.
         """
-        if self._has_looked or isinstance(weight, BalancedWeight):
+        if self._has_looked:
             return
         self._has_looked = True
-        full = weight.weight
         theirs, ours = summed(detection).item(), summed(mimic).item() * full
         if ours <= _MOST_TIMES * theirs:
             return
