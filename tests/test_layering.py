@@ -115,6 +115,12 @@ def test_house_rules(name):
             assert not MACHINE_PATH.search(node.value), f"{place}: a path of one machine: {node.value!r}"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.name)
+def test_files_of_tests_are_short(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= 500, f"{path.name} has {lines} lines; split it by behaviour"
+
+
 MACHINE_PATH = re.compile(r"(?<![\w.:~/])(/(home|root|Users|mnt|media|opt|work|workspace|tmp|scratch)/|[A-Z]:\\\\?\w)")
 
 
