@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from qmimic_d2.checkpoint import plain_pickle
 from qmimic_d2.checkpoint.files import MAX_INFLATION
 from qmimic_d2.checkpoint.reader import UnsafeCheckpointError, read_checkpoint, read_mapping
 
@@ -140,6 +141,11 @@ def test_a_few_bytes_cannot_ask_for_much(tmp_path, program, reason):
     assert reason in refusal(tmp_path, in_model(program))
 
 
+def test_opcodes_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(plain_pickle, "MAX_READS", 1000)
+    assert "more opcodes than any checkpoint has" in refusal(tmp_path, in_model(b"\x8f" * 1000))
+
+
 def test_a_large_memo_index_takes_no_memory(tmp_path):
     (tmp_path / "model.pkl").write_bytes(in_model(ARRAY, b"r" + struct.pack("<I", 2**31)))
     tracemalloc.start()
@@ -188,6 +194,19 @@ def test_a_compressed_archive_is_read_up_to_a_limit(tmp_path):
     path = rewritten(tmp_path, compression=zipfile.ZIP_DEFLATED, content=zeros)
     limit = MAX_INFLATION * path.stat().st_size
     assert f"records of more than {limit} bytes in an archive of {path.stat().st_size}" in refusal_of(path)
+
+
+def test_a_record_that_inflates_beyond_its_size(tmp_path):
+    """Its directory says 16 bytes, which the tensor needs; zlib would make 64 MiB of it."""
+
+    def enlarge(name, raw):
+        return bytes(2**26) if name.endswith("data/0") else raw
+
+    path = rewritten(tmp_path, enlarge, compression=zipfile.ZIP_DEFLATED)
+    size = struct.pack("<L", 2**26)
+    assert path.read_bytes().count(size) == 2  # in front of the record, and in the directory
+    path.write_bytes(path.read_bytes().replace(size, struct.pack("<L", 16)))
+    assert "BadZipFile" in refusal_of(path)
 
 
 def test_records_that_overlap(tmp_path):

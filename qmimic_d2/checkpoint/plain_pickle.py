@@ -19,7 +19,7 @@ import torch
 __all__ = ["Name", "PlainUnpickler", "Refused", "RefusedName", "StandIn", "check_content", "plain_key"]
 
 MAX_DEPTH = 100
-MAX_READS = 20_000_000
+MAX_READS = 10_000_000
 # A pickle of a few bytes may still say a few things more than once.
 _MIN_NODES = 100_000
 

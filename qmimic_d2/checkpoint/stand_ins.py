@@ -139,15 +139,11 @@ def names_for(file_size: int, *, with_tensors: bool) -> Dict[str, Any]:
 
 
 def _plain_answers(budget: Budget) -> Dict[str, Any]:
-    def encode(text: str, encoding: str = "latin1") -> bytes:
-        """The one use that pickle makes of ``_codecs.encode``: bytes that are not empty, in protocols below 3."""
+    def as_bytes(content: Any = b"", encoding: str = "latin1") -> bytes:
+        """The uses that pickle makes of ``bytes``, ``bytearray`` and ``_codecs.encode``: text is latin-1."""
         if encoding not in ("latin1", "latin-1"):
             raise RefusedName(f"_codecs.encode to {encoding!r}")
-        return _as_bytes(text, budget)
-
-    def as_bytes(content: Any = b"", encoding: str = "latin1") -> bytes:
-        """The uses that pickle makes of ``bytes`` and ``bytearray``: empty, of bytes, or of text as latin-1."""
-        return encode(content, encoding)
+        return _as_bytes(content, budget)
 
     def ordered(pairs: Any = ()) -> OrderedDict:
         """Python 3 calls it with nothing and sets the items; Python 2 gave them as pairs."""
@@ -163,7 +159,7 @@ def _plain_answers(budget: Budget) -> Dict[str, Any]:
         budget.take(len(found))
         return map(plain_key, found)
 
-    answers: Dict[str, Any] = {"collections.OrderedDict": ordered, "_codecs.encode": encode}
+    answers: Dict[str, Any] = {"collections.OrderedDict": ordered, "_codecs.encode": as_bytes}
     for module in ("builtins", "__builtin__"):  # Python 3 and Python 2
         answers[f"{module}.bytes"] = answers[f"{module}.bytearray"] = as_bytes
         answers[f"{module}.set"] = lambda found=(): set(items(found))

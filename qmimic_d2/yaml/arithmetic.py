@@ -45,10 +45,8 @@ def compute(text: str) -> Any:
     try:
         tree = ast.parse(text.strip(), mode="eval")
         return _Computation().value(tree.body, {})
-    except (SyntaxError, ArithmeticError, LookupError, TypeError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{text!r} cannot be computed: {type(error).__name__}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{text!r} cannot be computed: {error}") from error
+    except (SyntaxError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{text!r} cannot be computed: {str(error) or type(error).__name__}") from error
 
 
 class _Computation:
