@@ -1,9 +1,12 @@
-"""Where config files are found: the packaged ones, and the teacher's that a student's config names."""
+"""Where config files are found, the packaged ones and those that a config names; and changed copies of a config."""
 
+import functools
 import os
-from typing import Sequence
+from typing import Any, Sequence
 
-__all__ = ["find_config_file", "get_config_file", "packaged_config_folder"]
+from detectron2.config import CfgNode
+
+__all__ = ["changed", "find_config_file", "get_config_file", "packaged_config_folder"]
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
@@ -60,3 +63,14 @@ def find_config_file(path: str, key: str, beside: Sequence[str] = ()) -> str:
         f"{key} is {path!r}, and there is no such file. Looked for "
         f"{', '.join(dict.fromkeys(tried))}. Give its path from the working directory or an absolute one"
     )
+
+
+def changed(cfg: CfgNode, *pairs: Any) -> CfgNode:
+    """A frozen copy with other values, given as key, value, key, value; they may be of any type."""
+    copy = cfg.clone()
+    copy.defrost()
+    for key, value in zip(pairs[::2], pairs[1::2]):
+        *sections, name = key.split(".")
+        functools.reduce(CfgNode.__getitem__, sections, copy)[name] = value
+    copy.freeze()
+    return copy

@@ -25,9 +25,7 @@ class FolderInUseError(ValueError):
 @contextlib.contextmanager
 def alone_in(folder: str) -> Iterator[None]:
     """
-    Holds the folder's lock while the block runs.
-
-    A folder that this process holds until its end is its own: nothing is locked again.
+    Holds the folder's lock while the block runs. A folder from :func:`hold_folder` is not locked again.
 
     Raises:
         FolderInUseError: another process, or another block of this one, holds it; names the process.

@@ -17,7 +17,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qmimic_d2.randomness import mixed_seed
 
-__all__ = ["ResumableBestCheckpointer", "ResumableLossNormalizer", "SaveOnInterrupt", "SeedEachIteration"]
+__all__ = [
+    "ResumableBestCheckpointer",
+    "ResumableLossNormalizer",
+    "SaveOnInterrupt",
+    "SeedEachIteration",
+    "unwrapped",
+]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a DistributedDataParallel, or the model."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 class SeedEachIteration(HookBase):
@@ -49,13 +60,13 @@ class SaveOnInterrupt(HookBase):
     """
     Saves a checkpoint and stops when Ctrl-C (SIGINT) or SIGTERM arrives.
 
-    The step under way is finished first, so that the checkpoint is a whole iteration and ``--resume``
-    continues from it. It belongs behind the hooks that change what is saved and in front of the
-    evaluation's: an evaluation is not waited for. A second signal stops at once.
+    The running step is finished first, so that the checkpoint is a whole iteration and ``--resume`` continues from it.
+    It belongs after the hooks that change what is saved and before the evaluation's: it does not wait for an
+    evaluation. A second signal stops at once.
 
-    Several processes stop at the same iteration: they agree on it every ``sync_period`` iterations. An
-    evaluation that is under way they finish, having saved before it. A signal that comes twice within
-    ``merge_seconds``, from the terminal or the scheduler and once more from the launching process, counts once.
+    Several processes stop at the same iteration: they agree on it every ``sync_period`` iterations. If an evaluation
+    is running, they have saved before it, and finish it. A signal that comes twice within ``merge_seconds``, from the
+    terminal or the scheduler and once more from the launching process, counts once.
 
     Raises (from the training loop):
         SystemExit: with status 128 + the signal's number, as a shell reports it.
@@ -147,7 +158,7 @@ class ResumableLossNormalizer(HookBase):
     """
 
     def __init__(self, model: nn.Module):
-        self._model = model.module if isinstance(model, DistributedDataParallel) else model
+        self._model = unwrapped(model)
 
     def state_dict(self) -> Dict[str, Any]:
         mean = getattr(self._model, "loss_normalizer", None)

@@ -16,12 +16,12 @@ class MetricsWriter(EventWriter):
     """
     Detectron2's ``JSONWriter``, which may be called at any time.
 
-    Detectron2's writes an iteration once, and what comes to it afterwards, such as an evaluation, never. This one
-    writes the whole row again; the later line counts.
+    Detectron2's writes an iteration once, and leaves out what comes later, such as an evaluation. This one writes the
+    whole row again; the later line counts.
 
     Args:
-        path: of the file. It is appended to; the half line that a kill has left at its end is removed.
-        window_size: iterations whose median is written of a smoothed figure.
+        path: of the file, to which it appends. A half line at its end, left by a kill, is removed.
+        window_size: number of iterations. The median over them is written for a smoothed figure.
     """
 
     def __init__(self, path: str, window_size: int = 20):
@@ -51,13 +51,13 @@ class MetricsWriter(EventWriter):
 
 class WriteMetrics(HookBase):
     """
-    Writes metrics.json after certain iterations, in front of a checkpoint or behind an evaluation.
+    Writes metrics.json after certain iterations: before a checkpoint, or after an evaluation.
 
-    A resumed training begins after its checkpoint, so the rows up to it have to be there before it is.
+    A resumed training begins after its checkpoint, so the rows up to it have to be written before it.
 
     Args:
         writer: of the file.
-        is_due: asked with the number of iterations done and of all iterations.
+        is_due: called with the number of iterations that are done, and of all iterations.
     """
 
     def __init__(self, writer: MetricsWriter, is_due: Callable[[int, int], bool]):

@@ -1,22 +1,21 @@
-"""Student against teacher on held-out images: at each evaluation of a training, inside the annotated boxes."""
+"""Compares student and teacher on held-out images, inside the annotated boxes, at each evaluation of a training."""
 
 import contextlib
 import logging
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
 from detectron2.config import CfgNode, configurable
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from qmimic_d2.analysis.calibration import evenly_spaced
 from qmimic_d2.data.loading import load_dataset
 from qmimic_d2.data.mapper import ImageMapper
 from qmimic_d2.diagnostics.feature_comparison import FeatureComparison, histogram_codes
+from qmimic_d2.engine.hooks import unwrapped
 from qmimic_d2.modeling.attach import attached_mimic, takes_a_teacher, warn_of_unused_teacher
-from qmimic_d2.modeling.mimic.mimic import Mimic
 from qmimic_d2.modeling.quantizer import CodeQuantizer
 from qmimic_d2.randomness import own_randomness
 from qmimic_d2.run_folder import MIMIC, write_mimic
@@ -30,10 +29,10 @@ class MimicEvaluator:
     """
     Measures how alike student and teacher are on images that neither is trained on.
 
-    Called with a model, it compares what the mimic loss compares, r of the student's map before its
-    quantizer and the teacher's map, inside the annotated boxes of images that are read as an evaluation
-    reads them. The student is in eval mode. Every variant of a student is put on the same dictionary,
-    one without quantizers included. The model, its modes and all random generators are left as they were.
+    Called with a model, it compares what the mimic loss compares: r of the student's map before its quantizer, and
+    the teacher's map, inside the annotated boxes. Images are read as an evaluation reads them. The student is in eval
+    mode. Every variant of a student is measured on the same dictionary, one without quantizers too. The model, its
+    modes and all random generators stay as they were.
     """
 
     @configurable
@@ -87,7 +86,7 @@ class MimicEvaluator:
 
     def measures(self, model: nn.Module) -> bool:
         """Whether a call with this model measures something, once it has its teacher."""
-        mimic = attached_mimic(_unwrapped(model))
+        mimic = attached_mimic(unwrapped(model))
         return self._is_on and mimic is not None and mimic.code_quantizer is not None
 
     def __call__(self, model: nn.Module) -> Dict[str, Dict[str, float]]:
@@ -100,12 +99,11 @@ class MimicEvaluator:
             model: in training or not, wrapped in a DDP or not.
 
         Returns:
-            ``{"qmimic": {"heldout_<figure>": value}}``, with "_<level>" behind the name where several
-            levels are compared; a level without a region is left out. Empty in every process but the
-            first, and where nothing is measured: the model has no mimic, its teacher is not loaded, or
-            the data set no box.
+            ``{"qmimic": {"heldout_<figure>": value}}``, with "_<level>" after the name where several levels are
+            compared. A level without a region is left out. Empty in every process but the first, and where nothing is
+            measured: the model has no mimic, its teacher is not loaded, or the data set has no box.
         """
-        model = _unwrapped(model)
+        model = unwrapped(model)
         if self._is_on and takes_a_teacher(model) and model.mimic.teacher is None:
             logging.getLogger(__name__).info(
                 "Student and teacher are not compared: only a training loads the teacher. Its own last comparison is "
@@ -118,7 +116,8 @@ class MimicEvaluator:
         images = self._annotated_images()
         own = images[comm.get_rank() :: comm.get_world_size()]
         with own_randomness(0), _eval_mode(model):
-            share = _sum_by_level([self._compare(model.mimic, each) for each in own])
+            inputs = map(self._mapper, own)
+            share = _sum_by_level([model.mimic.compare_on([each], [each["instances"].gt_boxes]) for each in inputs])
         comparisons = _sum_by_level(comm.gather(share))
         if not comm.is_main_process():
             return {}
@@ -145,11 +144,9 @@ class MimicEvaluator:
             self._images = evenly_spaced(annotated, self._num_images)
         return self._images
 
-    def _compare(self, mimic: Mimic, image: Dict[str, Any]) -> Comparisons:
-        inputs = self._mapper(image)
-        return mimic.compare_on([inputs], [inputs["instances"].gt_boxes])
-
     def _write(self, comparisons: Comparisons, num_images: int, quantizer: CodeQuantizer) -> None:
+        if not self._output_dir:
+            return
         content = {
             "dataset": self._dataset_name,
             "num_images": num_images,
@@ -158,8 +155,7 @@ class MimicEvaluator:
             "quantizer": repr(quantizer),
             "levels": {name: _level_content(each, quantizer) for name, each in comparisons.items()},
         }
-        if self._output_dir:
-            write_mimic(self._output_dir, content)
+        write_mimic(self._output_dir, content)
 
 
 def add_mimic_hook(built: Sequence[Optional[HookBase]], cfg: CfgNode, model: nn.Module) -> List[Optional[HookBase]]:
@@ -172,14 +168,14 @@ def add_mimic_hook(built: Sequence[Optional[HookBase]], cfg: CfgNode, model: nn.
         model: that is trained.
 
     Returns:
-        The hooks with one more behind the last ``EvalHook``, in every process, or the same ones where
+        The hooks with one more after the last ``EvalHook``, in every process, or the same ones where
         there is nothing to measure.
 
     Raises:
         ValueError: a wrong MODEL.QMIMIC.DIAGNOSTICS.EVAL_IMAGES, or no ``EvalHook``.
     """
     built = list(built)
-    warn_of_unused_teacher(cfg, _unwrapped(model))
+    warn_of_unused_teacher(cfg, unwrapped(model))
     evaluator = MimicEvaluator(cfg)
     if not evaluator.measures(model):
         return built
@@ -188,10 +184,6 @@ def add_mimic_hook(built: Sequence[Optional[HookBase]], cfg: CfgNode, model: nn.
         raise ValueError("add_mimic_hook takes the hooks of a trainer that evaluates, and none of these is an EvalHook")
     hook = hooks.EvalHook(cfg.TEST.EVAL_PERIOD, lambda: evaluator(model))
     return [*built[: places[-1] + 1], hook, *built[places[-1] + 1 :]]
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 @contextlib.contextmanager
@@ -211,7 +203,7 @@ def _has_box(image: Dict[str, Any]) -> bool:
     return any(each.get("iscrowd", 0) == 0 for each in image.get("annotations", ()))
 
 
-def _sum_by_level(comparisons: Sequence[Comparisons]) -> Comparisons:
+def _sum_by_level(comparisons: Iterable[Comparisons]) -> Comparisons:
     total: Comparisons = {}
     for each in comparisons:
         for name, comparison in each.items():

@@ -1,15 +1,13 @@
 """
-What ``--resume`` goes on from, and with which settings.
+What ``--resume`` goes on from. What cannot be continued is refused before anything is written.
 
-A checkpoint holds the optimizer with the settings that it had. Detectron2 takes them up again and passes over what the
-config says now. Here the config counts: :func:`apply_solver` gives the resumed optimizer its values, and
-:func:`check_resuming` refuses what cannot be continued, before anything is written.
+A checkpoint holds the optimizer with the settings that it had. Detectron2 restores them. Here the config's count.
 """
 
 import logging
 import os
 import reprlib
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, List, Mapping, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -19,14 +17,7 @@ from qmimic_d2.checkpoint.checkpointer import SafeCheckpointer, check_resumed_st
 from qmimic_d2.checkpoint.reader import local_path, read_mapping, subject
 from qmimic_d2.run_folder import CONFIG, TAG, read_config
 
-__all__ = [
-    "apply_solver",
-    "check_resuming",
-    "check_trainer_state",
-    "current_settings",
-    "damaged_config",
-    "saved_config",
-]
+__all__ = ["check_resuming", "check_trainer_state", "earlier_seed"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,26 +25,33 @@ logger = logging.getLogger(__name__)
 _HYPERPARAMETERS = {"SGD": "momentum", "AdamW": "betas"}
 
 
-def saved_config(folder: str) -> Optional[Mapping[str, Any]]:
+def earlier_seed(folder: str) -> Optional[int]:
     """
-    What ``config.yaml`` of an earlier run in a folder holds; None where there is none.
+    The SEED of an earlier run in a folder; None where there is none.
 
     Raises:
-        ValueError: the file is damaged; see :func:`damaged_config`.
+        ValueError: its ``config.yaml`` is damaged.
     """
+    seed = _saved_config(folder).get("SEED", -1)
+    if type(seed) is not int:
+        raise _damaged_config(folder, f"SEED is {seed!r}")
+    return seed if seed >= 0 else None
+
+
+def _saved_config(folder: str) -> Mapping[str, Any]:
+    """{} where there is no ``config.yaml``."""
     if not os.path.isfile(os.path.join(folder, CONFIG)):
-        return None
+        return {}
     try:
         return read_config(folder)
     except (OSError, ValueError) as error:
-        raise damaged_config(folder, type(error.__cause__).__name__ if error.__cause__ else str(error)) from error
+        raise _damaged_config(folder, type(error.__cause__).__name__ if error.__cause__ else str(error)) from error
 
 
-def damaged_config(folder: str, reason: str) -> ValueError:
-    """The error of a ``config.yaml`` that cannot be what a run has written."""
+def _damaged_config(folder: str, reason: str) -> ValueError:
     return ValueError(
-        f"{os.path.join(folder, CONFIG)!r} is damaged ({reason}), and --resume compares its settings with the "
-        "new ones. Put the file back, or delete it and give the run's SEED with --resume"
+        f"{os.path.join(folder, CONFIG)!r} is damaged ({reason}), and --resume compares its settings with the new "
+        "ones. Put the file back, or delete it and give the run's SEED with --resume"
     )
 
 
@@ -78,8 +76,7 @@ def check_resuming(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> None:
     check_resumed_state(content, ["trainer"], last, tag)
     source = subject(tag, last)
     check_trainer_state(content["trainer"], optimizer, cfg.SOLVER.MAX_ITER, source)
-    saved = saved_config(cfg.OUTPUT_DIR)
-    changes = _changes(saved.get("SOLVER"), cfg.SOLVER) if saved else []
+    changes = _changes(_saved_config(cfg.OUTPUT_DIR).get("SOLVER"), cfg.SOLVER)
     if changes:
         iteration = content["trainer"]["iteration"] + 1
         logger.warning("From iteration %d on, SOLVER is another than so far: %s", iteration, "; ".join(changes))
@@ -89,30 +86,19 @@ def check_trainer_state(
     state: Mapping[str, Any], optimizer: torch.optim.Optimizer, max_iter: int, source: str
 ) -> None:
     """
-    Raises where a trainer's state does not belong to an optimizer.
-
-    Args:
-        state: of a Detectron2 trainer.
-        optimizer: that would be resumed.
-        max_iter: length of the training.
-        source: of the state, for error messages.
-
     Raises:
-        ValueError: names what does not fit, and the fix.
+        ValueError: a Detectron2 trainer's state is damaged, does not belong to an optimizer, or is longer than
+            ``max_iter``. Names its ``source`` and the fix.
     """
-    iteration, hooks = state.get("iteration"), state.get("hooks")
-    inner = state.get("_trainer")
-    saved = inner.get("optimizer") if isinstance(inner, Mapping) else None
-    schedule = hooks.get("LRScheduler") if isinstance(hooks, Mapping) else None
-    groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
+    iteration, last_epoch = state.get("iteration"), _entry(state, "hooks", "LRScheduler", "last_epoch")
+    saved, groups = (_entry(state, "_trainer", "optimizer", name) for name in ("state", "param_groups"))
     if (
         type(iteration) is not int
         or iteration < 0
-        or not isinstance(schedule, Mapping)
-        or schedule.get("last_epoch") not in (iteration, iteration + 1)
-        or not isinstance(saved.get("state") if groups else None, Mapping)
-        or not isinstance(groups, list)
-        or not all(isinstance(each, Mapping) and isinstance(each.get("params"), list) for each in groups)
+        or last_epoch not in (iteration, iteration + 1)
+        or not isinstance(saved, Mapping)
+        or not (isinstance(groups, list) and groups)
+        or not all(isinstance(_entry(each, "params"), list) for each in groups)
     ):
         raise ValueError(
             f"{source} has a damaged state of the training (optimizer, schedule or iteration). Write the name of an "
@@ -123,7 +109,14 @@ def check_trainer_state(
             f"SOLVER.MAX_ITER is {max_iter}, and {source} is of iteration {iteration}: {iteration + 1} iterations are "
             f"done. Set SOLVER.MAX_ITER to {iteration + 1} or more, or begin another training without --resume"
         )
-    _check_optimizer(groups, saved["state"], optimizer, source)
+    _check_optimizer(groups, saved, optimizer, source)
+
+
+def _entry(content: Any, *keys: str) -> Any:
+    """Of nested mappings; None where there is none."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, Mapping) else None
+    return content
 
 
 def _check_optimizer(
@@ -159,19 +152,6 @@ def _check_optimizer(
         )
 
 
-def apply_solver(optimizer: torch.optim.Optimizer, settings: Sequence[Mapping[str, Any]]) -> None:
-    """
-    Gives a resumed optimizer the settings of the config in place of those of the checkpoint.
-
-    Args:
-        optimizer: that has loaded its state.
-        settings: its groups before it did. Their parameters and current learning rates are passed over; ``initial_lr``
-            is the one that the schedule multiplies.
-    """
-    for group, new in zip(optimizer.param_groups, settings):
-        group.update({key: value for key, value in new.items() if key not in ("params", "lr")})
-
-
 def _changes(before: Any, after: CfgNode, prefix: str = "SOLVER.") -> List[str]:
     """Keys whose value is another, as "KEY before -> after"."""
     if not isinstance(before, Mapping):
@@ -185,8 +165,3 @@ def _changes(before: Any, after: CfgNode, prefix: str = "SOLVER.") -> List[str]:
         elif before[key] != (list(value) if isinstance(value, tuple) else value):  # YAML has no tuples
             changes.append(f"{prefix}{key} {reprlib.repr(before[key])} -> {reprlib.repr(value)}")
     return changes
-
-
-def current_settings(optimizer: torch.optim.Optimizer) -> List[Dict[str, Any]]:
-    """A copy of the groups' settings, without their parameters."""
-    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]

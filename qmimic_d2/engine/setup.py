@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from typing import Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Iterator, List, Sequence, Tuple
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -24,9 +24,9 @@ from torch import nn
 
 from qmimic_d2.checkpoint.checkpointer import DivergedError
 from qmimic_d2.config import add_qmimic_config
-from qmimic_d2.config_files import find_config_file
+from qmimic_d2.config_files import changed, find_config_file
 from qmimic_d2.data.sources import complete_sources, register_sources
-from qmimic_d2.engine.resuming import damaged_config, saved_config
+from qmimic_d2.engine.resuming import earlier_seed
 from qmimic_d2.files import remove_leftovers
 from qmimic_d2.folder_lock import FolderInUseError, hold_folder
 from qmimic_d2.modeling.mimic.sharing import forget_teacher, one_teacher
@@ -46,7 +46,7 @@ __all__ = [
     "set_up_process",
 ]
 
-# Status of a process that has said already what went wrong.
+# Exit status of a process that has already printed what went wrong.
 _SAID = 65
 
 
@@ -108,10 +108,9 @@ def load_config(
     """
     Reads a config with this project's keys and completes what depends on the machine.
 
-    The teacher's config is looked up beside ``config_file`` and then where
-    :func:`find_config_file` looks. ``MODEL.DEVICE`` "cuda" becomes "cpu" where there is no GPU. A
-    negative ``SEED`` becomes a drawn one (the earlier one of the output folder when resuming), so that
-    the saved config repeats the run.
+    The teacher's config is looked up next to ``config_file`` and then where :func:`find_config_file` looks.
+    ``MODEL.DEVICE`` "cuda" becomes "cpu" where there is no GPU. A negative ``SEED`` becomes a drawn one (the earlier
+    one of the output folder when resuming), so that the saved config repeats the run.
 
     Args:
         config_file: path of a YAML, or a name below this package's ``configs``; "" = Detectron2's
@@ -155,7 +154,7 @@ def load_config(
         )
         cfg.MODEL.DEVICE = "cpu"
     if cfg.SEED < 0:
-        earlier = _earlier_seed(cfg.OUTPUT_DIR) if resume else None
+        earlier = earlier_seed(cfg.OUTPUT_DIR) if resume else None
         cfg.SEED = int.from_bytes(os.urandom(3), "little") if earlier is None else earlier
     cfg.freeze()
     return cfg
@@ -193,7 +192,7 @@ def _hint(cfg: CfgNode, opts: Sequence[str]) -> str:
 
 
 def _check_given(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
-    """yacs lets every key become None, which a YAML writes as nothing behind the colon."""
+    """yacs lets every key become None, which a YAML writes as nothing after the colon."""
     for key, default in defaults.items():
         if isinstance(default, CfgNode):
             _check_given(cfg[key], default, f"{prefix}{key}.")
@@ -205,9 +204,8 @@ def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     """
     Logging, seeds, and for a training the output folder with its ``config.yaml``.
 
-    That file repeats the run by itself: the teacher's config is copied next to it
-    (``teacher_config.yaml``) and its weights are named by absolute path. The first process holds the lock of
-    OUTPUT_DIR until it ends; an evaluation does too, since it writes there.
+    That file repeats the run by itself: the teacher's config is copied next to it, and its weights are named by
+    absolute path. The first process holds the lock of OUTPUT_DIR until it ends, in an evaluation too.
 
     Returns:
         The config with the SEED of the first process: where the user gave none, each machine drew its own.
@@ -217,10 +215,7 @@ def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     """
     for name in getattr(args, "modules", ()):
         importlib.import_module(name)
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SEED = comm.all_gather(cfg.SEED)[0]
-    cfg.freeze()
+    cfg = changed(cfg, "SEED", comm.all_gather(cfg.SEED)[0])
     register_sources(cfg)  # this may be another process than the one that read the config
     if comm.is_main_process() and is_local(cfg.OUTPUT_DIR):
         hold_folder(cfg.OUTPUT_DIR)
@@ -285,7 +280,7 @@ def launch_processes(
 
 def _main_of_process(main: Callable[..., object], main_args: Tuple[object, ...]) -> None:
     """
-    Runs ``main`` and leaves the process group, if there is one. What a person can mend ends in one message.
+    Runs ``main`` and leaves the process group, if there is one. What a person can correct ends in one message.
 
     Detectron2's launcher lets a process end inside its group. The threads of gloo then race with the interpreter's
     end, and now and then a process that had finished its work was counted as crashed (SIGABRT).
@@ -326,14 +321,6 @@ def _signals_passed_on(received: List[int]) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler or signal.SIG_DFL)
-
-
-def _earlier_seed(output_dir: str) -> Optional[int]:
-    saved = saved_config(output_dir)
-    seed = saved.get("SEED", -1) if saved else -1
-    if type(seed) is not int:
-        raise damaged_config(output_dir, f"SEED is {seed!r}")
-    return seed if seed >= 0 else None
 
 
 def _complete_teacher(cfg: CfgNode, beside: str, eval_only: bool, resume: bool) -> None:

@@ -23,7 +23,6 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from qmimic_d2.checkpoint.checkpointer import DivergedError, SafeCheckpointer
 from qmimic_d2.checkpoint.reader import read_mapping
@@ -37,10 +36,11 @@ from qmimic_d2.engine.hooks import (
     ResumableLossNormalizer,
     SaveOnInterrupt,
     SeedEachIteration,
+    unwrapped,
 )
 from qmimic_d2.engine.metrics_file import MetricsWriter, WriteMetrics
 from qmimic_d2.engine.mimic_evaluator import add_mimic_hook
-from qmimic_d2.engine.resuming import apply_solver, check_trainer_state, current_settings
+from qmimic_d2.engine.resuming import check_trainer_state
 from qmimic_d2.evaluation import PascalVOCEvaluator, WiderFaceEvaluator
 from qmimic_d2.modeling.backbone.imagenet_names import converted_imagenet_weights
 from qmimic_d2.orphans import tie_worker
@@ -57,11 +57,14 @@ class Trainer(DefaultTrainer):
     """
     Trains any model of a config and evaluates it as its data sets ask.
 
-    Differences from :class:`DefaultTrainer`: a resumed training repeats the uninterrupted one
-    (order of images and random numbers) and makes up for the evaluation and the last checkpoint that a kill
-    has cut off; a signal saves first; checkpoints are written whole or not at all and read without running
-    code; a diverged training ends and leaves the last finite checkpoint; CPU processes may share a training;
-    and ``SOLVER.OPTIMIZER``.
+    Differences from :class:`DefaultTrainer`:
+
+    * A resumed training repeats the uninterrupted one. It makes up for an evaluation or a last checkpoint that a kill
+      cut off. A signal saves first.
+    * Checkpoints are written whole or not at all, and read without running code.
+    * A diverged training ends and leaves the last finite checkpoint.
+    * CPU processes may share a training. ``SOLVER.OPTIMIZER`` chooses the optimizer.
+
     Methods are overridden as there: ``build_train_loader`` for images of another mapper, and so on.
     """
 
@@ -83,15 +86,11 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         on_cpu = next(model.parameters()).device.type == "cpu"
-        model = create_ddp_model(
-            model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {})
-        )
+        model = create_ddp_model(model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {}))
         make_inner = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = make_inner(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = build_checkpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = build_checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self._metrics: Optional[MetricsWriter] = None
         self.register_hooks(self.build_hooks())
 
@@ -123,12 +122,17 @@ class Trainer(DefaultTrainer):
             ValueError: the state does not belong to this training; see :func:`check_trainer_state`.
         """
         check_trainer_state(state_dict, self.optimizer, self.max_iter, f"OUTPUT_DIR {self.cfg.OUTPUT_DIR!r}")
-        settings = current_settings(self.optimizer)
+        # The current rate is left to the schedule, which multiplies "initial_lr".
+        settings = [
+            {key: value for key, value in group.items() if key not in ("params", "lr")}
+            for group in self.optimizer.param_groups
+        ]
         inner = dict(state_dict["_trainer"])
         if isinstance(self._trainer, AMPTrainer):  # mixed precision may begin in the middle
             inner.setdefault("grad_scaler", self._trainer.grad_scaler.state_dict())
         super().load_state_dict({**state_dict, "_trainer": inner})
-        apply_solver(self.optimizer, settings)
+        for group, own in zip(self.optimizer.param_groups, settings):
+            group.update(own)
         self.scheduler.base_lrs = [group["initial_lr"] for group in settings]
         if self.scheduler.last_epoch < self.max_iter:
             for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr()):
@@ -201,7 +205,7 @@ class Trainer(DefaultTrainer):
             self._trainer.reset_data_loader(lambda: loader)
 
     def state_dict(self) -> Dict:
-        """As :meth:`DefaultTrainer.state_dict`, to be resumed behind the last step that was done."""
+        """As :meth:`DefaultTrainer.state_dict`; ``iteration`` is the last step that was done."""
         state = super().state_dict()
         # After the loop, where the last evaluation saves the best model, the counter is one further.
         state["iteration"] = min(state["iteration"], self.max_iter - 1)
@@ -209,9 +213,10 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> List[Optional[HookBase]]:
         """
-        Detectron2's hooks and this project's: what saves on a signal before the evaluation; after it the
-        comparison of student and teacher, and the best checkpoint. metrics.json is written before a checkpoint
-        and after an evaluation.
+        Detectron2's hooks and this project's.
+
+        A signal saves before the evaluation. After it come the comparison of student and teacher and the best
+        checkpoint. metrics.json is written before a checkpoint and after an evaluation.
         """
         built = [SeedEachIteration(self.cfg.SEED), ResumableLossNormalizer(self.model)]
         for hook in super().build_hooks():
@@ -340,8 +345,8 @@ def build_checkpointer(model: nn.Module, save_dir: str, **checkpointables) -> Sa
     Torchvision's ImageNet weights are renamed on the fly, and an adapter that an evaluation model does
     not have is passed over.
     """
-    unwrapped = model.module if isinstance(model, DistributedDataParallel) else model
-    backbone = getattr(unwrapped, "backbone", unwrapped)
+    detector = unwrapped(model)
+    backbone = getattr(detector, "backbone", detector)
     network = getattr(backbone, "bottom_up", backbone)
     rename = functools.partial(converted_imagenet_weights, model_keys=list(network.state_dict()))
     return SafeCheckpointer(

@@ -1,14 +1,14 @@
-"""Names the key whose value makes a part of a run fail: with Detectron2's default in its place, the part succeeds."""
+"""Finds the key whose value makes a part of a run fail: with Detectron2's default in its place, the part succeeds."""
 
 import os
 import re
 import time
 import traceback
-from functools import reduce
 from typing import Any, Callable, Dict, List
 
 from detectron2.config import CfgNode
 
+from qmimic_d2.config_files import changed
 from qmimic_d2.engine.checks.key_values import default_config
 from qmimic_d2.yaml.config import flat_keys
 
@@ -19,10 +19,10 @@ _SECONDS = 30.0
 _MOST_KEYS = 12
 _MOST_CHARACTERS = 400
 
-# Without their values there is nothing to try, or another run.
+# Their defaults mean another run, or none.
 _NEVER_RESET = ("VERSION", "OUTPUT_DIR", "SEED", "MODEL.DEVICE", "DATASETS.TRAIN", "DATASETS.TEST")
 
-# Their defaults switch off, or exchange, much more than themselves; they are tried last.
+# Their defaults change much more than one setting, so they are tried last.
 _LAST = (
     *("MODEL.META_ARCHITECTURE", "MODEL.BACKBONE.NAME", "MODEL.QMIMIC.TEACHER.CONFIG_FILE", "MODEL.WEIGHTS"),
     *("MODEL.PROPOSAL_GENERATOR.NAME", "MODEL.ROI_HEADS.NAME", "MODEL.QMIMIC.QUANTIZER.NAME"),
@@ -33,12 +33,12 @@ def explained(
     error: Exception, cfg: CfgNode, part: str, attempt: Callable[[CfgNode], Any], nodes: List[str]
 ) -> Exception:
     """
-    The error as a user has to see it.
+    The error as a user sees it.
 
     Args:
-        error: that ``part`` raised. One that names a key already is returned as it is.
+        error: that ``part`` raised. One that already names a key is returned as it is.
         cfg: of the run.
-        part: what failed, "the first training step" for example.
+        part: what failed, for example "the first training step".
         attempt: does that part with another config, and raises where it fails.
         nodes: beginnings of the keys that the part reads.
     """
@@ -118,12 +118,7 @@ def _culprit(
     for key in suspects:
         if time.monotonic() > end:
             break
-        changed = cfg.clone()
-        changed.defrost()
-        *nodes, name = key.split(".")
-        reduce(CfgNode.__getitem__, nodes, changed)[name] = defaults[key]
-        changed.freeze()
-        if _succeeds(attempt, changed):
+        if _succeeds(attempt, changed(cfg, key, defaults[key])):
             return key
     return ""
 

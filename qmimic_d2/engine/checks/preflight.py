@@ -1,8 +1,8 @@
 """
 Checks that stop a wrong setting before anything is written or trained.
 
-Everything a run needs is looked at once, in the launching process: values, data sets, the model, its
-weights and the teacher's files. What only construction can tell is told by constructing and throwing away.
+The launching process looks at everything that a run needs: values, data sets, the model, its weights and the teacher's
+files. What only shows in construction is built here and thrown away.
 """
 
 from typing import Sequence, Type
@@ -139,7 +139,7 @@ def _check_device(cfg: CfgNode) -> None:
 
 
 def _check_proposals(cfg: CfgNode, eval_only: bool) -> None:
-    """Detectron2 reads these files by pickle, which runs code that they hold; so a reader that runs none is first."""
+    """Detectron2 reads these files by pickle, which runs code in them. A reader that runs none reads them first."""
     if not cfg.MODEL.LOAD_PROPOSALS:
         if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals":
             raise ValueError(

@@ -1,8 +1,8 @@
 """
 A rehearsal of a run: its first images, two training steps and one evaluated image, before anything is written.
 
-What Detectron2 makes of a value shows when its code runs with it. So the run's own code runs here once, on the
-CPU, on a few small images and in a temporary folder. What it raises is explained by the key that causes it.
+The run's own code runs here once, on the CPU, on a few small images and in a temporary folder. An error is explained
+by the key that causes it.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from qmimic_d2.analysis.calibration import evenly_spaced
+from qmimic_d2.config_files import changed
 from qmimic_d2.data.loading import load_dataset
 from qmimic_d2.engine.checks.culprit import explained
 from qmimic_d2.engine.mimic_evaluator import MimicEvaluator
@@ -77,11 +78,11 @@ class Rehearsal:
         Raises:
             ValueError: names the key.
         """
-
-        def attempt(cfg: CfgNode) -> None:
-            _walk_schedule(cfg, self._trainer, model)
-
-        self._part("building the optimizer and its schedule", attempt, _OPTIMIZING)
+        self._part(
+            "building the optimizer and its schedule",
+            lambda cfg: _walk_schedule(cfg, self._trainer, model),
+            _OPTIMIZING,
+        )
 
     def train(self, model: nn.Module) -> None:
         """
@@ -95,13 +96,11 @@ class Rehearsal:
         """
         with self._few_images("DATASETS.TRAIN", self._cfg.DATASETS.TRAIN):
             self._part("loading the first training images", self._load_batch, _LOADING)
-
-            def attempt(cfg: CfgNode) -> None:
-                self._train_few_steps(cfg, self._build(cfg).train())
-
-            first = self._cpu_config(self._cfg)
             self._part(
-                "the beginning of the training", attempt, _STEPPING, first=lambda: self._train_few_steps(first, model)
+                "the beginning of the training",
+                lambda cfg: self._train_few_steps(cfg, self._build(cfg).train()),
+                _STEPPING,
+                first=lambda: self._train_few_steps(self._cpu_config(self._cfg), model),
             )
 
     def evaluate(self, model: nn.Module) -> None:
@@ -114,13 +113,9 @@ class Rehearsal:
         self._part("preparing the comparison with the teacher", MimicEvaluator, [*_BUILDING, "INPUT."])
         for name in self._cfg.DATASETS.TEST:
             with self._few_images("DATASETS.TEST", [name]):
-
-                def attempt(cfg: CfgNode, name=name) -> None:
-                    self._evaluate_one(cfg, self._build(cfg), name)
-
                 self._part(
                     f"the evaluation on {name!r}",
-                    attempt,
+                    lambda cfg, name=name: self._evaluate_one(cfg, self._build(cfg), name),
                     _STEPPING,
                     first=lambda name=name: self._evaluate_one(self._cfg, model, name),
                 )
@@ -149,13 +144,8 @@ class Rehearsal:
         return build_model(self._cpu_config(cfg))
 
     def _cpu_config(self, cfg: CfgNode) -> CfgNode:
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.MODEL.DEVICE = "cpu"
-        cfg.DATALOADER.NUM_WORKERS = 0
-        cfg.SOLVER.IMS_PER_BATCH = max(1, min(cfg.SOLVER.IMS_PER_BATCH // self._num_processes, _BATCH_SIZE))
-        cfg.freeze()
-        return cfg
+        size = max(1, min(cfg.SOLVER.IMS_PER_BATCH // self._num_processes, _BATCH_SIZE))
+        return changed(cfg, "MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", size)
 
     def _load_batch(self, cfg: CfgNode) -> List[Dict[str, Any]]:
         return next(iter(self._trainer.build_train_loader(self._cpu_config(cfg))))
@@ -182,10 +172,7 @@ class Rehearsal:
 
     def _evaluate_one(self, cfg: CfgNode, model: nn.Module, name: str) -> None:
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            cfg = _with_small_images(self._cpu_config(cfg))
-            cfg.defrost()
-            cfg.OUTPUT_DIR = folder
-            cfg.freeze()
+            cfg = changed(_with_small_images(self._cpu_config(cfg)), "OUTPUT_DIR", folder)
             inputs = next(iter(self._trainer.build_test_loader(cfg, name)))
             evaluator = self._trainer.build_evaluator(cfg, name)
             evaluator.reset()
@@ -243,15 +230,14 @@ def _read_list(key: str, name: str) -> Sequence[Dict[str, Any]]:
 
 
 def _with_small_images(cfg: CfgNode) -> CfgNode:
-    cfg = cfg.clone()
-    cfg.defrost()
     node = cfg.INPUT
-    node.MIN_SIZE_TRAIN = tuple(min(each, _SHORTER_SIDE) for each in node.MIN_SIZE_TRAIN)
-    node.MAX_SIZE_TRAIN = min(node.MAX_SIZE_TRAIN, _LONGER_SIDE)
-    node.MIN_SIZE_TEST = min(node.MIN_SIZE_TEST, _SHORTER_SIDE)
-    node.MAX_SIZE_TEST = min(node.MAX_SIZE_TEST, _LONGER_SIDE)
-    cfg.freeze()
-    return cfg
+    return changed(
+        cfg,
+        *("INPUT.MIN_SIZE_TRAIN", tuple(min(each, _SHORTER_SIDE) for each in node.MIN_SIZE_TRAIN)),
+        *("INPUT.MAX_SIZE_TRAIN", min(node.MAX_SIZE_TRAIN, _LONGER_SIDE)),
+        *("INPUT.MIN_SIZE_TEST", min(node.MIN_SIZE_TEST, _SHORTER_SIDE)),
+        *("INPUT.MAX_SIZE_TEST", min(node.MAX_SIZE_TEST, _LONGER_SIDE)),
+    )
 
 
 def _walk_schedule(cfg: CfgNode, trainer: Type[Trainer], model: nn.Module) -> None:
@@ -271,8 +257,8 @@ def _walk_schedule(cfg: CfgNode, trainer: Type[Trainer], model: nn.Module) -> No
 @contextlib.contextmanager
 def without_a_trace() -> Iterator[None]:
     """
-    In the block nothing is shown and nothing drawn: after it, random generators, warnings and what Detectron2 logs
-    once are as before.
+    In the block nothing is shown. After it, random generators, warnings and Detectron2's counts of what it logs once
+    are as before.
     """
     level = logging.root.manager.disable
     counter = getattr(detectron2_logger, "_LOG_COUNTER", {})

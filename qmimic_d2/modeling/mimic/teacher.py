@@ -9,7 +9,7 @@ Shape letters:
 
 import logging
 import math
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -112,23 +112,13 @@ class FrozenTeacher:
         weights, key = _weights_and_key(cfg, config)
         state = read_checkpoint(weights, key=key)
         backbone = config.take_backbone()
-        digest = load_audited(
-            backbone,
-            state,
-            prefix="backbone.",
-            source=f"{weights} (teacher of {config.path})",
-            key=key,
-        )
+        source = f"{weights} (teacher of {config.path})"
+        digest = load_audited(backbone, state, prefix="backbone.", source=source, key=key)
         proposal_generator = None
         if "teacher_proposals" in node.MIMIC.ROI_SOURCE:
             proposal_generator = _build_proposal_generator(config, backbone)
-            load_audited(
-                proposal_generator,
-                state,
-                prefix="proposal_generator.",
-                source=f"{weights} (teacher of {config.path}, whose proposals ROI_SOURCE asks for)",
-                key=key,
-            )
+            source = f"{weights} (teacher of {config.path}, whose proposals ROI_SOURCE asks for)"
+            load_audited(proposal_generator, state, prefix="proposal_generator.", source=source, key=key)
             proposal_generator.to(cfg.MODEL.DEVICE)
         return {
             "backbone": backbone.to(cfg.MODEL.DEVICE),
@@ -176,9 +166,8 @@ class FrozenTeacher:
         """
         The teacher's (quantized) maps of the student's images.
 
-        Images of different size are not padded to each other: each goes through the backbone padded
-        to the teacher's own size divisibility alone, so that its features do not depend on what else
-        is in the batch.
+        Images of different size are not padded to each other. Each is padded to the teacher's own size divisibility
+        alone, so that its features do not depend on what else is in the batch.
 
         Args:
             batched_inputs: N dicts as Detectron2's ``DatasetMapper`` makes them; "image" has shape
@@ -191,7 +180,7 @@ class FrozenTeacher:
         Raises:
             ValueError: the backbone gives another number of maps than of images.
         """
-        return self._maps_of_groups(batched_inputs, lambda images, maps: None)[0]
+        return self._maps_and_proposals(batched_inputs, proposes=False)[0]
 
     @torch.inference_mode()
     def features_and_proposals(
@@ -209,39 +198,35 @@ class FrozenTeacher:
         """
         if self._proposal_generator is None:
             raise ValueError("this FrozenTeacher has no proposal_generator; give it one")
-
-        def propose(images: List[Tensor], maps: Dict[str, Tensor]) -> List[Boxes]:
-            sizes = [tuple(each.shape[-2:]) for each in images]
-            proposals, _ = self._proposal_generator(ImageList(torch.stack(images), sizes), maps, None)
-            return [Boxes(each.proposal_boxes.tensor / self._input_scale) for each in proposals]
-
-        maps, proposals = self._maps_of_groups(batched_inputs, propose)
+        maps, proposals = self._maps_and_proposals(batched_inputs, proposes=True)
         for boxes, each in zip(proposals, batched_inputs):
             boxes.clip(tuple(each["image"].shape[-2:]))
         return maps, proposals
 
-    def _maps_of_groups(self, batched_inputs: List[Dict[str, Tensor]], also: Callable) -> Tuple:
-        """
-        The named maps of the images, those of one size in one batch, and what ``also`` makes of each group's images
-        and maps, in the order of the images.
-        """
+    def _maps_and_proposals(
+        self, batched_inputs: List[Dict[str, Tensor]], proposes: bool
+    ) -> Tuple[Dict[str, Tensor], List[Boxes]]:
+        """Images of one size go through the backbone in one batch. The boxes may reach out of the images."""
         images = [self._preprocess(each["image"]) for each in batched_inputs]
         groups: Dict[Tuple[int, ...], List[int]] = {}
         for index, image in enumerate(images):
             groups.setdefault(tuple(image.shape), []).append(index)
-        others: List = [None] * len(images)
+        proposals: List[Boxes] = [Boxes(torch.zeros(0, 4))] * len(images)
         maps_of_image: List[Dict[str, Tensor]] = [{} for _ in images]
-        for members in groups.values():
-            group = [images[index] for index in members]
-            maps = self._backbone(torch.stack(group))
-            check_maps({"teacher": {name: maps[name] for name in self._features}}, len(members))
-            for index, other in zip(members, also(group, maps) or [None] * len(group)):
-                others[index] = other
+        for shape, members in groups.items():
+            batch = torch.stack([images[index] for index in members])
+            maps = self._backbone(batch)
+            named = {name: maps[name] for name in self._features}
+            check_maps({"teacher": named}, len(members))
+            if proposes:
+                found, _ = self._proposal_generator(ImageList(batch, [shape[-2:]] * len(members)), maps, None)
+                for index, each in zip(members, found):
+                    proposals[index] = Boxes(each.proposal_boxes.tensor / self._input_scale)
             if len(groups) == 1:
-                return {name: maps[name] for name in self._features}, others
+                return named, proposals
             for position, index in enumerate(members):
-                maps_of_image[index] = {name: maps[name][position] for name in self._features}
-        return {name: stack_maps([maps[name] for maps in maps_of_image]) for name in self._features}, others
+                maps_of_image[index] = {name: level[position] for name, level in named.items()}
+        return {name: stack_maps([maps[name] for maps in maps_of_image]) for name in self._features}, proposals
 
     def _preprocess(self, image: Tensor) -> Tensor:
         """Shape (3, H, W) of the student's input to (3, H', W') of the teacher's."""
@@ -283,21 +268,15 @@ def load_teacher_modules(cfg: CfgNode, modules: Dict[str, nn.Module]) -> None:
     config = load_teacher_config(cfg)
     weights, key = _weights_and_key(cfg, config)
     state = read_checkpoint(weights, key=key)
+    source = f"{weights} (teacher of {config.path}, for INIT_HEADS_FROM_TEACHER)"
     for name, module in modules.items():
-        load_audited(
-            module,
-            state,
-            prefix=f"{name}.",
-            source=f"{weights} (teacher of {config.path}, for INIT_HEADS_FROM_TEACHER)",
-            key=key,
-        )
+        load_audited(module, state, prefix=f"{name}.", source=source, key=key)
 
 
 def teacher_feature_names(cfg: CfgNode) -> Tuple[str, ...]:
     """Names of the teacher's compared maps, in the order of the student's."""
     node = cfg.MODEL.QMIMIC.MIMIC
-    names = node.TEACHER_IN_FEATURES or node.IN_FEATURES or head_features(cfg)
-    return tuple(names)
+    return tuple(node.TEACHER_IN_FEATURES or node.IN_FEATURES or head_features(cfg))
 
 
 def teacher_shapes(cfg: CfgNode) -> Dict[str, ShapeSpec]:
@@ -318,10 +297,7 @@ def teacher_shapes(cfg: CfgNode) -> Dict[str, ShapeSpec]:
     if not cfg.MODEL.QMIMIC.MIMIC.TEACHER_IN_FEATURES:
         key += " is [], for the student's own names, so it"
     check_features(names, shapes, key, of="the teacher's backbone")
-    return {
-        name: ShapeSpec(channels=shapes[name].channels, stride=shapes[name].stride / scale)
-        for name in names
-    }
+    return {name: ShapeSpec(channels=shapes[name].channels, stride=shapes[name].stride / scale) for name in names}
 
 
 def _weights_and_key(cfg: CfgNode, config: TeacherConfig) -> Tuple[str, str]:
@@ -371,15 +347,7 @@ def stack_maps(maps: List[Tensor]) -> Tensor:
     """N maps (T, H', W') as one (N, T, H', W'); smaller ones are continued as :meth:`FrozenTeacher.features` says."""
     height = max(each.shape[-2] for each in maps)
     width = max(each.shape[-1] for each in maps)
-    return torch.stack(
-        [
-            F.pad(
-                each[None],
-                (0, width - each.shape[-1], 0, height - each.shape[-2]),
-                mode="replicate",
-            )[0]
-            for each in maps
-        ]
-    )
+    padding = [(0, width - each.shape[-1], 0, height - each.shape[-2]) for each in maps]
+    return torch.stack([F.pad(each[None], pad, mode="replicate")[0] for each, pad in zip(maps, padding)])
 
 
