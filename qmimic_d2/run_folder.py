@@ -28,7 +28,6 @@ __all__ = [
     "read_config",
     "read_evaluation",
     "read_metrics_rows",
-    "read_mimic",
     "write_configs",
     "write_evaluation",
     "write_mimic",
@@ -124,16 +123,6 @@ def read_evaluation(folder: str) -> Dict[str, Any]:
 def write_mimic(folder: str, content: Mapping[str, Any]) -> None:
     """Writes the comparison of student and teacher on held-out images."""
     write_json(os.path.join(folder, MIMIC), content)
-
-
-def read_mimic(folder: str) -> Any:
-    """
-    What :func:`write_mimic` wrote.
-
-    Raises:
-        OSError, ValueError: as :func:`qmimic_d2.files.read_json`.
-    """
-    return read_json(os.path.join(folder, MIMIC))
 
 
 def read_metrics_rows(path: str) -> Iterator[Optional[Dict[str, Any]]]:

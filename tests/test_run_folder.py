@@ -66,7 +66,7 @@ def test_figures(tmp_path):
     (tmp_path / "evaluation.json").write_text("[]")
     assert run_folder.read_evaluation(folder) == {}
     run_folder.write_mimic(folder, {"levels": {}})
-    assert run_folder.read_mimic(folder) == {"levels": {}}
+    assert (tmp_path / "mimic.json").read_text() == '{\n  "levels": {}\n}\n'
 
 
 def test_rows_of_metrics(tmp_path):

@@ -9,18 +9,24 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from qmimic_d2.engine import describe_error
-from qmimic_d2.files import read_json
 from qmimic_d2.modeling.family import detector_name, head_section, imitates
 from qmimic_d2.report.held_out import HeldOut, finite_figures, read_held_out
 from qmimic_d2.report.metrics import Metrics, read_metrics
 from qmimic_d2.report.run_config import model_config, on_cpu, read_run_config
+from qmimic_d2.run_folder import (
+    CONFIG,
+    DETECTIONS,
+    EVALUATION,
+    FINAL_CHECKPOINT,
+    METRICS,
+    MIMIC,
+    TAG,
+    is_run,
+    last_checkpoint,
+    read_evaluation,
+)
 
 __all__ = ["Run", "collect_run", "collect_runs"]
-
-# A folder with none of these is no run.
-_SIGNS = ("config.yaml", "metrics.json", "evaluation.json")
-
-_LONGEST_NAME = 4096
 
 Content = TypeVar("Content")
 
@@ -92,7 +98,7 @@ class Run:
     @property
     def detections(self) -> str:
         """The evaluation's detections, a path; "" where there are none, or where several test sets share the file."""
-        path = os.path.join(self.folder, "inference", "coco_instances_results.json")
+        path = os.path.join(self.folder, DETECTIONS)
         return path if len(self._names("DATASETS.TEST")) == 1 and os.path.isfile(path) else ""
 
     @property
@@ -169,37 +175,33 @@ def collect_run(folder: str, *, name: str = "", cfg: Optional[CfgNode] = None, w
     """
     _check_folder(folder)
     run = Run(name=name or os.path.basename(os.path.realpath(folder)), folder=folder)
-    run.weights = _checkpoint(folder) or weights
+    run.weights = last_checkpoint(folder) or weights
     _read_configs(run, cfg)
-    run.metrics = _read(run, "metrics.json", read_metrics, "no curves") or run.metrics
+    run.metrics = _read(run, METRICS, read_metrics, "no curves") or run.metrics
     if run.metrics.num_unreadable:
-        run.notes.append(f"some figures: lines of metrics.json that cannot be read: {run.metrics.num_unreadable}")
+        run.notes.append(f"some figures: lines of {METRICS} that cannot be read: {run.metrics.num_unreadable}")
     run.figures = _figures(run)
     if not run.figures:
-        run.notes.append("no AP: neither evaluation.json nor metrics.json has one")
+        run.notes.append(f"no AP: neither {EVALUATION} nor {METRICS} has one")
     if not run.weights:
-        run.notes.append("no checkpoint: neither model_final.pth nor the file that last_checkpoint names is there")
+        run.notes.append(f"no checkpoint: neither {FINAL_CHECKPOINT} nor the file that {TAG} names is there")
     if run.has_teacher:
-        run.held_out = _read(run, "mimic.json", read_held_out, "no held-out measurement")
+        run.held_out = _read(run, MIMIC, read_held_out, "no held-out measurement")
         for what, key in (("match ratio", "match_ratio"), ("gradient share", "grad_share_map")):
             if run.metrics.series and not run.metrics.of(f"qmimic/{key}", run.levels):
-                run.notes.append(f"no {what} over time: metrics.json has no qmimic/{key}")
+                run.notes.append(f"no {what} over time: {METRICS} has no qmimic/{key}")
     return run
 
 
 def _check_folder(folder: str) -> None:
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"there is no folder {folder!r}; give output folders of train_net.py")
-    if not _is_run(folder):
-        below = [each for each in sorted(os.listdir(folder)) if _is_run(os.path.join(folder, each))]
+    if not is_run(folder):
+        below = [each for each in sorted(os.listdir(folder)) if is_run(os.path.join(folder, each))]
         hint = f" The folders in it that do: {', '.join(below)}" if below else ""
         raise ValueError(
-            f"{folder!r} is no output folder of train_net.py: it holds none of {', '.join(_SIGNS)}.{hint}"
+            f"{folder!r} is no output folder of train_net.py: it holds none of {CONFIG}, {METRICS}, {EVALUATION}.{hint}"
         )
-
-
-def _is_run(folder: str) -> bool:
-    return any(os.path.isfile(os.path.join(folder, sign)) for sign in _SIGNS)
 
 
 def _read(
@@ -232,16 +234,16 @@ def _reason(error: Exception) -> str:
 
 def _read_configs(run: Run, given: Optional[CfgNode]) -> None:
     loss = "parameters, FLOPs, latency and pictures"
-    if given is not None and not os.path.lexists(os.path.join(run.folder, "config.yaml")):
+    if given is not None and not os.path.lexists(os.path.join(run.folder, CONFIG)):
         run.config, run.cfg = yaml.safe_load(given.dump()), on_cpu(given, run.weights)
         return
     writes_none = " (an evaluation alone writes none)"
-    run.config = _read(run, "config.yaml", read_run_config, f"no architecture, {loss}", writes_none) or {}
+    run.config = _read(run, CONFIG, read_run_config, f"no architecture, {loss}", writes_none) or {}
     if run.config:
         try:
             run.cfg = model_config(run.config, run.weights)
         except Exception as error:  # whatever a config of another version leads to
-            run.notes.append(f"no {loss}: this version cannot use config.yaml ({_reason(error)})")
+            run.notes.append(f"no {loss}: this version cannot use {CONFIG} ({_reason(error)})")
     teacher = run.setting("MODEL.QMIMIC.TEACHER.CONFIG_FILE")
     if isinstance(teacher, str) and teacher.endswith((".yaml", ".yml")):
         # a training copies it into the folder; no other place is looked at
@@ -250,9 +252,8 @@ def _read_configs(run: Run, given: Optional[CfgNode]) -> None:
 
 
 def _figures(run: Run) -> Dict[str, float]:
-    content = _read(run, "evaluation.json", read_json, "no last evaluation", if_absent=None)
-    results = content.get("results") if isinstance(content, dict) else None
-    if isinstance(results, dict):
+    results = _read(run, EVALUATION, lambda path: read_evaluation(run.folder), "no last evaluation", if_absent=None)
+    if results:
         # With several test sets Detectron2 groups the results by set.
         of_set = results if "bbox" in results else results.get(run.dataset)
         boxes = of_set.get("bbox") if isinstance(of_set, dict) else None
@@ -264,13 +265,3 @@ def _figures(run: Run) -> Dict[str, float]:
         if series:
             return {name: list(each.values())[-1] for name, each in series.items()}
     return {}
-
-
-def _checkpoint(folder: str) -> str:
-    names = ["model_final.pth"]
-    tag = os.path.join(folder, "last_checkpoint")
-    if os.path.isfile(tag):
-        with open(tag, encoding="utf-8", errors="replace") as file:
-            names.append(os.path.basename(file.read(_LONGEST_NAME).strip()))
-    paths = [os.path.join(folder, name) for name in names if name]
-    return next((path for path in paths if os.path.isfile(path)), "")

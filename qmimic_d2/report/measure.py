@@ -15,6 +15,7 @@ from qmimic_d2.report.collect import Run
 from qmimic_d2.report.cost import Cost, image_seconds, run_cost
 from qmimic_d2.report.pictures import PictureRow, detection_picture, picture_row
 from qmimic_d2.report.samples import Box, Sample, load_samples, predicted_boxes, read_detections
+from qmimic_d2.run_folder import CONFIG
 
 __all__ = ["Measurements", "measure"]
 
@@ -67,7 +68,7 @@ def _check_extent(run: Run) -> None:
     parameters = _num_parameters(run.cfg)
     if shorter > _LARGEST_SHORTER_SIDE or parameters > _MOST_PARAMETERS:
         run.notes.append(
-            f"no parameters, FLOPs, latency and pictures: config.yaml asks for {parameters:,} parameters and images "
+            f"no parameters, FLOPs, latency and pictures: {CONFIG} asks for {parameters:,} parameters and images "
             f"whose shorter side is {shorter:,}; at most {_MOST_PARAMETERS:,} and {_LARGEST_SHORTER_SIDE:,} are built"
         )
         run.cfg = None

@@ -2,19 +2,17 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Sequence
 
-from qmimic_d2.files import parse_json
+from qmimic_d2.run_folder import read_metrics_rows
 
 __all__ = ["Metrics", "Series", "is_number", "last_mean", "read_metrics", "thinned"]
 
 # A figure's value by iteration, in rising order of the iterations.
 Series = Dict[int, float]
 
-# Bounds of what a page can show. Beyond the first, sums and the margins of a plot leave the range of a float.
+# Bound of what a page can show. Beyond it, sums and the margins of a plot leave the range of a float.
 _LARGEST = 1e100
-_LONGEST_LINE = 1_000_000
-_LAST_ITERATION = 10**12
 
 
 def is_number(value: Any) -> bool:
@@ -68,44 +66,32 @@ def _by_iteration(parts: Sequence[Series]) -> Dict[int, List[float]]:
 
 def read_metrics(path: str) -> Metrics:
     """
-    Reads the JSON lines that Detectron2's ``JSONWriter`` writes.
+    Reads a ``metrics.json``.
 
-    A last line without its end is passed over: it is being written, or a kill cut it. Where a resumed training goes
-    back to an earlier iteration, what the file had after that one is dropped.
+    Where a resumed training goes back to an earlier iteration, what the file had after that one is dropped.
 
     Raises:
         OSError: the file cannot be read.
     """
     metrics = Metrics()
     latest = -1
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in iter(lambda: file.readline(_LONGEST_LINE), ""):
-            row = _row(line)
-            if row is None:
-                metrics.num_unreadable += bool(line.strip()) and (line.endswith("\n") or len(line) == _LONGEST_LINE)
-                continue
-            iteration = row.pop("iteration")
-            # Figures that are written now and then have rows of their own, which are not in order.
-            if "total_loss" in row:
-                if iteration <= latest:
-                    for name, each in metrics.series.items():
-                        metrics.series[name] = {key: value for key, value in each.items() if key <= iteration}
-                latest = iteration
-            for name, value in row.items():
-                if is_number(value):
-                    metrics.series.setdefault(name, {})[iteration] = float(value)
+    for row in read_metrics_rows(path):
+        if row is None:
+            metrics.num_unreadable += 1
+            continue
+        iteration = row.pop("iteration")
+        # Figures that are written now and then have rows of their own, which are not in order.
+        if "total_loss" in row:
+            if iteration <= latest:
+                for name, each in metrics.series.items():
+                    metrics.series[name] = {key: value for key, value in each.items() if key <= iteration}
+            latest = iteration
+        for name, value in row.items():
+            if is_number(value):
+                metrics.series.setdefault(name, {})[iteration] = float(value)
     metrics.series = {name: dict(sorted(each.items())) for name, each in metrics.series.items() if each}
     metrics.iterations = latest + 1
     return metrics
-
-
-def _row(line: str) -> Optional[Dict[str, Any]]:
-    try:
-        row = parse_json(line)
-    except ValueError:
-        return None
-    iteration = row.get("iteration") if isinstance(row, dict) else None
-    return row if type(iteration) is int and 0 <= iteration <= _LAST_ITERATION else None
 
 
 def last_mean(series: Series, count: int = 10) -> float:

@@ -1,13 +1,14 @@
 """The configs in a run folder, which somebody else may have written: read as data, with nothing that they name."""
 
+import os
 from typing import Any, Dict
 
 from detectron2.config import CfgNode, get_cfg
 
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.modeling.trunk_adapter import without_teacher
+from qmimic_d2.run_folder import CONFIG, read_config
 from qmimic_d2.yaml.config import BASE_KEY, merge_content
-from qmimic_d2.yaml.file import read_yaml
 
 __all__ = ["model_config", "on_cpu", "read_run_config"]
 
@@ -19,8 +20,8 @@ def read_run_config(path: str) -> Dict[str, Any]:
     Raises:
         OSError, ValueError: it cannot be read, or is no config.
     """
-    content = read_yaml(path)
-    if not isinstance(content, dict) or not isinstance(content.get("MODEL"), dict):
+    content = read_config(*os.path.split(path))
+    if not isinstance(content.get("MODEL"), dict):
         raise ValueError("it is no Detectron2 config")
     return content
 
@@ -39,7 +40,7 @@ def model_config(content: Dict[str, Any], weights: str) -> CfgNode:
         raise ValueError(f"it builds on another file by {BASE_KEY}, which a report does not read")
     cfg = get_cfg()
     add_qmimic_config(cfg)
-    merge_content(cfg, content, "config.yaml")
+    merge_content(cfg, content, CONFIG)
     return on_cpu(cfg, weights)
 
 
