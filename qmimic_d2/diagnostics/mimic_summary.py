@@ -1,6 +1,7 @@
 """
-After training, what the mimic's share of the gradient was, and whether rounding threw the student to and fro; with what
-to change where either was off.
+The summary after training: the mimic's share of the gradient, and whether rounding made the student oscillate.
+
+Where either is off, it says what to change.
 """
 
 import logging
@@ -30,8 +31,8 @@ DOMINANT = 0.95
 # Share of r(f_s) at the threshold from which it is named: 20 % would be there if r were spread evenly. docs/evidence.md
 # ("The search") tells which shares go with which AP.
 AT_THRESHOLD = 0.5
-# A stride below so many times the root mean square of the teacher's features in the regions: what is thrown to and fro
-# by one code is small then. With 0.7 and 0.9 students learned as well as without rounding or better, though three
+# A stride below so many times the root mean square of the teacher's features in the regions: an oscillation by one
+# code is small then. With 0.7 and 0.9 students learned as well as without rounding or better, though three
 # quarters of their features stood at the threshold; with 1.4 they lost 6 AP, with 2 they collapsed.
 SMALL_STRIDE = 1.0
 # Measurements at the end of the training that are looked at.
@@ -107,7 +108,7 @@ def warning_of_threshold(shares: List[float], stride: float, rms: float, level: 
     place = f" at {level}" if level else ""
     return (
         f"{mean:.0%} of the student's features between 0 and the first code{place} ended at the "
-        "threshold between the two, where rounding throws them to and fro; evenly spread it would be 20%. Set "
+        "threshold between the two, where rounding makes them oscillate; evenly spread it would be 20%. Set "
         f"MODEL.QMIMIC.QUANTIZER.STRIDE smaller (it is {stride:g}, the teacher's features there have a root mean "
         f"square of {rms:.2g}), or keep the codes and round the student's side of "
         'the mimic no more: MIMIC.QUANTIZE_STUDENT False with MIMIC.ADAPTER "conv1x1_relu"'
