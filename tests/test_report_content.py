@@ -17,8 +17,15 @@ from qmimic_d2.report.cost import Cost, alternating_medians, run_cost
 from qmimic_d2.report.held_out import Histogram
 from qmimic_d2.report.measure import measure
 from qmimic_d2.report.metrics import Metrics
-from qmimic_d2.report.pictures import GROUND_TRUTH, detection_picture, picture_row
-from qmimic_d2.report.samples import Box, Sample, load_samples, match, predicted_boxes, read_detections
+from qmimic_d2.report.samples import (
+    GROUND_TRUTH,
+    Box,
+    Sample,
+    load_samples,
+    match,
+    predicted_boxes,
+    read_detections,
+)
 from qmimic_d2.report.tables import (
     class_columns,
     class_names,
@@ -189,7 +196,7 @@ def test_measure_reads_detections_and_times_images(complete, dataset):
     assert cost.seconds > 0.0 and cost.threads == 1
     assert cost.file_bytes == (complete / "model_final.pth").stat().st_size
     assert 4 * cost.parameters < cost.weight_bytes < cost.file_bytes
-    (rows,) = measured.rows.values()
+    (rows,) = measured.samples.values()
     assert [row.name for row in rows] == ["0.jpg", "1.jpg", "2.jpg"]
     assert [picture.summary for picture in rows[0].pictures] == ["1 object", "1 of 1 found, 0 wrong"]
     kinds = [[kind for _, kind in row.pictures[1].boxes] for row in rows]
@@ -200,7 +207,7 @@ def test_measure_without_latency_and_without_images(complete):
     run = collect_run(str(complete))
     assert measure([run], num_images=2, threads=0, score_threshold=0.5).costs[0].seconds is None
     measured = measure([run], num_images=0, threads=1, score_threshold=0.5)
-    assert measured.rows == {} and measured.costs[0].seconds is None and run.notes == []
+    assert measured.samples == {} and measured.costs[0].seconds is None and run.notes == []
 
 
 def test_without_detections_the_detector_runs(tmp_path, dataset):
@@ -208,9 +215,9 @@ def test_without_detections_the_detector_runs(tmp_path, dataset):
     path = folder / "inference" / "coco_instances_results.json"
     path.write_text("{")
     run = collect_run(str(folder))
-    (broken,) = measure([run], num_images=1, threads=0, score_threshold=0.0).rows.values()
+    (broken,) = measure([run], num_images=1, threads=0, score_threshold=0.0).samples.values()
     path.unlink()
-    (absent,) = measure([collect_run(str(folder))], num_images=1, threads=0, score_threshold=0.0).rows.values()
+    (absent,) = measure([collect_run(str(folder))], num_images=1, threads=0, score_threshold=0.0).samples.values()
     assert len(absent[0].pictures[1].boxes) > 1
     assert absent[0].pictures[1].boxes == broken[0].pictures[1].boxes
 
@@ -237,7 +244,7 @@ def test_what_cannot_be_measured_is_named(tmp_path, dataset):
     assert "\n" not in note
     assert [note.partition(":")[0] for note in unknown.notes] == ["no time of an image", "no parameters and FLOPs"]
     assert [cost is None for cost in measured.costs] == [False, False, False, True, True]
-    assert [picture.number for picture in measured.rows[dataset][0].pictures] == [GROUND_TRUTH, 2, 3]
+    assert [picture.number for picture in measured.samples[dataset][0].pictures] == [GROUND_TRUTH, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -369,17 +376,18 @@ def test_every_run_looks_different():
 
 
 def test_picture_of_detections():
-    truth = [box(0, 0, 10, 10), box(20, 20, 30, 30)]
-    picture = detection_picture(4, truth, [box(0, 0, 10, 10, score=0.9), box(50, 50, 60, 60, score=0.8)])
+    sample = Sample(1, "x.jpg", np.zeros((64, 64, 3), np.uint8), [box(0, 0, 10, 10), box(20, 20, 30, 30)])
+    sample.add_detections(4, [box(0, 0, 10, 10, score=0.9), box(50, 50, 60, 60, score=0.8)])
+    truth, picture = sample.pictures
+    assert truth.number == GROUND_TRUTH and truth.summary == "2 objects"
     assert picture.number == 4 and picture.summary == "1 of 2 found, 1 wrong"
     assert [kind for _, kind in picture.boxes] == ["missed", "right", "wrong"]
 
 
 def test_large_images_are_made_smaller():
     sample = Sample(1, "x.jpg", np.zeros((300, 1024, 3), np.uint8), [])
-    row = picture_row("x.jpg", sample)
-    assert (row.width, row.height) == (1024, 300), "boxes keep their pixels"
-    assert row.uri.startswith("data:image/jpeg;base64,") and len(row.uri) < 5000
-    assert row.pictures[0].number == GROUND_TRUTH and row.pictures[0].summary == "0 objects"
+    assert (sample.width, sample.height) == (1024, 300), "boxes keep their pixels"
+    assert sample.uri.startswith("data:image/jpeg;base64,") and len(sample.uri) < 5000
+    assert sample.pictures[0].number == GROUND_TRUTH and sample.pictures[0].summary == "0 objects"
 
 

@@ -93,11 +93,11 @@ def size_charts(runs: Sequence[Run], costs: Sequence[Optional[Cost]]) -> List[Ch
         for number, (run, cost) in enumerate(zip(runs, costs)):
             value = getattr(cost, attribute, None)
             if value is not None and "AP" in run.figures:
-                points.append(plots.Point(number, factor * value, run.figures["AP"]))
+                points.append((number, factor * value, run.figures["AP"]))
                 words.append(f"{run.name}: AP {run.figures['AP']:.1f} at {factor * value:,.4g}")
         if points:
             svg = plots.scatter(f"plot-size-{key}", points, label, "AP")
-            numbers = [point.number for point in points]
+            numbers = [number for number, *_ in points]
             found.append(Chart(f"AP against {key}", "", f"AP against {label}. {'; '.join(words)}.", svg, numbers))
     return found
 

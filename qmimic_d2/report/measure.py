@@ -13,7 +13,6 @@ from qmimic_d2.engine import describe_error
 from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.report.collect import Run
 from qmimic_d2.report.cost import Cost, image_seconds, run_cost
-from qmimic_d2.report.pictures import PictureRow, detection_picture, picture_row
 from qmimic_d2.report.samples import Box, Sample, load_samples, predicted_boxes, read_detections
 from qmimic_d2.run_folder import CONFIG
 
@@ -29,12 +28,12 @@ class Measurements:
     """
     Attributes:
         costs: one per run; None where the config does not serve.
-        rows: sample images with ground truth and detections, by test set.
+        samples: images with ground truth and detections, by test set.
         dataset_sizes: number of images, by test set.
     """
 
     costs: List[Optional[Cost]]
-    rows: Dict[str, List[PictureRow]]
+    samples: Dict[str, List[Sample]]
     dataset_sizes: Dict[str, int]
 
 
@@ -55,9 +54,10 @@ def measure(runs: Sequence[Run], *, num_images: int, threads: int, score_thresho
     times = image_seconds([each.predictor for each in timed], [each.pixels for each in timed], threads) if timed else []
     for each, seconds in zip(timed, times):
         each.cost = replace(each.cost, seconds=seconds, threads=threads)
-    found = [each.detections(score_threshold) for each in measured]
-    rows = {name: _picture_rows(name, each, runs, found) for name, each in samples.items()}
-    return Measurements([each.cost for each in measured], rows, sizes)
+    for number, each in enumerate(measured):
+        for sample, found in zip(samples.get(runs[number].dataset, []), each.detections(score_threshold)):
+            sample.add_detections(number, found)
+    return Measurements([each.cost for each in measured], samples, sizes)
 
 
 def _check_extent(run: Run) -> None:
@@ -130,11 +130,11 @@ class _Measured:
         except Exception as error:
             self._run.notes.append(f"{what} ({describe_error(error).splitlines()[0]})")
 
-    def detections(self, threshold: float) -> Optional[List[List[Box]]]:
-        """By sample; None where there is no way to have them."""
+    def detections(self, threshold: float) -> List[List[Box]]:
+        """By sample; [] where there is no way to have them."""
         run = self._run
         if not self._samples:
-            return None
+            return []
         reason = "there are no detections of an evaluation"
         if run.detections:
             try:
@@ -143,18 +143,9 @@ class _Measured:
                 reason = f"{os.path.basename(run.detections)} cannot be read ({type(error).__name__})"
         if self.predictor is None:
             run.notes.append(f"no pictures: {reason}, and there is no detector to run")
-            return None
+            return []
         try:
             return [predicted_boxes(self.predictor(pixels), run.dataset, threshold) for pixels in self.pixels]
         except ValueError as error:  # its outputs are not finite
             run.notes.append(f"no pictures: {error}")
-            return None
-
-
-def _picture_rows(dataset: str, samples: Sequence[Sample], runs: Sequence[Run], found) -> List[PictureRow]:
-    rows = [picture_row(os.path.basename(sample.file_name), sample) for sample in samples]
-    for number, (run, boxes) in enumerate(zip(runs, found)):
-        if run.dataset == dataset and boxes is not None:
-            for row, sample, own in zip(rows, samples, boxes):
-                row.pictures.append(detection_picture(number, sample.truth, own))
-    return rows
+            return []

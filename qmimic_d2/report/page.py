@@ -16,7 +16,7 @@ from qmimic_d2.report.charts import agreement_charts, histogram_charts, size_cha
 from qmimic_d2.report.collect import Run
 from qmimic_d2.report.facts import describe_run, split_common
 from qmimic_d2.report.measure import Measurements, measure
-from qmimic_d2.report.pictures import GROUND_TRUTH
+from qmimic_d2.report.samples import GROUND_TRUTH
 from qmimic_d2.report.tables import class_columns, class_names, held_out_columns, held_out_rows, result_columns
 
 try:
@@ -99,7 +99,7 @@ def render_page(
         histograms=histogram_charts(runs),
         held_out_rows=held_out_rows(runs),
         held_out_columns=held_out_columns(runs),
-        rows=measured.rows,
+        rows=measured.samples,
         dataset_sizes=measured.dataset_sizes,
         score_threshold=score_threshold,
         missing=missing,

@@ -3,7 +3,6 @@
 import io
 import math
 import re
-from dataclasses import dataclass
 from typing import List, Sequence, Tuple
 
 from qmimic_d2.report.held_out import Histogram
@@ -17,7 +16,7 @@ try:
 except ImportError as error:
     raise ImportError("the report's plots need matplotlib: pip install jinja2 matplotlib") from error
 
-__all__ = ["DASHES", "NUM_COLORS", "SHAPES", "Point", "histogram", "lines", "scatter"]
+__all__ = ["DASHES", "NUM_COLORS", "SHAPES", "histogram", "lines", "scatter"]
 
 # A run's colour, dashes and shape follow from its number, so that each tells it alone; page.css has the colours.
 NUM_COLORS = 7
@@ -57,15 +56,6 @@ _STYLE = {
 }
 
 
-@dataclass(frozen=True)
-class Point:
-    """One run in a scatter plot: its number, and where it lies."""
-
-    number: int
-    x: float
-    y: float
-
-
 def lines(
     name: str, curves: Sequence[Tuple[int, Series]], y_label: str, *, logarithmic: bool = False, is_share: bool = False
 ) -> str:
@@ -94,13 +84,13 @@ def lines(
         return _svg(axes.figure, name)
 
 
-def scatter(name: str, points: Sequence[Point], x_label: str, y_label: str) -> str:
-    """One marker per run; x is logarithmic where the largest is more than 20 times the smallest."""
+def scatter(name: str, points: Sequence[Tuple[int, float, float]], x_label: str, y_label: str) -> str:
+    """A marker for each (number of the run, x, y); x is logarithmic if the largest exceeds 20 times the smallest."""
     with matplotlib.rc_context(_STYLE):
         axes = _axes(x_label, y_label)
-        for point in points:
-            axes.plot([point.x], [point.y], markersize=10, markeredgewidth=1.5, **_look(point.number))
-        places = [point.x for point in points]
+        for number, x, y in points:
+            axes.plot([x], [y], markersize=10, markeredgewidth=1.5, **_look(number))
+        places = [x for _, x, _ in points]
         if _spans_much(places):
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())

@@ -1,14 +1,17 @@
 """
-Sample images with ground truth and detections.
+Ground truth and every run's detections on the same images.
 
 Shape letters:
     T: boxes of the ground truth in an image.
     D: detections in an image.
 """
 
-from dataclasses import dataclass
+import base64
+import os
+from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import cv2
 import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
@@ -19,7 +22,12 @@ from qmimic_d2.files import read_json
 from qmimic_d2.image_file import read_bgr_image
 from qmimic_d2.report.metrics import is_number
 
-__all__ = ["Box", "Sample", "load_samples", "match", "predicted_boxes", "read_detections"]
+__all__ = ["GROUND_TRUTH", "Box", "Picture", "Sample", "load_samples", "match", "predicted_boxes", "read_detections"]
+
+# Number that stands for the ground truth where others stand for runs.
+GROUND_TRUTH = -1
+# Pixels of the longer side; larger images are made smaller, for the size of the page.
+_LONGEST_SIDE = 512
 
 # Least overlap at which a detection counts as right: that of AP50.
 MATCHING_IOU = 0.5
@@ -42,19 +50,69 @@ class Box:
 
 
 @dataclass
+class Picture:
+    """
+    Boxes on an image.
+
+    Attributes:
+        number: of the run, or :data:`GROUND_TRUTH`.
+        boxes: each with "truth", "right", "wrong", or "missed" (in the ground truth, and not found).
+        summary: in words.
+    """
+
+    number: int
+    boxes: List[Tuple[Box, str]]
+    summary: str
+
+
+@dataclass
 class Sample:
     """
+    An image and the pictures of it.
+
     Attributes:
         image_id: in the data set.
         file_name: its path.
         pixels: shape (H, W, 3), BGR, uint8.
         truth: T boxes; crowds are left out.
+        height, width: in pixels of the boxes.
+        pictures: the ground truth first.
     """
 
     image_id: Any
     file_name: str
     pixels: np.ndarray
     truth: List[Box]
+    height: int = field(init=False)
+    width: int = field(init=False)
+    pictures: List[Picture] = field(init=False)
+
+    def __post_init__(self):
+        self.height, self.width = self.pixels.shape[:2]
+        summary = f"{len(self.truth)} object{'' if len(self.truth) == 1 else 's'}"
+        self.pictures = [Picture(GROUND_TRUTH, [(box, "truth") for box in self.truth], summary)]
+
+    @property
+    def name(self) -> str:
+        """As the page shows it."""
+        return os.path.basename(self.file_name)
+
+    @property
+    def uri(self) -> str:
+        """The image itself, as a data URI."""
+        scale, pixels = _LONGEST_SIDE / max(self.pixels.shape[:2]), self.pixels
+        if scale < 1.0:
+            pixels = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        _, data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 85])
+        return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode("ascii")
+
+    def add_detections(self, number: int, found: Sequence[Box]) -> None:
+        """Adds the picture of a run's detections, which come by falling score."""
+        was_found, is_right = match(self.truth, found)
+        boxes = [(box, "missed") for box, known in zip(self.truth, was_found) if not known]
+        boxes += [(box, "right" if right else "wrong") for box, right in zip(found, is_right)]
+        summary = f"{sum(was_found)} of {len(self.truth)} found, {len(found) - sum(is_right)} wrong"
+        self.pictures.append(Picture(number, boxes, summary))
 
 
 def load_samples(dataset: str, count: int) -> Tuple[List[Sample], int]:
