@@ -1,10 +1,10 @@
 """The demo's table, ``results.json``, ``detections.png`` and ``report.html``."""
 
 import hashlib
-import json
+import math
 import os
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Sequence
 
 import cv2
 import numpy as np
@@ -17,14 +17,12 @@ from package_versions import package_versions
 from qmimic_d2.analysis import measure_cost
 from qmimic_d2.files import write_json
 from qmimic_d2.inference.prediction import Predictor
-from qmimic_d2.report import collect_run
+from qmimic_d2.report import Run, collect_run
+from qmimic_d2.report.metrics import last_mean
 from qmimic_d2.report.page import write_report
-from qmimic_d2.run_folder import METRICS, read_evaluation
 
 __all__ = ["Model", "write_results"]
 
-# The last measurements of the match ratio that its figure is the mean of.
-_MATCH_RECORDS = 10
 _NUM_IMAGES = 8
 _SCALE = 2
 _SCORE_THRESHOLD = 0.5
@@ -43,47 +41,36 @@ class Model:
 
 def write_results(models: Sequence[Model], folder: str) -> None:
     """Prints the table and writes ``results.json``, ``detections.png`` and ``report.html`` to ``folder``."""
-    rows = [_row(model, folder) for model in models]
+    runs = [
+        collect_run(os.path.join(folder, model.name), name=model.label, cfg=model.cfg, weights=model.weights)
+        for model in models
+    ]
+    rows = [_row(*pair) for pair in zip(models, runs)]
     write_json(os.path.join(folder, "results.json"), {"models": rows, "versions": package_versions()})
     _draw(models, os.path.join(folder, "detections.png"))
     _print(rows, folder)
-    _report(models, folder)
+    path = os.path.join(folder, "report.html")
+    write_report(runs, path, title="Quantization Mimic: the demo", made_by=f"qmimic_d2 {qmimic_d2.__version__}")
+    print(f"All of it on one page, with curves and larger pictures: {path}", flush=True)
 
 
-def _row(model: Model, folder: str) -> Dict[str, Any]:
-    figures = read_evaluation(os.path.join(folder, model.name))["bbox"]
+def _row(model: Model, run: Run) -> Dict[str, Any]:
     cost = measure_cost(model.cfg, model.cfg.INPUT.MIN_SIZE_TEST, model.cfg.INPUT.MIN_SIZE_TEST)
-    metrics = os.path.join(folder, model.name, METRICS)
-    match = _match_ratio(metrics)
     return {
         "label": model.label,
         "name": model.name,
-        "AP": figures["AP"],
-        "AP50": figures["AP50"],
+        "AP": run.figures["AP"],
+        "AP50": run.figures["AP50"],
         "parameters": cost.parameters,
         "flops": cost.flops,
-        "match_ratio": match.get("qmimic/match_ratio"),
-        "match_ratio_nonzero": match.get("qmimic/match_ratio_nonzero"),
+        "match_ratio": last_mean(run.metrics.of("qmimic/match_ratio")),
+        "match_ratio_nonzero": last_mean(run.metrics.of("qmimic/match_ratio_nonzero")),
         "seconds": round(model.seconds, 1),
         "seed": model.cfg.SEED,
-        "iterations": model.cfg.SOLVER.MAX_ITER if os.path.isfile(metrics) else None,
+        "iterations": model.cfg.SOLVER.MAX_ITER if run.metrics.series else None,
         "config_digest": hashlib.sha256(model.cfg.dump().encode()).hexdigest()[:12],
         "weights": model.weights,
     }
-
-
-def _match_ratio(path: str) -> Dict[str, float]:
-    """Mean of the last measurements in a training, by name; empty where it had no teacher."""
-    if not os.path.isfile(path):
-        return {}
-    with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    means = {}
-    for name in ("qmimic/match_ratio", "qmimic/match_ratio_nonzero"):
-        values = [row[name] for row in rows if name in row][-_MATCH_RECORDS:]
-        if values:
-            means[name] = float(np.mean(values))
-    return means
 
 
 def _print(rows: Sequence[Dict[str, Any]], folder: str) -> None:
@@ -111,18 +98,8 @@ def _print(rows: Sequence[Dict[str, Any]], folder: str) -> None:
     print(f"Table as JSON: {folder}/results.json. Detections side by side: {folder}/detections.png")
 
 
-def _report(models: Sequence[Model], folder: str) -> None:
-    runs = [
-        collect_run(os.path.join(folder, model.name), name=model.label, cfg=model.cfg, weights=model.weights)
-        for model in models
-    ]
-    path = os.path.join(folder, "report.html")
-    write_report(runs, path, title="Quantization Mimic: the demo", made_by=f"qmimic_d2 {qmimic_d2.__version__}")
-    print(f"All of it on one page, with curves and larger pictures: {path}", flush=True)
-
-
-def _percent(value: Optional[float]) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f} %"
 
 
 def _draw(models: Sequence[Model], path: str) -> None:
