@@ -41,8 +41,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from qmimic_d2.data.resumable_loader import build_resumable_train_loader  # noqa: E402
 from qmimic_d2.engine import Trainer, load_config  # noqa: E402
 from qmimic_d2.files import check_writable, write_json  # noqa: E402
-from qmimic_d2.modeling.dense_roi_align import dense_roi_align  # noqa: E402
 from qmimic_d2.modeling.quantizer import ClampQuantizer, PowerOfTwoQuantizer, UniformQuantizer  # noqa: E402
+from qmimic_d2.modeling.roi_pooling import dense_roi_align  # noqa: E402
 
 TEACHER = "Digits/teacher_vgg_1_8_quant.yaml"
 STUDENTS = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.ops import roi_align
 
-from qmimic_d2.modeling.dense_roi_align import dense_roi_align
+from qmimic_d2.modeling.roi_pooling import dense_roi_align
 
 # Index of the image, then the box in pixels; the maps below have 6 x 9 cells of 4 pixels.
 ROIS = {

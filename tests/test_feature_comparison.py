@@ -7,13 +7,13 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
-from qmimic_d2.diagnostics.comparison_events import write_comparison
 from qmimic_d2.diagnostics.feature_comparison import (
     FIGURES,
     FeatureComparison,
     compare_features,
     histogram_codes,
     histogram_indices,
+    write_comparison,
 )
 from qmimic_d2.modeling.quantizer import ClampQuantizer, PowerOfTwoQuantizer, UniformQuantizer
 

@@ -5,8 +5,8 @@ import torch
 from detectron2.structures import Boxes, RotatedBoxes
 from helpers import batch, seeded_model, tiny_cfg, training_step, write_teacher
 
-from qmimic_d2.modeling.image_counts import check_boxes, check_counts, check_maps, named
-from qmimic_d2.modeling.mimic.region_sources import TrainingRegions, select_rois
+from qmimic_d2.modeling.mimic.region_sources import TrainingRegions, check_boxes, select_rois
+from qmimic_d2.modeling.mimic.step_record import check_maps, named
 from qmimic_d2.modeling.mimic.teacher import FrozenTeacher
 
 ROI_SOURCE = "MODEL.QMIMIC.MIMIC.ROI_SOURCE"
@@ -96,10 +96,9 @@ def test_a_teacher_that_takes_one_branch_in_inference_teaches(teacher):
 # ---------------------------------------------------------------------------------------------------- parts
 
 
-def test_maps_and_counts_that_fit():
+def test_maps_that_fit():
     maps = {"a": torch.zeros(2, 3, 4, 4), "b": torch.zeros(2, 1, 2, 2)}
     check_maps({"student": maps, "teacher": maps}, 2)
-    check_counts({"boxes": 2}, 2)
     assert list(named(maps, ["b"])) == ["b"]
 
 

@@ -14,14 +14,23 @@ up to the comparison of all of them. The match ratio is the paper's (Wei et al.,
 
 import math
 from dataclasses import dataclass, fields
-from typing import Dict, List, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import torch
+from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from qmimic_d2.modeling.quantizer import CodeQuantizer
 
-__all__ = ["FIGURES", "LAST_BIN", "FeatureComparison", "compare_features", "histogram_codes", "histogram_indices"]
+__all__ = [
+    "FIGURES",
+    "LAST_BIN",
+    "FeatureComparison",
+    "compare_features",
+    "histogram_codes",
+    "histogram_indices",
+    "write_comparison",
+]
 
 # What FeatureComparison.figures() gives, in this order.
 FIGURES = (
@@ -191,6 +200,28 @@ def compare_features(student: Tensor, teacher: Tensor, quantizer: CodeQuantizer)
     return total
 
 
+def write_comparison(
+    storage: EventStorage, comparison: FeatureComparison, quantizer: CodeQuantizer, suffix: str = ""
+) -> None:
+    """
+    Writes the figures of a comparison as ``qmimic/<figure><suffix>``, and the codes of both sides as the
+    histograms ``qmimic/student_codes<suffix>`` and ``qmimic/teacher_codes<suffix>``.
+
+    Args:
+        storage: of the training.
+        comparison: with one region or more.
+        quantizer: the dictionary of the comparison.
+        suffix: "_" and the level's name where there are several.
+    """
+    for name, value in comparison.figures().items():
+        storage.put_scalar(f"qmimic/{name}{suffix}", value, smoothing_hint=False)
+    if comparison.is_finite:
+        indices = histogram_indices(quantizer)
+        for side in ("student", "teacher"):
+            counts = getattr(comparison, f"{side}_histogram")
+            _put_histogram(storage, f"qmimic/{side}_codes{suffix}", indices, counts)
+
+
 def _compare(student: Tensor, teacher: Tensor, quantizer: CodeQuantizer) -> FeatureComparison:
     """:func:`compare_features` of features that fit into a core's cache, shape (M, C, bins)."""
     difference = student - teacher
@@ -238,6 +269,31 @@ def _histogram(codes: Tensor, quantizer: CodeQuantizer, num_bins: int) -> Tensor
     last = _last_bin(quantizer)
     bins = codes.clamp(min=-last, max=last).flatten()
     return torch.bincount(bins + last if quantizer.signed else bins, minlength=num_bins).cpu()
+
+
+def _put_histogram(storage: EventStorage, tag: str, indices: Sequence[int], counts: Tensor) -> None:
+    """
+    ``EventStorage.put_histogram`` of entries that have been counted already, one bin per code.
+
+    That method itself would search all entries for their range and sort them into 1000 bins, which costs
+    more than the whole comparison. Its own list is what TensorBoard's writer reads and empties; a trainer
+    without that writer would fill it for ever, so that only the last histogram of a name waits there.
+    """
+    numbers: List[int] = counts.tolist()
+    occupied = [index for index, number in zip(indices, numbers) if number]
+    histogram = {
+        "tag": tag,
+        "min": occupied[0],
+        "max": occupied[-1],
+        "num": sum(numbers),
+        "sum": sum(index * number for index, number in zip(indices, numbers)),
+        "sum_squares": sum(index * index * number for index, number in zip(indices, numbers)),
+        "bucket_limits": [index + 0.5 for index in indices],
+        "bucket_counts": numbers,
+        "global_step": storage.iter,
+    }
+    waiting = [each for each in storage._histograms if each["tag"] != tag]
+    storage._histograms = [*waiting, histogram]
 
 
 def _last_bin(quantizer: CodeQuantizer) -> int:

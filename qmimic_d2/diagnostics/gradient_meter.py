@@ -36,19 +36,11 @@ class GradientMeter:
     It knows two places: "map", the student's compared maps, and "backbone", the trainable parameters of the backbone.
     A tensor that requires no gradient is no place. A place whose gradient PyTorch cannot give is left out from then
     on, and a warning names it.
-
-    Args:
-        period: iterations between two measurements that are written; 0 = never.
     """
 
-    def __init__(self, period: int):
-        self.period = period
+    def __init__(self):
         self._places = ["map", "backbone"]
         self._has_warned_of_frozen = False
-
-    def is_due(self, iteration: int) -> bool:
-        """Whether the gradients of this iteration are to be written."""
-        return self.period > 0 and bool(self._places) and iteration % self.period == 0
 
     def measure(
         self,
@@ -77,6 +69,8 @@ class GradientMeter:
         # "map" comes back as an error where a balanced weight needs it
         measured = self._places if writes else []
         wanted = [place for place in ("map", "backbone") if place in measured or balances and place == "map"]
+        if not wanted:
+            return {}
         sharded = _sharded_parts(model)
         if sharded:
             return self._give_up(

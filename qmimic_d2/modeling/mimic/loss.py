@@ -28,10 +28,10 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from qmimic_d2.diagnostics.comparison_events import write_comparison
-from qmimic_d2.diagnostics.feature_comparison import FeatureComparison, compare_features
-from qmimic_d2.modeling.image_counts import check_boxes, check_maps, named
+from qmimic_d2.diagnostics.feature_comparison import FeatureComparison, compare_features, write_comparison
 from qmimic_d2.modeling.mimic.adapter import build_adapter
+from qmimic_d2.modeling.mimic.region_sources import check_boxes
+from qmimic_d2.modeling.mimic.step_record import check_maps, named
 from qmimic_d2.modeling.quantizer import CodeQuantizer, Quantizer, build_code_quantizer, build_quantizer
 from qmimic_d2.modeling.roi_pooling import LevelPooler
 

@@ -16,13 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from qmimic_d2.diagnostics.feature_comparison import FeatureComparison
 from qmimic_d2.diagnostics.gradient_meter import GradientMeter
-from qmimic_d2.diagnostics.scale_warning import ScaleWarning
 from qmimic_d2.modeling.family import DETECTOR_REGIONS, head_modules, own_regions
-from qmimic_d2.modeling.image_counts import named
 from qmimic_d2.modeling.mimic.attachment import Attachment
 from qmimic_d2.modeling.mimic.loss import Pair, RoIMimicLoss
 from qmimic_d2.modeling.mimic.region_sources import WHOLE_MAP, check_roi_source, roi_source_names, select_rois
-from qmimic_d2.modeling.mimic.step_record import StepRecord
+from qmimic_d2.modeling.mimic.step_record import StepRecord, named
 from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, build_teacher, load_teacher_modules
 from qmimic_d2.modeling.mimic.weight import BalancedWeight, MimicWeight, build_mimic_weight
 
@@ -121,8 +119,7 @@ class Mimic(Attachment, RoIMimicLoss):
         self.build_teacher = build_teacher
         self._load_heads = load_heads
         self._has_loaded_heads = False
-        self._gradient_meter = GradientMeter(settings.gradient_period)
-        self._scale_warning = ScaleWarning()
+        self._gradient_meter = GradientMeter()
         takes_gradients = settings.gradient_period > 0 or isinstance(self.weight, BalancedWeight)
         self.record = StepRecord(separates=takes_gradients and len(self.student_features) > 1)
 
@@ -238,8 +235,7 @@ class Mimic(Attachment, RoIMimicLoss):
         storage = get_event_storage()
         iteration = storage.iter
         weight = self.weight.at(iteration)
-        period = self.settings.diagnostics_period
-        measure = period > 0 and iteration % period == 0
+        measure = _is_due(self.settings.diagnostics_period, iteration)
         losses = {}
         if weight > 0.0 or measure:
             with torch.set_grad_enabled(weight > 0.0 and torch.is_grad_enabled()):
@@ -251,8 +247,7 @@ class Mimic(Attachment, RoIMimicLoss):
             weight = self._measure_gradients(detection, losses, weight)
         storage.put_scalar("qmimic/weight", weight, smoothing_hint=False)
         if weight > 0.0:
-            if not isinstance(self.weight, BalancedWeight):  # it keeps a share of the gradient, whatever the losses are
-                self._scale_warning.look(detection, losses, self.weight.weight, self.normalize_by)
+            self.weight.warn_of_scale(detection, losses, self.normalize_by)
             return {name: loss * weight for name, loss in losses.items()}
         return self.zeros(named(self.record.maps, self.student_features))
 
@@ -278,8 +273,9 @@ class Mimic(Attachment, RoIMimicLoss):
         storage = get_event_storage()
         schedule = self.weight
         maps = named(self.record.maps, self.student_features)
-        self._gradient_meter.check_frozen(maps, balances=isinstance(schedule, BalancedWeight))
-        writes = self._gradient_meter.is_due(storage.iter)
+        if not all(each.requires_grad for each in maps.values()):
+            self._gradient_meter.check_frozen(maps, balances=isinstance(schedule, BalancedWeight))
+        writes = _is_due(self.settings.gradient_period, storage.iter)
         balances = schedule.wants_balance(storage.iter)
         if not (writes or balances):
             return weight
@@ -293,6 +289,10 @@ class Mimic(Attachment, RoIMimicLoss):
             for name, value in share.scaled(weight).scalars(place).items():
                 storage.put_scalar(name, value, smoothing_hint=False)
         return weight
+
+
+def _is_due(period: int, iteration: int) -> bool:
+    return period > 0 and iteration % period == 0
 
 
 def check_detector(model: nn.Module, settings: MimicSettings) -> None:

@@ -13,12 +13,12 @@ import torch
 from detectron2.structures import Boxes, Instances
 from fvcore.common.registry import Registry
 
-from qmimic_d2.modeling.image_counts import check_boxes, check_counts
-
 __all__ = [
+    "ONE_MAP_PER_IMAGE",
     "ROI_SOURCE_REGISTRY",
     "WHOLE_MAP",
     "TrainingRegions",
+    "check_boxes",
     "check_roi_source",
     "roi_source_names",
     "select_rois",
@@ -28,6 +28,14 @@ __all__ = [
 WHOLE_MAP = "whole_map"
 
 _KEY = "MODEL.QMIMIC.MIMIC.ROI_SOURCE"
+
+# What to do where maps or regions cover another number of images than the step has.
+ONE_MAP_PER_IMAGE = (
+    "A backbone with branches, such as TridentNet's in training, gives several maps of an image: compare a map in "
+    "front of the branches (MODEL.QMIMIC.MIMIC.IN_FEATURES) at annotated boxes (MIMIC.ROI_SOURCE 'ground_truth'), or "
+    "take one branch (MODEL.TRIDENT.NUM_BRANCH 1 with one of BRANCH_DILATIONS and TEST_BRANCH_IDX 0; for a teacher "
+    "MODEL.TRIDENT.TEST_BRANCH_IDX 1 in MODEL.QMIMIC.TEACHER.OPTS)"
+)
 
 
 @dataclass
@@ -151,12 +159,28 @@ def select_rois(sources: Sequence[str], regions: TrainingRegions, max_per_image:
         ValueError: a part covers another number of images than the step has, or its boxes are rotated.
     """
     parts = {part: ROI_SOURCE_REGISTRY.get(part)(regions) for part in sources}
+    num_images = len(regions.image_sizes) or len(next(iter(parts.values())))
     counts = {f"the regions of {_KEY} {part!r}": len(boxes) for part, boxes in parts.items()}
-    check_counts(counts, len(regions.image_sizes) or len(next(iter(parts.values()))))
+    differing = [f"{what} cover {count}" for what, count in counts.items() if count != num_images]
+    if differing:
+        raise ValueError(f"the step has {num_images} images, and {', '.join(differing)}. {ONE_MAP_PER_IMAGE}")
     for boxes in parts.values():
         check_boxes(boxes)
     union = [torch.cat([boxes.tensor.detach() for boxes in of_image]) for of_image in zip(*parts.values())]
     return [Boxes(each[:max_per_image] if max_per_image else each) for each in union]
+
+
+def check_boxes(boxes: Sequence[Boxes]) -> None:
+    """
+    Raises:
+        ValueError: boxes that are not (x0, y0, x1, y1), such as rotated ones.
+    """
+    for index, each in enumerate(boxes):
+        if each.tensor.dim() != 2 or each.tensor.shape[1] != 4:
+            raise ValueError(
+                f"the boxes of image {index} are {type(each).__name__} of shape {tuple(each.tensor.shape)}; the mimic "
+                "pools at upright boxes (x0, y0, x1, y1) of shape (R, 4). Rotated boxes are not supported"
+            )
 
 
 def _neighbours(boxes: Boxes, jitter: float, count: int, generator: torch.Generator) -> Boxes:

@@ -1,14 +1,14 @@
-"""What the mimic sees of one forward pass of a detector."""
+"""What the mimic sees of one forward pass of a detector, and whether its maps are those of the step's images."""
 
-from typing import Dict, List, Optional
+from typing import Dict, Iterable, List, Optional
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qmimic_d2.modeling.mimic.region_sources import TrainingRegions
+from qmimic_d2.modeling.mimic.region_sources import ONE_MAP_PER_IMAGE, TrainingRegions
 
-__all__ = ["StepRecord"]
+__all__ = ["StepRecord", "check_maps", "named"]
 
 
 class StepRecord:
@@ -77,6 +77,40 @@ class StepRecord:
             self.regions.sampled = list(output[0] or ())
             if len(inputs) > 2:  # precomputed proposals come from no generator
                 self.regions.proposals = list(inputs[2])
+
+
+def check_maps(maps_of: Dict[str, Dict[str, Tensor]], num_images: int) -> None:
+    """
+    Args:
+        maps_of: compared maps of shape (N, C, H, W), by name; those of "student", of "teacher" or of both.
+        num_images: N, of the boxes or of the input.
+
+    Raises:
+        ValueError: a map covers another number of images; names every map and its number.
+    """
+    counts = {
+        f"the {whose}'s map {name!r}": len(each) for whose, maps in maps_of.items() for name, each in maps.items()
+    }
+    if any(count != num_images for count in counts.values()):
+        covered = ", ".join(f"{what} covers {count}" for what, count in counts.items())
+        raise ValueError(f"boxes and sizes of {num_images} images do not fit the maps: {covered}. {ONE_MAP_PER_IMAGE}")
+
+
+def named(maps: Dict[str, Tensor], names: Iterable[str]) -> Dict[str, Tensor]:
+    """
+    Returns:
+        The maps of these names.
+
+    Raises:
+        ValueError: one of them is not there.
+    """
+    missing = [name for name in names if name not in maps]
+    if missing:
+        raise ValueError(
+            f"the backbone gave no map {missing} in this step, but {sorted(maps)}: the mimic reads the student's maps "
+            "in a forward hook of model.backbone, which has to be called in every training step"
+        )
+    return {name: maps[name] for name in names}
 
 
 def _has_reentrant_checkpoint(maps: List[Tensor]) -> bool:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from qmimic_d2.checkpoint import load_audited, read_checkpoint
 from qmimic_d2.modeling.family import head_features
-from qmimic_d2.modeling.image_counts import check_maps
 from qmimic_d2.modeling.mimic.sharing import shared
+from qmimic_d2.modeling.mimic.step_record import check_maps
 from qmimic_d2.modeling.mimic.teacher_config import TeacherConfig, load_teacher_config
 from qmimic_d2.modeling.quantizer import Quantizer, build_quantizer
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer, check_features

@@ -1,18 +1,20 @@
 """
 lambda, the weight of the mimic loss, over time.
 
-Source: the paper finds lambda = 1 (on its 1/(2N) sum) best, too small a one without effect, and too large a
-one harmful early in training, which it names gradient focusing (Wei et al., ECCV 2018, section 4,
-https://arxiv.org/abs/1805.02152v3). The schedules and the balanced weight are this project's answer to it.
+Source: Wei et al., ECCV 2018, section 4, https://arxiv.org/abs/1805.02152v3. The paper finds lambda = 1 (on its 1/(2N)
+sum) best. A smaller one has no effect. A larger one is harmful early in training, which the paper names gradient
+focusing. The schedules and the balanced weight are this project's answer to it.
 """
 
 import logging
 import math
-from typing import Sequence, Tuple
+from typing import Dict, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
+
+from qmimic_d2.diagnostics.gradient_share import summed
 
 __all__ = ["SCHEDULES", "BalancedWeight", "MimicWeight", "build_mimic_weight"]
 
@@ -26,6 +28,9 @@ _MOST_PASSED_OVER = 10
 
 # exp of more is not representable.
 _MOST_LOG = 700.0
+
+# A mimic loss of so many times the detection losses drowns them, or the training diverges.
+_MOST_TIMES = 100.0
 
 
 class MimicWeight(nn.Module):
@@ -88,6 +93,7 @@ class MimicWeight(nn.Module):
         self.steps = tuple(steps)
         self.gamma = float(gamma)
         self.stop_iter = stop_iter
+        self._has_judged = False
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
@@ -111,6 +117,29 @@ class MimicWeight(nn.Module):
     def wants_balance(self, iteration: int) -> bool:
         """Whether the gradients of this iteration are to be measured and given to :meth:`balance`."""
         return False
+
+    def warn_of_scale(self, detection: Dict[str, Tensor], mimic: Dict[str, Tensor], normalize_by: str) -> None:
+        """
+        Warns if the mimic loss times the full weight is too large. It judges the first step that has a mimic loss.
+
+        Args:
+            detection: the detector's losses of a step.
+            mimic: those of the mimic, without lambda.
+            normalize_by: of the mimic loss.
+        """
+        if self._has_judged:
+            return
+        self._has_judged = True
+        theirs, ours = summed(detection).item(), summed(mimic).item() * self.weight
+        if ours <= _MOST_TIMES * theirs:
+            return
+        relative = "" if normalize_by == "target" else "NORMALIZE_BY 'target', a relative error, and "
+        logging.getLogger(__name__).warning(
+            "with the full weight of %.3g the mimic loss is %.3g, and the detection losses together are %.3g: "
+            "MODEL.QMIMIC.MIMIC.LOSS_WEIGHT does not fit NORMALIZE_BY %r, and the training will neglect the detector "
+            "or diverge. Below MODEL.QMIMIC.MIMIC set %sSCHEDULE 'balanced', which needs no weight",
+            *(self.weight, ours, theirs, normalize_by, relative),
+        )
 
     def extra_repr(self) -> str:
         return f"weight={self.weight}, schedule={self.schedule}"
@@ -222,6 +251,9 @@ class BalancedWeight(MimicWeight):
         self._log_ratio = self.momentum * self._log_ratio + (1.0 - self.momentum) * logarithm
         self._num_measured += 1
         self._warn_of_bounds()
+
+    def warn_of_scale(self, detection: Dict[str, Tensor], mimic: Dict[str, Tensor], normalize_by: str) -> None:
+        """Nothing: it keeps a share of the gradient, whatever the losses are."""
 
     def _log_wanted(self) -> float:
         """log(lambda) that gives the wanted share, within the bounds or not."""
