@@ -190,19 +190,20 @@ FORMATS: Dict[str, _Format] = {
 _VOC_TRAIN, _VOC_TEST = ("trainval", "train"), ("test", "val")
 
 
-def guess_sources(path: str, prefix: str) -> Tuple[List[Source], List[Source]]:
+def guess_sources(path: str, prefix: str, is_complete: bool = True) -> Tuple[List[Source], List[Source]]:
     """
     What a path holds, by its form: a ``data.yaml`` of YOLO, or a folder in VOC's layout.
 
     Args:
         path: of a file or folder.
         prefix: of the names: "prefix_train" and "prefix_val".
+        is_complete: one source to train on and one to evaluate on are needed. False: all that there are.
 
     Returns:
         Sources to train on, and sources to evaluate on.
 
     Raises:
-        FileNotFoundError, ValueError: it is nothing of the kind, or has no part to evaluate on; says what is there.
+        FileNotFoundError, ValueError: it is nothing of the kind, or is not complete; says what is there.
     """
     path = os.path.abspath(path)
     if not os.path.exists(path):
@@ -224,13 +225,15 @@ def guess_sources(path: str, prefix: str) -> Tuple[List[Source], List[Source]]:
         others = [each for each in SPLITS[1:] if each in splits]
     else:
         raise ValueError(f"{path!r} is neither a data.yaml nor a folder; for COCO, give annotation files and folders")
-    if not train or not others:
+    if is_complete and not (train and others):
         missing = "to evaluate on" if train else "to train on"
         raise ValueError(f"{path!r} has the splits {splits}, and none {missing}")
-    return (
-        [Source(f"{prefix}_train", kind, path, train)],
-        [Source(f"{prefix}_val", kind, path, others[0])],
-    )
+    if is_complete:
+        return [Source(f"{prefix}_train", kind, path, train)], [Source(f"{prefix}_val", kind, path, others[0])]
+    if not train and not others:
+        train, *others = splits
+    sources = {each: Source(f"{prefix}_{each}", kind, path, each) for each in (train, *others) if each}
+    return [sources[train]] if train else [], [sources[each] for each in others]
 
 
 def _absolute(path: str, beside: str) -> str:

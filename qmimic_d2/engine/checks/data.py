@@ -21,7 +21,15 @@ from qmimic_d2.data.pascal_voc import check_pascal_voc, load_pascal_voc
 from qmimic_d2.data.sources import SourceLoader
 from qmimic_d2.modeling.family import num_classes_section
 
-__all__ = ["ModelClasses", "check_datasets", "check_evaluated_classes", "class_difference", "model_classes"]
+__all__ = [
+    "DataReport",
+    "ModelClasses",
+    "check_datasets",
+    "check_evaluated_classes",
+    "class_difference",
+    "inspect_datasets",
+    "model_classes",
+]
 
 _TRAIN, _TEST = "DATASETS.TRAIN", "DATASETS.TEST"
 
@@ -31,6 +39,19 @@ class ModelClasses(NamedTuple):
 
     key: str
     number: int
+
+
+class DataReport(NamedTuple):
+    """
+    What the check of all data found.
+
+    Attributes:
+        notes: one text for each thing that was repaired or is worth knowing.
+        problems: one text for each thing that stops a run.
+    """
+
+    notes: List[str]
+    problems: List[str]
 
 
 class _DataSet(NamedTuple):
@@ -59,33 +80,43 @@ def model_classes(cfg: CfgNode, model: nn.Module) -> Optional[ModelClasses]:
 
 def check_datasets(cfg: CfgNode, classes: Optional[ModelClasses] = None, *, eval_only: bool = False) -> None:
     """
+    Looks at the data as :func:`inspect_datasets` does. What was repaired is logged as one warning for each data set.
+
+    Raises:
+        DataSetError: the run cannot go well; has every problem, by data set and kind.
+    """
+    report = inspect_datasets(cfg, classes, eval_only=eval_only)
+    for note in report.notes:
+        logging.getLogger(__name__).warning("%s", note)
+    if report.problems:
+        raise DataSetError("\n".join(report.problems))
+
+
+def inspect_datasets(cfg: CfgNode, classes: Optional[ModelClasses] = None, *, eval_only: bool = False) -> DataReport:
+    """
     Looks at every image, annotation and class of DATASETS.TRAIN and DATASETS.TEST; docs/training.md lists the checks.
 
-    Files of users are never changed. What was repaired is logged as one warning for each data set.
+    Files of users are never changed.
 
     Args:
         cfg: of the run; the data sets are registered.
         classes: of the model; None where there is none, or it is unknown.
         eval_only: DATASETS.TRAIN is not loaded; where its classes are known, they are those of the model.
-
-    Raises:
-        DataSetError: the run cannot go well; has every problem, by data set and kind.
     """
     train = [] if eval_only else list(dict.fromkeys(cfg.DATASETS.TRAIN))
     test = list(dict.fromkeys(cfg.DATASETS.TEST))
     seen: Dict[str, _DataSet] = {}
     files: Dict[str, object] = {}
-    problems: List[str] = []
+    report = DataReport([], [])
     for key, name in [(_TRAIN, each) for each in train] + [(_TEST, each) for each in test]:
         if name not in seen:
             seen[name] = _look_at(name, _needs(cfg, key == _TRAIN), key == _TRAIN, name in test, files)
-            problems += _report(key, name, seen[name])
-        problems += _objects_problems(cfg, key, name, seen[name])
+            _report_findings(key, name, seen[name], report)
+        _report_objects(cfg, key, name, seen[name], report)
         if classes is not None:
-            problems += _number_problems(key, name, seen[name], classes)
-    problems += _name_problems(cfg, train, test, seen)
-    if problems:
-        raise DataSetError("\n".join(problems))
+            _report_numbers(key, name, seen[name], classes, report)
+    report.problems.extend(_name_problems(cfg, train, test, seen))
+    return report
 
 
 def check_evaluated_classes(cfg: CfgNode, name: str) -> None:
@@ -245,61 +276,58 @@ def _call(name: str) -> Any:
         raise ValueError(f"its function fails: {type(error).__name__}: {error}") from error
 
 
-def _report(key: str, name: str, seen: _DataSet) -> List[str]:
+def _report_findings(key: str, name: str, seen: _DataSet, report: DataReport) -> None:
     notes = seen.findings.notes()
     if notes:
-        logging.getLogger(__name__).warning("%s names %r, of which was noted:\n%s", key, name, notes)
+        report.notes.append(f"{key} names {name!r}, of which was noted:\n{notes}")
     if seen.error:
-        return [f"{key} names {name!r}, and {seen.error}"]
+        report.problems.append(f"{key} names {name!r}, and {seen.error}")
+        return
     metadata = MetadataCatalog.get(name)
     source = metadata.get("json_file") or metadata.get("annotation_file") or metadata.get("dirname")
     problems = seen.findings.problems()
-    if not problems:
-        return []
-    is_one = "\n" not in problems
-    return [
-        f"{key} names {name!r}{f' ({source})' if source else ''}, which cannot be used:"
-        + (problems[1:] if is_one else f"\n{problems}")
-    ]
-
-
-def _objects_problems(cfg: CfgNode, key: str, name: str, seen: _DataSet) -> List[str]:
-    if seen.error or seen.findings.has_problems or seen.num_objects != 0:
-        return []
-    if key == _TEST:
-        logging.getLogger(__name__).warning(
-            "%s names %r, which has no object but crowds or none at all: there is no AP to be measured", key, name
+    if problems:
+        is_one = "\n" not in problems
+        report.problems.append(
+            f"{key} names {name!r}{f' ({source})' if source else ''}, which cannot be used:"
+            + (problems[1:] if is_one else f"\n{problems}")
         )
-        return []
-    if not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        return []
-    return [
-        f"{key} names {name!r}, which has no object to be trained on: no annotation, or all with iscrowd 1. Correct "
-        "iscrowd, or train on another set"
-    ]
 
 
-def _number_problems(key: str, name: str, seen: _DataSet, classes: ModelClasses) -> List[str]:
+def _report_objects(cfg: CfgNode, key: str, name: str, seen: _DataSet, report: DataReport) -> None:
+    if seen.error or seen.findings.has_problems or seen.num_objects != 0:
+        return
+    if key == _TEST:
+        report.notes.append(
+            f"{key} names {name!r}, which has no object but crowds or none at all: there is no AP to be measured"
+        )
+    elif cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        report.problems.append(
+            f"{key} names {name!r}, which has no object to be trained on: no annotation, or all with iscrowd 1. "
+            "Correct iscrowd, or train on another set"
+        )
+
+
+def _report_numbers(key: str, name: str, seen: _DataSet, classes: ModelClasses, report: DataReport) -> None:
     if seen.names is None:
-        return []
+        return
     names = seen.names
     if seen.num_used > classes.number:
-        return [
+        report.problems.append(
             f"{classes.key} is {classes.number}, and {key} names {name!r}, which has {len(names)} classes, "
             f"{names[seen.num_used - 1]!r} the last that is annotated; set it to {len(names)}. With too few, a label "
             "is out of bounds, or is that of the background"
-        ]
-    if len(names) < classes.number and key == _TEST:
-        return [
+        )
+    elif len(names) < classes.number and key == _TEST:
+        report.problems.append(
             f"{classes.key} is {classes.number}, and {key} names {name!r}, which has {len(names)} classes: a detection "
             f"of another one would stop the evaluation. Set it to {len(names)}, or list all classes in the test set"
-        ]
-    if len(names) < classes.number:
-        logging.getLogger(__name__).warning(
-            "%s is %d, and %s names %r, which has %d classes: the others are never learned",
-            *(classes.key, classes.number, key, name, len(names)),
         )
-    return []
+    elif len(names) < classes.number:
+        report.notes.append(
+            f"{classes.key} is {classes.number}, and {key} names {name!r}, which has {len(names)} classes: the others "
+            "are never learned"
+        )
 
 
 def _name_problems(cfg: CfgNode, train: List[str], test: List[str], seen: Dict[str, _DataSet]) -> List[str]:
