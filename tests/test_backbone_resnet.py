@@ -16,8 +16,6 @@ from torch import nn
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.modeling.backbone import (
     convert_torchvision_names,
-    converted_imagenet_weights,
-    is_torchvision_checkpoint,
     make_divided_resnet,
 )
 
@@ -255,10 +253,9 @@ def test_torchvision_weights_give_torchvision_features(depth):
             nn.init.normal_(module.running_mean, std=0.2)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     state = theirs.state_dict()
-    assert is_torchvision_checkpoint(state)
 
     ours = build_backbone(make_cfg("MODEL.RESNETS.DEPTH", depth, "MODEL.RESNETS.STRIDE_IN_1X1", False))
-    assert not is_torchvision_checkpoint(ours.state_dict())
+    assert convert_torchvision_names(ours.state_dict()) is None
     ours.load_state_dict(convert_torchvision_names(state))
 
     theirs.fc = theirs.avgpool = nn.Identity()
@@ -281,7 +278,7 @@ def test_a_checkpointer_fills_the_bottom_up_of_a_detector_by_name(tmp_path):
     """The names lack the detector's prefix; Detectron2's suffix matching must find their only place."""
     state = torchvision.models.resnet18(weights=None).state_dict()
     path = str(tmp_path / "resnet18.pth")
-    torch.save({"model": converted_imagenet_weights(state), "matching_heuristics": True}, path)
+    torch.save({"model": convert_torchvision_names(state), "matching_heuristics": True}, path)
     model = build_model(
         make_cfg(
             *("MODEL.BACKBONE.NAME", "build_divided_resnet_fpn_backbone"),
@@ -294,9 +291,9 @@ def test_a_checkpointer_fills_the_bottom_up_of_a_detector_by_name(tmp_path):
     )
     DetectionCheckpointer(model).load(path)
     filled = model.backbone.bottom_up.state_dict()
-    for name, tensor in converted_imagenet_weights(state).items():
+    for name, tensor in convert_torchvision_names(state).items():
         assert torch.equal(filled[name], tensor), name
-    assert converted_imagenet_weights(model.state_dict()) is None
+    assert convert_torchvision_names(model.state_dict()) is None
 
 
 def test_unknown_name_is_refused():

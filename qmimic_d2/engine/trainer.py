@@ -42,7 +42,7 @@ from qmimic_d2.engine.metrics_file import MetricsWriter, WriteMetrics
 from qmimic_d2.engine.mimic_evaluator import add_mimic_hook
 from qmimic_d2.engine.resuming import check_trainer_state
 from qmimic_d2.evaluation import PascalVOCEvaluator, WiderFaceEvaluator
-from qmimic_d2.modeling.backbone.imagenet_names import converted_imagenet_weights
+from qmimic_d2.modeling.backbone.imagenet_names import convert_torchvision_names
 from qmimic_d2.orphans import tie_worker
 from qmimic_d2.run_folder import FINAL_CHECKPOINT, INFERENCE, METRICS, TAG, has_metric, write_evaluation
 
@@ -348,7 +348,7 @@ def build_checkpointer(model: nn.Module, save_dir: str, **checkpointables) -> Sa
     detector = unwrapped(model)
     backbone = getattr(detector, "backbone", detector)
     network = getattr(backbone, "bottom_up", backbone)
-    rename = functools.partial(converted_imagenet_weights, model_keys=list(network.state_dict()))
+    rename = functools.partial(convert_torchvision_names, model_keys=list(network.state_dict()))
     return SafeCheckpointer(
         model, save_dir, name_converters=(rename,), ignored_prefixes=TRAINING_ONLY, **checkpointables
     )

@@ -6,11 +6,7 @@ Importing this package registers, in Detectron2's ``BACKBONE_REGISTRY``:
 ``build_divided_retinanet_resnet_fpn_backbone``. Their keys come from :func:`qmimic_d2.add_qmimic_config`.
 """
 
-from qmimic_d2.modeling.backbone.imagenet_names import (
-    convert_torchvision_names,
-    converted_imagenet_weights,
-    is_torchvision_checkpoint,
-)
+from qmimic_d2.modeling.backbone.imagenet_names import convert_torchvision_names
 from qmimic_d2.modeling.backbone.resnet import (
     build_divided_resnet_backbone,
     build_divided_resnet_fpn_backbone,
@@ -35,7 +31,5 @@ __all__ = [
     "build_vgg_backbone",
     "build_vgg_fpn_backbone",
     "convert_torchvision_names",
-    "converted_imagenet_weights",
-    "is_torchvision_checkpoint",
     "make_divided_resnet",
 ]

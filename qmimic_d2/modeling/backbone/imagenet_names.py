@@ -34,86 +34,46 @@ _RESNET_BLOCK = re.compile(r"layer([1-4])\.(\d+)\.(.+)")
 _RESNET_MARKS = ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight")
 
 
-def is_torchvision_checkpoint(state: Mapping[str, Tensor]) -> bool:
-    """
-    Whether ``state`` has the names of torchvision's VGG or ResNet.
-
-    Other networks with a ``features`` sequence (AlexNet, DenseNet, MobileNet, SqueezeNet) and
-    checkpoints of Detectron2 or of this package are told apart.
-
-    Args:
-        state: from parameter name, without any prefix, to tensor.
-    """
-    return _is_vgg(state) or _is_resnet(state)
-
-
 def convert_torchvision_names(
     state: Mapping[str, Tensor], model_keys: Optional[Collection[str]] = None
-) -> Dict[str, Tensor]:
+) -> Optional[Dict[str, Tensor]]:
     """
-    Rename the weights of torchvision's VGG or ResNet to those of ``VGG`` or Detectron2's ResNet.
+    Renames the weights of torchvision's VGG or ResNet to those of ``VGG`` or Detectron2's ResNet.
 
     ``features.0.weight`` becomes ``conv1.conv1.weight``; ``layer1.0.bn1.weight`` becomes
     ``res2.0.conv1.norm.weight``. The classifier is dropped.
 
-    torchvision's ``vgg*_bn`` has a bias in convolutions that a BatchNorm follows; the
-    convolutions here have none. The bias moves into the norm, ``running_mean - bias``, which
-    leaves the output as it was.
+    In torchvision's ``vgg*_bn``, convolutions before a BatchNorm have a bias; the convolutions here have none. The
+    bias moves into the norm, ``running_mean - bias``, which does not change the output.
 
     Args:
         state: from parameter name, without any prefix, to tensor. It is not changed.
-        model_keys: names in the state dict of the backbone to be filled, without any prefix (of
-            the FPN: without ``bottom_up.`` too). Where given, the result is fitted to that model:
-            a VGG convolution that has a bias there and no norm (``NORM ""``, ``LAST_NORM False``)
-            gets its BatchNorm folded into weight and bias, which leaves the output of an
-            evaluated model as it was; and ``num_batches_tracked``, which FrozenBN has not, is
-            dropped where the model lacks it. Layers the model lacks are kept for the caller to
-            report.
+        model_keys: names in the state dict of the backbone to be filled, without any prefix (of the FPN: without
+            ``bottom_up.`` too). The result then fits that model. A BatchNorm is folded into its VGG convolution if
+            that has a bias and no norm there (``NORM ""``, ``LAST_NORM False``): the output of an evaluated model
+            stays the same. ``num_batches_tracked``, which FrozenBN does not have, is dropped if the model lacks it.
+            Other layers that the model lacks stay, so that the caller can report them.
 
     Returns:
-        from the backbone's parameter name to tensor.
+        from the backbone's parameter name to tensor. None for other networks, also those with a ``features`` sequence
+        (AlexNet, DenseNet, MobileNet, SqueezeNet), and for checkpoints of Detectron2 or of this package.
 
     Raises:
-        ValueError: if ``state`` is not of torchvision's VGG or ResNet, or has a name that neither
-            of them has.
+        ValueError: torchvision's VGG or ResNet has no parameter of a name in ``state``.
     """
     if _is_vgg(state):
         converted = _convert_vgg(state)
         if model_keys is not None:
             _fold_norms(converted, model_keys)
-    elif _is_resnet(state):
-        converted = {
-            _resnet_name(name): tensor for name, tensor in state.items() if not name.startswith("fc.")
-        }
+    elif all(name in state for name in _RESNET_MARKS):
+        converted = {_resnet_name(name): tensor for name, tensor in state.items() if not name.startswith("fc.")}
     else:
-        first = ", ".join(sorted(state)[:3]) or "no names at all"
-        raise ValueError(
-            f"These are not the weights of torchvision's VGG or ResNet (they have {first}, ...); "
-            f"load them without conversion."
-        )
-    if model_keys is not None:
-        for name in [name for name in converted if name.endswith(".num_batches_tracked")]:
-            if name not in model_keys:
-                del converted[name]
-    return converted
-
-
-def converted_imagenet_weights(
-    state: Mapping[str, Tensor], model_keys: Optional[Collection[str]] = None
-) -> Optional[Dict[str, Tensor]]:
-    """
-    :func:`convert_torchvision_names` where it applies, in the form a checkpointer asks for.
-
-    Args:
-        state, model_keys: see :func:`convert_torchvision_names`.
-
-    Returns:
-        the converted weights, or None if ``state`` has not the names of torchvision's VGG or ResNet.
-
-    Raises:
-        ValueError: if it has them, and others that neither network has.
-    """
-    return convert_torchvision_names(state, model_keys) if is_torchvision_checkpoint(state) else None
+        return None
+    return {
+        name: tensor
+        for name, tensor in converted.items()
+        if model_keys is None or name in model_keys or not name.endswith(".num_batches_tracked")
+    }
 
 
 def _is_vgg(state: Mapping[str, Tensor]) -> bool:
@@ -126,17 +86,13 @@ def _is_vgg(state: Mapping[str, Tensor]) -> bool:
     return len(kernels) > 0 and all(kernel == (3, 3) for kernel in kernels)
 
 
-def _is_resnet(state: Mapping[str, Tensor]) -> bool:
-    return all(name in state for name in _RESNET_MARKS)
-
-
 def _convert_vgg(state: Mapping[str, Tensor]) -> Dict[str, Tensor]:
     """
-    Place each layer by its position in torchvision's ``features`` sequence.
+    Names each layer by its position in torchvision's ``features`` sequence.
 
-    The sequence is (convolution, [BatchNorm], ReLU) repeated, with a max pooling where a stage
-    ends. Only convolutions and BatchNorms have parameters, so one ReLU stands between a
-    convolution and the layer with parameters before it, and a second gap means a pooling.
+    The sequence repeats (convolution, [BatchNorm], ReLU), with a max pooling at the end of a stage. Only convolutions
+    and BatchNorms have parameters. So a gap of one position before a convolution is a ReLU; a gap of two is a ReLU and
+    a pooling.
     """
     layers: Dict[int, Dict[str, Tensor]] = {}
     for name, tensor in state.items():
@@ -168,7 +124,7 @@ def _convert_vgg(state: Mapping[str, Tensor]) -> Dict[str, Tensor]:
 
 
 def _fold_norms(converted: Dict[str, Tensor], model_keys: Collection[str]) -> None:
-    """Fold, in place, every BatchNorm whose convolution has a bias and no norm in the model."""
+    """Folds, in place, each BatchNorm whose convolution has a bias and no norm in the model."""
     convs: List[str] = [name[: -len(".norm.weight")] for name in converted if name.endswith(".norm.weight")]
     for conv in convs:
         if f"{conv}.bias" not in model_keys or f"{conv}.norm.weight" in model_keys:
@@ -181,10 +137,7 @@ def _fold_norms(converted: Dict[str, Tensor], model_keys: Collection[str]) -> No
 
 
 def _resnet_name(name: str) -> str:
-    """
-    Detectron2's name for one of torchvision's, as ``res3.0.conv1.norm.bias`` for
-    ``layer2.0.bn1.bias``.
-    """
+    """Detectron2's name for torchvision's: ``res3.0.conv1.norm.bias`` for ``layer2.0.bn1.bias``."""
     block = _RESNET_BLOCK.fullmatch(name)
     if block is None:
         prefix, rest = "stem.", name
