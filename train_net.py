@@ -9,6 +9,9 @@ Trains and evaluates the detectors of this project: teachers, quantized teachers
 
 import sys
 
+import qmimic_d2  # noqa: F401  (before Detectron2, to hide what it warns of when imported)
+
+# isort: split
 from detectron2.evaluation.testing import verify_results
 from detectron2.utils import comm
 
@@ -25,6 +28,9 @@ from qmimic_d2.engine import (
     one_teacher,
     set_up_process,
 )
+from qmimic_d2.library_noise import hush_libraries
+
+hush_libraries()
 
 
 def main(args, cfg):

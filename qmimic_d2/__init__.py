@@ -7,20 +7,22 @@ nothing of Detectron2's. On a device without torch or Detectron2 it registers no
 """
 
 from qmimic_d2.config_files import get_config_file
+from qmimic_d2.library_noise import quiet_imports
 
 __version__ = "0.1.0"
 
 __all__ = ["add_qmimic_config", "attach_mimic", "attach_quantizer", "get_config_file", "__version__"]
 
-try:
-    import detectron2  # noqa: F401
-    import torch  # noqa: F401
-except ImportError as error:
-    _missing = error
-else:
-    from qmimic_d2 import data, modeling  # noqa: F401  (registers data sets and models)
-    from qmimic_d2.config import add_qmimic_config
-    from qmimic_d2.modeling.attach import attach_mimic, attach_quantizer
+with quiet_imports():
+    try:
+        import detectron2  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        _missing = error
+    else:
+        from qmimic_d2 import data, modeling  # noqa: F401  (registers data sets and models)
+        from qmimic_d2.config import add_qmimic_config
+        from qmimic_d2.modeling.attach import attach_mimic, attach_quantizer
 
 
 def __getattr__(name: str):

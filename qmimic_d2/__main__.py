@@ -9,6 +9,7 @@ from qmimic_d2 import __version__
 from qmimic_d2.cli import COMMANDS
 from qmimic_d2.cli.model_arguments import split_overrides, usage_errors
 from qmimic_d2.cli.printable import say
+from qmimic_d2.library_noise import hush_libraries
 
 __all__ = ["build_parser", "main"]
 
@@ -62,6 +63,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Raises:
         SystemExit: after ``--help``, and with status 2 after a mistake in the arguments or ``--import``.
     """
+    hush_libraries()
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     args = parser.parse_args(arguments)

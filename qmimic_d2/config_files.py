@@ -1,10 +1,12 @@
 """Where config files are found, the packaged ones and those that a config names; and changed copies of a config."""
 
 import functools
+import operator
 import os
-from typing import Any, Sequence
+from typing import TYPE_CHECKING, Any, Sequence
 
-from detectron2.config import CfgNode
+if TYPE_CHECKING:  # a device with an exported detector has no Detectron2
+    from detectron2.config import CfgNode
 
 __all__ = ["changed", "find_config_file", "get_config_file", "packaged_config_folder"]
 
@@ -65,12 +67,12 @@ def find_config_file(path: str, key: str, beside: Sequence[str] = ()) -> str:
     )
 
 
-def changed(cfg: CfgNode, *pairs: Any) -> CfgNode:
+def changed(cfg: "CfgNode", *pairs: Any) -> "CfgNode":
     """A frozen copy with other values, given as key, value, key, value; they may be of any type."""
     copy = cfg.clone()
     copy.defrost()
     for key, value in zip(pairs[::2], pairs[1::2]):
         *sections, name = key.split(".")
-        functools.reduce(CfgNode.__getitem__, sections, copy)[name] = value
+        functools.reduce(operator.getitem, sections, copy)[name] = value
     copy.freeze()
     return copy

@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.logger import log_first_n, setup_logger
 from torch import nn
 
 from qmimic_d2.checkpoint.checkpointer import DivergedError
@@ -149,9 +149,8 @@ def load_config(
         cfg.MODEL.DEVICE = device
     _complete_teacher(cfg, os.path.dirname(config_file) if config_file else "", eval_only, resume)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logging.getLogger(__name__).warning(
-            "MODEL.DEVICE is %r and PyTorch sees no GPU here: using the CPU", cfg.MODEL.DEVICE
-        )
+        message = f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r} and PyTorch sees no GPU here: using the CPU"
+        log_first_n(logging.WARNING, message, name=__name__, key="message")
         cfg.MODEL.DEVICE = "cpu"
     if cfg.SEED < 0:
         earlier = earlier_seed(cfg.OUTPUT_DIR) if resume else None
