@@ -7,9 +7,9 @@ Shape letters:
     *: bins of a region.
     K: codes of a histogram.
 
-Everything that is kept is a count or a sum, so that comparisons of several batches, images or processes add
-up to the comparison of all of them. The match ratio is the paper's (Wei et al., "Quantization Mimic", ECCV
-2018, https://arxiv.org/abs/1805.02152v3); the other figures are this project's.
+It keeps counts and sums, so that comparisons of several batches, images or processes can be added. The match ratio
+is the paper's (Wei et al., "Quantization Mimic", ECCV 2018, https://arxiv.org/abs/1805.02152v3); the other figures are
+this project's.
 """
 
 import math
@@ -32,7 +32,7 @@ __all__ = [
     "write_comparison",
 ]
 
-# What FeatureComparison.figures() gives, in this order.
+# The keys of FeatureComparison.figures(), in order.
 FIGURES = (
     "match_ratio",
     "match_ratio_nonzero",
@@ -50,14 +50,13 @@ FIGURES = (
     "teacher_rms",
 )
 
-# Histograms have a bin for each code up to this index; codes beyond it are counted in its bin.
+# Histograms have a bin for each code up to this index; its bin counts the codes beyond it, too.
 LAST_BIN = 32
 
 # Entries that are compared at a time on a CPU, so that codes and scratch stay in a core's cache.
 _CHUNK = 1 << 16
 
-# Features whose norm is so many strides have diverged. Codes below it, and their differences, fit into 32
-# bits, which are cheaper.
+# Features with a norm of so many strides have diverged. Smaller codes and their differences fit into 32 bits.
 _MOST_STRIDES = 2.0**30
 
 
@@ -81,8 +80,7 @@ class FeatureComparison:
         student_active, teacher_active: entries whose code is not 0, by channel, shape (C,).
         student_histogram, teacher_histogram: entries by code, shape (K,); see :func:`histogram_indices`.
 
-    All but ``num_rois`` are NaN where a feature was NaN, infinite or beyond any sensible code: such
-    features make every figure NaN, as they make the loss.
+    If a feature is NaN, infinite or far too large, all but ``num_rois`` are NaN, and so is every figure.
     """
 
     num_rois: int
@@ -109,7 +107,7 @@ class FeatureComparison:
 
     @property
     def is_finite(self) -> bool:
-        """False where the features had diverged, and every figure is NaN."""
+        """False if the features have diverged, so that every figure is NaN."""
         return math.isfinite(self.num_entries)
 
     def figures(self) -> Dict[str, float]:
@@ -117,11 +115,10 @@ class FeatureComparison:
         The comparison in figures, by the names of :data:`FIGURES`.
 
         Returns:
-            Shares in 0..1, the cosine in -1..1, the relative error and the teacher's root mean square (in units of
-            the feature) >= 0. NaN where a figure has nothing
-            to be a share of: all of them without a region; the ``_nonzero`` ones where every code is 0;
-            ``cosine`` where one side is 0 everywhere, ``relative_error`` where the teacher is;
-            ``student_at_threshold`` where the student has nothing between 0 and the first code.
+            Shares in 0..1, the cosine in -1..1, the relative error and the teacher's root mean square (in units of the
+            feature) >= 0. A figure is NaN if its denominator is 0. For all of them: without a region; ``_nonzero``: if
+            every code is 0; ``cosine``: if one side is 0 everywhere; ``relative_error``: if the teacher is;
+            ``student_at_threshold``: if the student has no entry between 0 and the first code.
         """
         num_occupied = self.num_entries - self.num_both_zero
         norms = math.sqrt(self.student_energy) * math.sqrt(self.teacher_energy)
@@ -151,11 +148,10 @@ class FeatureComparison:
 
 def histogram_indices(quantizer: CodeQuantizer) -> List[int]:
     """
-    Indices of the codes that a histogram's bins stand for, ascending.
+    Indices of the codes of a histogram's bins, ascending.
 
-    They are those up to :data:`LAST_BIN` (and down to its mirror image, if signed), or the whole
-    dictionary where that is shorter. In a longer or unbounded one the last bin (signed: the first one,
-    too) holds every code from there on.
+    They end at :data:`LAST_BIN` (signed: they begin at its mirror image), or at the end of a shorter dictionary. In a
+    longer dictionary the last bin (signed: the first one, too) also counts the codes beyond it.
     """
     last = _last_bin(quantizer)
     return list(range(-last if quantizer.signed else 0, last + 1))
@@ -173,11 +169,11 @@ def compare_features(student: Tensor, teacher: Tensor, quantizer: CodeQuantizer)
 
     Args:
         student: r(f_s), before any quantizer, shape (M, C, *).
-        teacher: f_t, same shape. Codes that lie on the dictionary keep it; others are put on it.
-        quantizer: both maps are put on its dictionary.
+        teacher: f_t, same shape.
+        quantizer: quantizes both maps; a map of its codes stays as it is.
 
     Returns:
-        Its tensors on the CPU. M = 0 is a comparison without entries, which adds nothing to others.
+        With tensors on the CPU. M = 0 gives a comparison without entries, which adds nothing to others.
 
     Raises:
         ValueError: the shapes differ, or the quantizer has no codes.
@@ -255,7 +251,7 @@ def _diverged(num_rois: int, num_channels: int, num_bins: int) -> FeatureCompari
 
 
 def _around_threshold(features: Tensor, quantizer: CodeQuantizer) -> Tuple[int, int]:
-    """Entries between 0 and the first code, and those of them near the threshold. In every dictionary it is s / 2."""
+    """Entries between 0 and the first code, and those near the threshold, which is s / 2 in every dictionary."""
     distance = (features.abs() if quantizer.signed else features) - 0.5 * quantizer.stride
     distance.abs_()
     return tuple(int((distance < share * quantizer.stride).count_nonzero()) for share in (0.5, 0.1))
@@ -273,11 +269,11 @@ def _histogram(codes: Tensor, quantizer: CodeQuantizer, num_bins: int) -> Tensor
 
 def _put_histogram(storage: EventStorage, tag: str, indices: Sequence[int], counts: Tensor) -> None:
     """
-    ``EventStorage.put_histogram`` of entries that have been counted already, one bin per code.
+    ``EventStorage.put_histogram`` for entries that are counted already, one bin per code.
 
-    That method itself would search all entries for their range and sort them into 1000 bins, which costs
-    more than the whole comparison. Its own list is what TensorBoard's writer reads and empties; a trainer
-    without that writer would fill it for ever, so that only the last histogram of a name waits there.
+    That method would search all entries for their range and sort them into 1000 bins, which costs more than the whole
+    comparison. TensorBoard's writer reads and empties the storage's list. Without that writer the list would grow for
+    ever, so only the last histogram of a name stays in it.
     """
     numbers: List[int] = counts.tolist()
     occupied = [index for index, number in zip(indices, numbers) if number]

@@ -1,4 +1,4 @@
-"""When and where a student in training takes the gradients of its two losses, and what happens where it cannot."""
+"""Takes the gradients of a student's detection and mimic losses, and says where that is impossible."""
 
 import logging
 from typing import Dict, List, Optional, Sequence
@@ -33,9 +33,9 @@ class GradientMeter:
     """
     Takes the gradients of the detection and the mimic losses on the graph of the training's own forward pass.
 
-    It knows two places: "map", the student's compared maps, and "backbone", the trainable parameters of the backbone.
-    A tensor that requires no gradient is no place. A place whose gradient PyTorch cannot give is left out from then
-    on, and a warning names it.
+    There are two places: "map", the student's compared maps, and "backbone", the trainable parameters of the backbone.
+    Tensors that require no gradient do not count. If PyTorch cannot give the gradient at a place, a warning names the
+    place, and later measurements leave it out.
     """
 
     def __init__(self):
@@ -49,24 +49,24 @@ class GradientMeter:
         detection: Dict[str, Tensor],
         mimic: Dict[str, Tensor],
         *,
-        writes: bool = True,
-        balances: bool = False,
+        writes: bool,
+        balances: bool,
     ) -> Dict[str, GradientShare]:
         """
         Args:
             model: the student, with a ``backbone``.
             maps: its compared maps, by name.
             detection, mimic: losses of one step, by name.
-            writes: every place is asked for.
-            balances: the place "map" is, and the weight depends on it.
+            writes: every place is wanted.
+            balances: the place "map" is wanted, because the weight depends on it.
 
         Returns:
-            By place; places that cannot be measured are missing. The mean of all processes.
+            By place, the mean of all processes; without places that cannot be measured.
 
         Raises:
             ValueError: ``balances``, and the place "map" cannot be measured; says why, and what to set.
         """
-        # "map" comes back as an error where a balanced weight needs it
+        # a balanced weight needs "map" even after a warning: then an error says why it cannot be measured
         measured = self._places if writes else []
         wanted = [place for place in ("map", "backbone") if place in measured or balances and place == "map"]
         if not wanted:
@@ -99,11 +99,11 @@ class GradientMeter:
 
     def check_frozen(self, maps: Dict[str, Tensor], *, balances: bool) -> None:
         """
-        Warns once of compared maps that no gradient reaches: their mimic teaches the adapter alone.
+        Warns once if no gradient reaches a compared map: its mimic then trains the adapter alone.
 
         Args:
             maps: the compared maps of a step, by name.
-            balances: the weight is a balanced one.
+            balances: whether the weight is a balanced one.
 
         Raises:
             ValueError: ``balances``, and no gradient reaches any of the maps.

@@ -1,8 +1,8 @@
 """
 Gradient focusing, measured: how much of the student's gradient is the mimic's.
 
-The paper names gradient focusing what too large a lambda does early in training: the gradient attends to the
-mimic loss and neglects the others (Wei et al., ECCV 2018, https://arxiv.org/abs/1805.02152v3).
+If lambda is too large early in training, the gradient follows the mimic loss and neglects the others. The paper names
+this gradient focusing (Wei et al., ECCV 2018, https://arxiv.org/abs/1805.02152v3).
 """
 
 import math
@@ -32,18 +32,18 @@ class GradientShare:
 
     @property
     def ratio(self) -> float:
-        """mimic / detection; NaN where the detection losses have no gradient."""
+        """mimic / detection; NaN if the detection losses have no gradient."""
         return self.mimic / self.detection if self.detection else math.nan
 
     @property
     def share(self) -> float:
-        """mimic / (mimic + detection), 0..1; NaN where neither has a gradient."""
+        """mimic / (mimic + detection), 0..1; NaN if neither has a gradient."""
         total = self.mimic + self.detection
         return self.mimic / total if total else math.nan
 
     @property
     def cosine(self) -> float:
-        """-1..1; NaN where one of the two is zero."""
+        """-1..1; NaN if one of the two is zero."""
         lengths = self.mimic * self.detection
         return self.product / lengths if lengths else math.nan
 
@@ -52,7 +52,7 @@ class GradientShare:
         return GradientShare(self.detection, self.mimic * weight, self.product * weight)
 
     def scalars(self, place: str) -> Dict[str, float]:
-        """By the names under which the event storage keeps them; ``place`` is their ending."""
+        """By their names in the event storage, which end in ``place``."""
         return {
             f"qmimic/grad_norm_mimic_{place}": self.mimic,
             f"qmimic/grad_norm_detection_{place}": self.detection,
@@ -68,13 +68,13 @@ def gradient_share(
     """
     The gradients of two losses at several places of the graph that made them.
 
-    The graph stays, and no ``.grad`` changes, so that the training's own backward pass is bit for bit what it is
-    without this. Hooks of DistributedDataParallel do not run.
+    The graph stays and no ``.grad`` changes, so that the training's own backward pass is the same bit for bit. Hooks of
+    DistributedDataParallel do not run.
 
     Args:
         detection, mimic: scalar losses of one step.
-        places: sets of tensors; each set is taken as one long vector. A tensor that a loss does not depend on
-            counts as a zero gradient, and so does a loss without a graph.
+        places: sets of tensors; each set counts as one long vector. The gradient is zero for a loss without a graph,
+            and for a tensor that the loss does not depend on.
 
     Returns:
         One for each set.
@@ -92,10 +92,10 @@ def gradient_share(
 
 def averaged(shares: Sequence[GradientShare]) -> List[GradientShare]:
     """
-    The shares of all processes of a distributed training as one, the same in each of them.
+    The mean of the shares of all processes of a distributed training, the same in each. All processes call it in the
+    same step.
 
-    Squares are averaged, not gradients: every process knows its own images' gradient alone. Call it in all
-    processes of the same step.
+    It averages squares and not gradients, because every process only knows the gradient of its own images.
     """
     squares = torch.tensor([(each.detection**2, each.mimic**2, each.product) for each in shares], dtype=torch.float64)
     gathered = comm.all_gather(squares)

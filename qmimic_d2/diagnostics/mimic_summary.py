@@ -1,7 +1,7 @@
 """
 The summary after training: the mimic's share of the gradient, and whether rounding made the student oscillate.
 
-Where either is off, it says what to change.
+It says what to change, if necessary.
 """
 
 import logging
@@ -23,19 +23,19 @@ __all__ = [
     "warning_of_threshold",
 ]
 
-# Shares of the gradient at the student's map outside of which the weight is named as a likely mistake. Within them,
-# the constant weights of docs/evidence.md differ little in AP.
+# A share of the gradient at the student's map outside of these is a likely mistake in the weight. Between them, the
+# constant weights of docs/evidence.md differ little in AP.
 NEGLIGIBLE = 0.05
 DOMINANT = 0.95
 
-# Share of r(f_s) at the threshold from which it is named: 20 % would be there if r were spread evenly. docs/evidence.md
-# ("The search") tells which shares go with which AP.
+# The summary warns if a larger share of r(f_s) is at the threshold; 20 % would be there if r were spread evenly.
+# docs/evidence.md ("The search") compares shares with AP.
 AT_THRESHOLD = 0.5
-# A stride below so many times the root mean square of the teacher's features in the regions: an oscillation by one
-# code is small then. With 0.7 and 0.9 students learned as well as without rounding or better, though three
-# quarters of their features stood at the threshold; with 1.4 they lost 6 AP, with 2 they collapsed.
+# In units of the root mean square of the teacher's features in the regions. With a smaller stride an oscillation by one
+# code is small. With 0.7 and 0.9 students learned as well as without rounding or better, though three quarters of their
+# features were at the threshold; with 1.4 they lost 6 AP, with 2 they collapsed.
 SMALL_STRIDE = 1.0
-# Measurements at the end of the training that are looked at.
+# So many measurements at the end of the training count.
 _LAST = 10
 
 _SHARE = "qmimic/grad_share_map"

@@ -8,9 +8,9 @@ A quantizer replaces every entry of a feature map by the nearest code of its dic
 
     Q(f) = b   if  (a + b) / 2 < f <= (b + c) / 2,     a < b < c adjacent in D
 
-so a value half-way between two codes goes down. With D = {0, s, 2s, ...} it follows a ReLU and is called a
-quantized ReLU: everything up to s / 2, negatives included, becomes 0. The gradient is the full-precision
-one: Q counts as the identity and only the (clipped) ReLU's own mask remains.
+so a value half-way between two codes goes down. With D = {0, s, 2s, ...} it follows a ReLU and is called a quantized
+ReLU: everything up to s / 2, also negative values, becomes 0. The gradient is that of full precision: Q counts as the
+identity, and only the mask of the (clipped) ReLU remains.
 
 Source: Wei et al., "Quantization Mimic: Towards Very Tiny CNN for Object Detection", ECCV 2018, section 3
 (https://arxiv.org/abs/1805.02152v3). The signed dictionary, the bounded one and the clamp without rounding
@@ -59,7 +59,7 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx, x: Tensor, quantizer: "Quantizer") -> Tensor:
         ctx.quantizer = quantizer
         if quantizer.has_gradient_mask:
-            # The map itself, by reference: the ReLU before it or the layer after it keeps it anyway.
+            # This costs no memory: the ReLU before it or the layer after it keeps the map anyway.
             ctx.save_for_backward(x)
         return quantizer.quantize(x)
 
@@ -73,14 +73,14 @@ class _StraightThrough(torch.autograd.Function):
 
 class Quantizer(nn.Module, abc.ABC):
     """
-    Base of what may stand on a feature map: a function of each entry, with the gradient of a (clipped) ReLU.
+    Base class: a function of each entry of a feature map, with the gradient of a (clipped) ReLU.
 
     Args:
         stride: s > 0, in units of the feature: the first nonzero code.
         num_codes: size L >= 2 of the dictionary, zero included; 0 = unbounded. A signed dictionary mirrors
             these L codes and so has 2L - 1.
-        signed: mirror the dictionary, for maps that no ReLU ends. Halves then go towards zero and the
-            gradient is the identity (zero beyond the outermost codes when bounded).
+        signed: mirror the dictionary, for maps without a ReLU at their end. Halves then go towards zero, and the
+            gradient is the identity (zero beyond the outermost codes of a bounded dictionary).
 
     Raises:
         ValueError: the stride is not positive or not finite in float32, ``num_codes`` is 1 or negative,
@@ -154,7 +154,7 @@ class Quantizer(nn.Module, abc.ABC):
         """
         if self.max_value is None:
             return torch.ops.aten.threshold_backward(grad, x, 0)
-        # hardtanh's mask is open at both ends; the next float above the outermost code closes it.
+        # hardtanh's mask excludes both ends; the next float above the outermost code includes it.
         top = _next_float(self.max_value, x.dtype)
         return torch.ops.aten.hardtanh_backward(grad, x, -top if self.signed else 0.0, top)
 
@@ -171,7 +171,7 @@ class Quantizer(nn.Module, abc.ABC):
 
 
 class CodeQuantizer(Quantizer):
-    """Base of the quantizers with a dictionary: everything but the choice of the nearest code."""
+    """Base class of quantizers with a dictionary; a subclass chooses the nearest code."""
 
     def quantize(self, x: Tensor) -> Tensor:
         self._check_floating(x)
@@ -254,8 +254,8 @@ class UniformQuantizer(CodeQuantizer):
 
     def _nearest_(self, r: Tensor) -> Tensor:
         magnitude = r.abs() if self.signed else r
-        # r - 1/2 rounded up is the nearest code with halves down. Subtracted at once, 1/2 would take the
-        # odd integers from 2^23 (float32) on to an even neighbour; 1/4 leaves every float there as it is.
+        # r - 1/2 rounded up is the nearest code, halves down. From 2^23 (float32) on, subtracting 1/2 would round odd
+        # integers to an even neighbour; subtracting 1/4 twice leaves every float there as it is.
         magnitude.sub_(0.25).sub_(0.25).ceil_().clamp_(min=0.0, max=self.max_code)
         return magnitude.copysign_(r) if self.signed else r
 
@@ -271,8 +271,8 @@ class PowerOfTwoQuantizer(CodeQuantizer):
     """
     D = {0, s, 2s, 4s, 8s, ...}; bounded: the first L of these; signed: mirrored.
 
-    The dictionary that the paper compares the uniform one with (section 3.2). Code k > 0 is 2^(k-1) s, so
-    the midpoint between it and the next is 1.5 * 2^(k-1) s.
+    The paper compares it with the uniform dictionary (section 3.2). Code k > 0 is 2^(k-1) s, so the midpoint to the
+    next code is 1.5 * 2^(k-1) s.
     """
 
     def _nearest_(self, r: Tensor) -> Tensor:
@@ -301,10 +301,10 @@ class PowerOfTwoQuantizer(CodeQuantizer):
 @QUANTIZER_REGISTRY.register()
 class ClampQuantizer(Quantizer):
     """
-    The control: the (clipped) ReLU of a uniform dictionary without its rounding.
+    The control: the (clipped) ReLU of a uniform dictionary, without rounding.
 
-    What a comparison of quantized with full-precision mimic would otherwise credit to rounding is often the
-    ReLU's doing. The stride matters only for the bound (L-1)s of a bounded dictionary.
+    It separates the effect of the ReLU from that of rounding when quantized and full-precision mimic are compared. The
+    stride only sets the bound (L-1)s of a bounded dictionary.
     """
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -316,7 +316,7 @@ class ClampQuantizer(Quantizer):
 
 def build_quantizer(cfg: CfgNode) -> Optional[Quantizer]:
     """
-    Builds the quantizer that the config names, or None where ``MODEL.QMIMIC.QUANTIZER.NAME`` is "".
+    Builds the quantizer that the config names, or None if ``MODEL.QMIMIC.QUANTIZER.NAME`` is "".
 
     Raises:
         KeyError: the name is not registered.
@@ -328,10 +328,8 @@ def build_quantizer(cfg: CfgNode) -> Optional[Quantizer]:
 
 def build_code_quantizer(cfg: CfgNode) -> CodeQuantizer:
     """
-    Builds the quantizer that match ratios are measured with.
-
-    The same for every variant of a comparison: where the config rounds nothing ("" or "Clamp"), it is the
-    uniform dictionary of the config's stride.
+    Builds the quantizer for match ratios. If the config rounds nothing ("" or "Clamp"), it is the uniform dictionary of
+    the config's stride, so that all variants are measured alike.
     """
     node = cfg.MODEL.QMIMIC.QUANTIZER
     return _build("Uniform" if node.NAME in ("", "Clamp") else node.NAME, node)

@@ -15,9 +15,8 @@ class QuantizerHook:
     """
     Replaces the named features of a backbone by their codes.
 
-    It lives in the backbone's forward hooks and not among its modules, so that names and number of
-    the entries of ``state_dict()`` stay what they are, and ``copy.deepcopy`` and
-    ``torch.jit.trace`` carry it along. ``torch.jit.script`` does not, and says so.
+    It is a forward hook and not a module, so that ``state_dict()`` does not change. ``copy.deepcopy`` and
+    ``torch.jit.trace`` keep it. ``torch.jit.script`` cannot, and raises an error.
     """
 
     def __init__(self, quantizer: Quantizer, features: Sequence[str]):
@@ -34,10 +33,10 @@ class QuantizerHook:
     @property
     def __name__(self) -> str:
         """
-        Of a hook that ``torch.jit.script`` compiles, which is what asks for it.
+        ``torch.jit.script`` reads this name of every hook that it compiles.
 
         Raises:
-            AttributeError: always; says what to do.
+            AttributeError: always; says what to do instead.
         """
         raise AttributeError(
             "torch.jit.script cannot compile the quantizer on the backbone's features. Trace the detector instead: "
@@ -46,7 +45,7 @@ class QuantizerHook:
         )
 
     def remove(self) -> None:
-        """Detaches the hook; the backbone gives full-precision features again. Harmless twice."""
+        """Detaches the hook; the backbone gives full-precision features again. A second call does nothing."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -67,15 +66,13 @@ def attach_quantizer(
     key: str = "MODEL.QMIMIC.QUANTIZER.IN_FEATURES",
 ) -> QuantizerHook:
     """
-    Quantizes features of a backbone from now on.
-
-    A backbone has one such hook: attaching again puts the new quantizer in the old one's place.
+    Quantizes features of a backbone from now on. A backbone has one such hook; a new one replaces it.
 
     Args:
         backbone: a Detectron2 backbone, whose forward returns maps (N, C, H, W) by name.
         quantizer: applied to every named map.
         features: names among ``backbone.output_shape()``.
-        key: config key that the names came from, for the error.
+        key: config key of the names, for the error.
 
     Returns:
         The hook, whose ``remove()`` undoes this.
@@ -94,7 +91,7 @@ def attach_quantizer(
     previous = attached_quantizer(backbone)
     if previous is None:
         hook._handle = backbone.register_forward_hook(hook)
-    else:  # the same place among the hooks, so that those behind it go on reading codes
+    else:  # at the same place among the hooks, so that later hooks still read codes
         hook._handle, previous._handle = previous._handle, None
         backbone._forward_hooks[hook._handle.id] = hook
     return hook
@@ -103,7 +100,7 @@ def attach_quantizer(
 def check_features(
     features: Sequence[str], available: Dict[str, object], key: str, of: str = "the backbone"
 ) -> None:
-    """Raises a ValueError that names ``key`` where a feature is not among the available ones ``of`` a backbone."""
+    """Raises a ValueError that names ``key`` if a feature is not available."""
     unknown = [name for name in features if name not in available]
     if unknown:
         raise ValueError(

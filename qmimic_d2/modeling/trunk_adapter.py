@@ -1,4 +1,4 @@
-"""The adapter as a part of the student: heads that read r(f_s) in the teacher's channels."""
+"""The adapter as a part of the student: the heads read r(f_s), which has the teacher's channels."""
 
 from typing import Dict, List
 
@@ -32,11 +32,11 @@ PLACEMENTS = ("branch", "trunk")
 
 class TrunkAdapter(Backbone):
     """
-    A backbone whose named maps pass through an adapter each.
+    A backbone with an adapter on each of the named maps.
 
-    With the adapter in a branch, r(f_s) imitates the teacher's map and is dropped after training; the heads read
-    f_s. Here r stands in the trunk: what imitates the teacher's map is what the heads read, in training and in
-    inference. Then the heads have the teacher's input channels and may begin with the teacher's weights.
+    In a branch, the adapter is dropped after training, and the heads read f_s. In the trunk, the heads read r(f_s), in
+    training and in inference. The heads then have the teacher's input channels and may start from the teacher's
+    weights.
 
     As in Detectron2's FPN, the network below is ``bottom_up``.
 
@@ -100,11 +100,11 @@ def is_in_trunk(cfg: CfgNode) -> bool:
 
 def trunk_channels(cfg: CfgNode) -> Dict[str, int]:
     """
-    Width of each map of the student after its adapter in the trunk: the teacher's, by the student's names.
+    Width of each map after its adapter in the trunk, which is the teacher's, by the student's names.
 
     Raises:
-        FileNotFoundError, ValueError: neither TRUNK_CHANNELS, nor a teacher, nor the weights of a trained student say
-            them, or there are not as many as maps.
+        FileNotFoundError, ValueError: TRUNK_CHANNELS, the teacher and the weights of a trained student do not give the
+            widths, or there is not one for each map.
     """
     node = cfg.MODEL.QMIMIC.MIMIC
     names = list(node.IN_FEATURES or head_features(cfg))
@@ -117,7 +117,7 @@ def trunk_channels(cfg: CfgNode) -> Dict[str, int]:
         try:
             widths = [shape.channels for shape in teacher_shapes(cfg).values()]
         except (FileNotFoundError, TeacherConfigError) as error:
-            # Whoever evaluates a trained student needs no teacher.
+            # An evaluation of a trained student needs no teacher.
             widths = trained_trunk_channels(cfg, cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else []
             if not widths:
                 raise type(error)(f"MODEL.QMIMIC.MIMIC.TRUNK_CHANNELS is []; {how}. {error}") from error
@@ -128,17 +128,17 @@ def trunk_channels(cfg: CfgNode) -> Dict[str, int]:
 
 def trained_trunk_channels(cfg: CfgNode, weights: str, key: str = "MODEL.WEIGHTS") -> List[int]:
     """
-    The widths that the adapters of a checkpoint have, in the order of the student's maps.
+    Widths of the adapters in a checkpoint, in the order of the student's maps.
 
     Args:
         weights: path or address of the student's checkpoint.
-        key: where it was given, for the error.
+        key: config key of ``weights``, for the error.
 
     Returns:
-        [] where the checkpoint is no trunk student's.
+        [] if the checkpoint has no adapters in the trunk.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`qmimic_d2.checkpoint.checkpointer.read_checkpoint`.
+        FileNotFoundError, ValueError: see :func:`qmimic_d2.checkpoint.checkpointer.read_checkpoint`.
     """
     state = read_checkpoint(weights, key=key)
     names = cfg.MODEL.QMIMIC.MIMIC.IN_FEATURES or head_features(cfg)
@@ -149,8 +149,8 @@ def trained_trunk_channels(cfg: CfgNode, weights: str, key: str = "MODEL.WEIGHTS
 
 def without_teacher(cfg: CfgNode) -> CfgNode:
     """
-    A frozen copy for evaluation, which names no teacher, so that none of its files is read. Open widths of the adapter
-    in the trunk are those of ``MODEL.WEIGHTS``.
+    A frozen copy for evaluation. It names no teacher, so that none of the teacher's files is read. If TRUNK_CHANNELS is
+    [], the widths are those of ``MODEL.WEIGHTS``.
     """
     student = cfg.clone()
     student.defrost()
@@ -172,10 +172,10 @@ def build_trunk_adapter(cfg: CfgNode, bottom_up: Backbone) -> TrunkAdapter:
 
 def check_proposal_levels(cfg: CfgNode, backbone: TrunkAdapter) -> None:
     """
-    One RPN head reads all its maps, so they must be equally wide; Detectron2 asserts it and names no key.
+    All maps of the RPN head must be equally wide. Detectron2 asserts it without naming a key.
 
     Raises:
-        ValueError: some of them have an adapter and others of another width have none.
+        ValueError: some of them have an adapter, and others have another width.
     """
     shapes, adapted = backbone.output_shape(), list(backbone.adapters)
     read = [] if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals" else cfg.MODEL.RPN.IN_FEATURES

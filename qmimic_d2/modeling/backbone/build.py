@@ -1,7 +1,7 @@
 """
-What the VGG and the ResNet share when they are built: width, norm, stage strides, FPN.
+How the VGG and the ResNet are built: width, norm, stage strides, FPN.
 
-Every check here raises before a module exists, and names the key to change.
+In each function ``key`` is the configuration key of the value, for the error. The checks run before a module is built.
 """
 
 import math
@@ -22,28 +22,14 @@ Norm = Union[str, Callable[[int], nn.Module]]
 
 
 def check_choice(key: str, value, options: Sequence) -> None:
-    """
-    Raises:
-        ValueError: if ``value`` is not one of ``options``; names ``key``, value and options.
-    """
+    """Raises a ValueError if ``value`` is not one of ``options``."""
     if value not in options:
         listed = ", ".join(repr(option) for option in options)
         raise ValueError(f"{key} is {value!r}, which is not supported; use one of {listed}.")
 
 
 def check_out_features(key: str, names: Sequence[str], options: Sequence[str]) -> Tuple[str, ...]:
-    """
-    Args:
-        key: the configuration key the names come from, for the error message.
-        names: feature names asked for.
-        options: feature names the backbone has.
-
-    Returns:
-        the names as a tuple.
-
-    Raises:
-        ValueError: if there is none, or if one is unknown.
-    """
+    """Returns the names as a tuple; raises a ValueError if there is none, or one that is not in ``options``."""
     listed = ", ".join(repr(option) for option in options)
     if isinstance(names, str) or len(names) == 0:
         raise ValueError(f"{key} is {names!r}; give a list with at least one of {listed}.")
@@ -54,19 +40,8 @@ def check_out_features(key: str, names: Sequence[str], options: Sequence[str]) -
 
 
 def check_stage_strides(key: str, strides: Sequence[int], num_stages: int) -> Tuple[int, ...]:
-    """
-    Args:
-        key: the configuration key the strides come from, for the error message.
-        strides: one downsampling factor per stage.
-        num_stages: how many stages the network has.
-
-    Returns:
-        the strides as a tuple.
-
-    Raises:
-        ValueError: unless ``strides`` holds ``num_stages`` integers, each at least 1.
-    """
-    # A LazyConfig's lists are sequences, and no lists.
+    """Returns the strides as a tuple; raises a ValueError unless they are ``num_stages`` integers of at least 1."""
+    # A LazyConfig's lists are sequences, but not of the type list.
     is_list = isinstance(strides, abc.Sequence) and not isinstance(strides, str) and len(strides) == num_stages
     # bool is a subclass of int, and True would pass as a stride of 1.
     if not is_list or any(type(s) is not int or s < 1 for s in strides):
@@ -75,17 +50,7 @@ def check_stage_strides(key: str, strides: Sequence[int], num_stages: int) -> Tu
 
 
 def divide_width(channels: int, divisor: int, *, key: str) -> int:
-    """
-    Channel count of a layer in the divided network.
-
-    Args:
-        channels: channel count in the undivided network.
-        divisor: what every channel count is divided by.
-        key: the configuration key of the divisor, for the error message.
-
-    Raises:
-        ValueError: if ``divisor`` is not a positive integer that divides ``channels``.
-    """
+    """``channels / divisor``; a ValueError unless ``divisor`` is a positive integer that divides ``channels``."""
     if type(divisor) is not int or divisor < 1:
         raise ValueError(f"{key} is {divisor!r}; give an integer of at least 1.")
     if channels % divisor != 0:
@@ -98,12 +63,10 @@ def divide_width(channels: int, divisor: int, *, key: str) -> int:
 
 def num_norm_groups(channels: int) -> int:
     """
-    Groups of a GroupNorm over ``channels`` channels.
+    Groups of a GroupNorm over ``channels`` channels (powers of two): 32, as in Detectron2, from 64 channels on.
 
-    It is 32, as Detectron2 has it, from 64 channels on (powers of two). Below that 32 would not
-    divide the width, or would leave one channel in each group, which is instance normalization:
-    it removes from every channel how strongly it responds to the image as a whole. So a group
-    holds at least two channels: 2 channels make 1 group, 4 make 2, 32 make 16.
+    Fewer channels have groups of two: 4 channels make 2 groups, 32 make 16. One channel per group would be instance
+    normalization, which removes from every channel how strongly it responds to the image as a whole.
     """
     groups = math.gcd(_MAX_GROUPS, channels)
     return groups // 2 if groups == channels and channels > 1 else groups
@@ -115,16 +78,12 @@ def _group_norm(channels: int) -> nn.GroupNorm:
 
 def resolve_norm(key: str, norm: str) -> Norm:
     """
-    Args:
-        key: the configuration key the name comes from, for the error message.
-        norm: one of ``NORMS``.
-
     Returns:
-        what ``detectron2.layers.get_norm`` takes: the name itself, except that "GN" becomes a
-        function that fits the number of groups to the width (see :func:`num_norm_groups`).
+        the argument of ``detectron2.layers.get_norm``: the name itself, but for "GN" a function that fits the number of
+        groups to the width (see :func:`num_norm_groups`).
 
     Raises:
-        ValueError: if ``norm`` is unknown.
+        ValueError: ``norm`` is not in ``NORMS``.
     """
     check_choice(key, norm, NORMS)
     return _group_norm if norm == "GN" else norm
@@ -132,23 +91,20 @@ def resolve_norm(key: str, norm: str) -> Norm:
 
 def build_fpn(cfg: CfgNode, bottom_up: Backbone, *, strides_key: str, for_retinanet: bool = False) -> FPN:
     """
-    Detectron2's FPN over ``bottom_up``, with one more level by subsampling the last, or with RetinaNet's two.
+    Detectron2's FPN over ``bottom_up``. The coarsest level is subsampled to one more level.
 
-    It reads ``MODEL.FPN.*`` as ``build_resnet_fpn_backbone`` does. Levels are named after their
-    stride, "p3" for stride 8, so which names there are depends on the stage strides. The added
-    level follows the coarsest one; in Detectron2 it always follows "p5", which a VGG, with its
-    strides up to 16, does not have.
+    It reads ``MODEL.FPN.*`` as ``build_resnet_fpn_backbone`` does. Levels are named after their stride: "p3" has stride
+    8. In Detectron2 the added level always follows "p5"; a VGG has no such level, because its strides end at 16.
 
     Args:
-        cfg: the configuration.
         bottom_up: backbone that returns every feature of ``MODEL.FPN.IN_FEATURES``.
-        strides_key: the key that sets the bottom-up's strides, for the error message.
-        for_retinanet: two more levels by convolutions on the last input feature (Lin et al., "Focal Loss for Dense
-            Object Detection", ICCV 2017), as ``build_retinanet_resnet_fpn_backbone`` adds "p6" and "p7" to "p5".
+        strides_key: the key that sets the bottom-up's strides, for the error.
+        for_retinanet: instead, add two levels by convolutions on the last input feature (Lin et al., "Focal Loss for
+            Dense Object Detection", ICCV 2017), as ``build_retinanet_resnet_fpn_backbone`` does.
 
     Raises:
-        ValueError: if an input feature is missing from the bottom-up, if the strides do not double
-            from one input feature to the next, or if a norm or fuse type is unknown.
+        ValueError: the bottom-up lacks an input feature, the strides do not double from one input feature to the next,
+            or a norm or fuse type is unknown.
     """
     shapes = bottom_up.output_shape()
     in_features = check_out_features("MODEL.FPN.IN_FEATURES", cfg.MODEL.FPN.IN_FEATURES, tuple(shapes))

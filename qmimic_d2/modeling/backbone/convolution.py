@@ -1,5 +1,5 @@
 """
-The 3x3 convolutions of the backbones: plain, or one of the two cheaper kinds that tiny networks are compared with.
+The 3x3 convolutions of the backbones: plain, group or depthwise separable.
 
 The Quantization Mimic paper (arXiv 1805.02152) compares its tiny networks with networks of group and of
 depthwise separable convolutions. Cost of one output cell, for C channels in, D out and G groups, in
@@ -25,9 +25,9 @@ class DepthwiseSeparableConv(nn.Module):
     """
     A depthwise 3x3 convolution with norm and ReLU, then a 1x1 convolution with norm.
 
-    The block of MobileNet (Howard et al., arXiv 1704.04861, figure 3). In a state dict they are
-    ``depthwise.weight``, ``depthwise.norm.weight``, ``pointwise.weight`` and ``pointwise.norm.weight``.
-    Unlike ``detectron2.layers.DepthwiseSeparableConv2d`` it can have a stride.
+    The block of MobileNet (Howard et al., arXiv 1704.04861, figure 3). Its state dict has ``depthwise.weight``,
+    ``depthwise.norm.weight``, ``pointwise.weight`` and ``pointwise.norm.weight``. Unlike
+    ``detectron2.layers.DepthwiseSeparableConv2d`` it can have a stride.
     """
 
     def __init__(
@@ -43,11 +43,12 @@ class DepthwiseSeparableConv(nn.Module):
     ):
         """
         Args:
-            in_channels, out_channels: of both convolutions together; the depthwise one keeps the channels.
+            in_channels: of the depthwise convolution, which keeps them.
+            out_channels: of the 1x1 convolution.
             stride, dilation: of the depthwise convolution.
             norm: of the depthwise convolution; "" for none, and a bias.
             out_norm: of the 1x1 convolution; "" for none, and a bias.
-            activation: behind the 1x1 convolution; None for none.
+            activation: after the 1x1 convolution; None for none.
         """
         super().__init__()
         self.depthwise = _conv3x3(
@@ -75,15 +76,7 @@ class DepthwiseSeparableConv(nn.Module):
 
 
 def check_conv(node: str, conv: str, groups: int) -> None:
-    """
-    Args:
-        node: the configuration node of the two options, for the error message.
-        conv: one of :data:`CONVS`.
-        groups: of "group".
-
-    Raises:
-        ValueError: if ``conv`` is unknown, or if it is "group" and there are not at least two groups.
-    """
+    """Raises a ValueError if ``conv`` is not in :data:`CONVS`, or if it is "group" with fewer than two groups."""
     check_choice(f"{node}.CONV", conv, CONVS)
     if conv == "group" and groups < 2:
         raise ValueError(f"{node}.CONV_GROUPS is {groups}; give at least 2, or set {node}.CONV to 'plain'.")
@@ -103,15 +96,13 @@ def build_conv3x3(
     activation: Optional[nn.Module] = None,
 ) -> nn.Module:
     """
-    A 3x3 convolution that keeps the size at stride 1, or what takes its place.
+    A 3x3 convolution of one of the kinds :data:`CONVS`, which keeps the size at stride 1.
 
-    "group" is what the field calls group convolution (AlexNet, ResNeXt): the 3x3 convolution with groups,
-    and nothing that mixes them. In a VGG, whose layers follow each other directly, the groups therefore
-    meet in the heads only.
+    "group" is the group convolution of AlexNet and ResNeXt: a 3x3 convolution with groups, and no layer that mixes
+    them. A VGG has no other layers, so its groups meet in the heads only.
 
     Args:
-        node: the configuration node of ``conv`` and ``groups``, for the error message.
-        conv: one of :data:`CONVS`, see :func:`check_conv`.
+        node: the configuration node of ``conv`` and ``groups``, for the error.
         groups: of "group"; the other kinds do not read it.
         norm: of the depthwise convolution of "depthwise".
         out_norm: of the output; "" for none, and a bias.
@@ -137,7 +128,7 @@ def build_conv3x3(
 
 def replace_conv3x3(block: CNNBlockBase, *, node: str, conv: str, groups: int, norm: Norm) -> None:
     """
-    Puts "group" or "depthwise" convolutions in the place of the plain 3x3 ones of a residual block.
+    Replaces the plain 3x3 convolutions of a residual block by "group" or "depthwise" ones.
 
     Args:
         block: Detectron2's BasicBlock or BottleneckBlock, whose own ReLUs follow its convolutions.
@@ -177,7 +168,7 @@ def _conv3x3(in_channels: int, out_channels: int, *, groups: int, dilation: int,
     )
     weight_init.c2_msra_fill(conv)
     if groups > 1:
-        # The initialization takes every output for a reader of each input; only one group's outputs are.
+        # The initialization assumes that every output reads each input; only the outputs of one group do.
         with torch.no_grad():
             conv.weight.mul_(groups**0.5)
     return conv

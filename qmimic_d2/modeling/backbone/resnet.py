@@ -1,8 +1,8 @@
 """
-ResNet whose every channel count is divided by one number, out of Detectron2's own blocks.
+ResNet with every channel count divided by one number, made of Detectron2's own blocks.
 
-Detectron2's ``build_resnet_backbone`` fixes the widths of ResNet-18 and ResNet-34, so the network
-is composed here from ``ResNet.make_stage``. Module and parameter names are Detectron2's.
+Detectron2's ``build_resnet_backbone`` fixes the widths of ResNet-18 and ResNet-34, so this file calls
+``ResNet.make_stage`` itself. Module and parameter names are Detectron2's.
 """
 
 import logging
@@ -30,8 +30,8 @@ _BASIC_DEPTHS = (18, 34)
 _FEATURE_NAMES = ("stem", "res2", "res3", "res4", "res5")
 _NUM_STAGES = 4
 
-# Default of MODEL.RESNETS.RES2_OUT_CHANNELS, right for bottleneck blocks, and the only width of
-# res2 in a ResNet-18 or ResNet-34.
+# Default of MODEL.RESNETS.RES2_OUT_CHANNELS, which fits bottleneck blocks; and the width of res2 in a ResNet-18 or
+# ResNet-34.
 _BOTTLENECK_RES2_CHANNELS = 256
 _BASIC_RES2_CHANNELS = 64
 
@@ -62,26 +62,24 @@ def make_divided_resnet(
     Args:
         in_channels: channels of the input image.
         depth: 18, 34 or 50.
-        width_divisor: what every channel count below is divided by.
+        width_divisor: divides every channel count below.
         norm: "", "BN", "SyncBN", "FrozenBN" or "GN" (groups as in ``build.num_norm_groups``).
-        stage_strides: stride of the first block of res2, res3, res4, res5; the stem has stride 4.
+        stage_strides: of the first block of res2, res3, res4, res5; the stem has stride 4.
         out_features: among "stem", "res2", ..., "res5". Later stages are not built.
         stem_out_channels: undivided width of the stem.
         res2_out_channels: undivided width of res2's output; each later stage doubles it. ResNet-18
             and ResNet-34 have 64 there; 256, Detectron2's default, means 64 for them.
         num_groups: groups of the bottleneck's 3x3 convolution; 1 for depth 18 and 34.
         width_per_group: undivided width of one such group in res2.
-        stride_in_1x1: whether a bottleneck's stride is in its first 1x1 convolution (MSRA's
-            weights) or in its 3x3 convolution (torchvision's weights).
+        stride_in_1x1: whether a bottleneck's stride is in its first 1x1 convolution (MSRA's weights) or in its 3x3
+            convolution (torchvision's weights).
         res5_dilation: 1 or 2; 2 dilates res5 and sets its stride to 1. 1 for depth 18 and 34.
         freeze_at: 1 freezes the stem, 2 the stem and res2, and so on.
-        conv: kind of every 3x3 convolution, one of ``convolution.CONVS``; the stem and the 1x1
-            convolutions stay as they are.
-        conv_groups: groups of those convolutions, if their kind is "group".
+        conv: kind of every 3x3 convolution after the stem, one of ``convolution.CONVS``.
+        conv_groups: groups of the kind "group".
 
     Raises:
-        ValueError: if an argument is not among its options or does not fit the others; the message
-            names its key.
+        ValueError: an argument is not among its options or does not fit the others; names its key.
     """
     key = "MODEL.RESNETS."
     check_choice(key + "DEPTH", depth, tuple(_BLOCKS_PER_STAGE))
@@ -145,10 +143,7 @@ def make_divided_resnet(
 
 
 def _check_basic_depth(depth: int, num_groups: int, res5_dilation: int, res2_out_channels: int) -> None:
-    """
-    Raises:
-        ValueError: if a setting of bottleneck blocks is asked of ResNet-18 or ResNet-34.
-    """
+    """Raises a ValueError if ResNet-18 or ResNet-34 has a setting of bottleneck blocks."""
     for key, value, options in (
         ("NUM_GROUPS", num_groups, (1,)),
         ("RES5_DILATION", res5_dilation, (1,)),
@@ -162,14 +157,9 @@ def build_divided_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNe
     """
     A divided ResNet from ``MODEL.RESNETS`` and ``MODEL.BACKBONE.FREEZE_AT``.
 
-    With ``WIDTH_DIVISOR`` 1 and the default ``STAGE_STRIDES`` it is the network that Detectron2's
-    ``build_resnet_backbone`` makes, except that ResNet-18 and ResNet-34 need no
-    ``RES2_OUT_CHANNELS 64``. torchvision's weights need ``STRIDE_IN_1X1 False``; for their
-    preprocessing see ``imagenet_names.py``.
-
-    Args:
-        cfg: configuration with the keys of ``add_qmimic_config``.
-        input_shape: its ``channels`` are the input's.
+    With ``WIDTH_DIVISOR`` 1 and the default ``STAGE_STRIDES`` it is the network of Detectron2's
+    ``build_resnet_backbone``, but ResNet-18 and ResNet-34 need no ``RES2_OUT_CHANNELS 64``. torchvision's weights need
+    ``STRIDE_IN_1X1 False``; for their preprocessing see ``imagenet_names.py``.
 
     Raises:
         ValueError: see :func:`make_divided_resnet`; also if ``DEFORM_ON_PER_STAGE`` is on.
@@ -203,8 +193,7 @@ def build_divided_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNe
 
 
 def _warn_if_untrained_parts_are_fixed(width_divisor: int, freeze_at: int, norm: str) -> None:
-    # Detectron2's defaults (FREEZE_AT 2, FrozenBN) suppose ImageNet weights. They pass every check
-    # and train, only badly, so say it.
+    # Detectron2's defaults (FREEZE_AT 2, FrozenBN) are made for ImageNet weights. Without them they train, but badly.
     if freeze_at > 0:
         logger.warning(
             "MODEL.BACKBONE.FREEZE_AT is %d and MODEL.RESNETS.WIDTH_DIVISOR is %d: unless trained "

@@ -1,11 +1,10 @@
 """
-VGG whose every channel count is divided by one number, for Detectron2.
+VGG with every channel count divided by one number, for Detectron2.
 
-Shape shorthand in this module:
-
-    N: number of images in the batch
-    C: channels of a feature
-    H, W: height and width of the input, in pixels
+Shape letters:
+    N: number of images.
+    C: channels of a feature.
+    H, W: height and width of the input, in pixels.
 """
 
 from typing import Any, Dict, Sequence
@@ -35,9 +34,7 @@ _FEATURE_NAMES = ("conv1", "conv2", "conv3", "conv4", "conv5")
 
 class VGGStage(CNNBlockBase):
     """
-    One stage of a VGG: an optional max pooling, then 3x3 convolutions with norm and ReLU.
-
-    The convolutions are named ``conv1``, ``conv2``, ... in order. They may be group or depthwise separable ones.
+    One stage of a VGG: an optional max pooling, then 3x3 convolutions ``conv1``, ``conv2``, ... with norm and ReLU.
     """
 
     def __init__(
@@ -56,20 +53,18 @@ class VGGStage(CNNBlockBase):
     ):
         """
         Args:
-            in_channels: channels of the input.
-            out_channels: channels of every convolution's output.
-            num_convs: number of convolutions.
+            out_channels: of every convolution.
             norm: what ``detectron2.layers.get_norm`` takes; "" for none.
             last_norm: whether the last convolution has the norm too.
-            pool_stride: kernel and stride of the max pooling at the start; 1 for none. As in
-                torchvision, a rest of rows or columns that fills no window is dropped.
-            conv_stride: stride of the first convolution.
+            pool_stride: kernel and stride of the max pooling at the start; 1 for none. As in torchvision, it drops the
+                last rows or columns that do not fill a window.
+            conv_stride: of the first convolution.
             conv: kind of the convolutions, one of ``convolution.CONVS``.
-            conv_groups: groups of the convolutions, if their kind is "group".
+            conv_groups: groups of the kind "group".
             is_first: whether the first convolution reads the image; it is plain then.
 
         Raises:
-            ValueError: if ``conv_groups`` do not divide the channels.
+            ValueError: ``conv_groups`` does not divide the channels.
         """
         super().__init__(in_channels, out_channels, pool_stride * conv_stride)
         self.pool_stride = pool_stride
@@ -102,10 +97,9 @@ class VGG(Backbone):
     The convolutional part of a VGG, every channel count divided by ``width_divisor``.
 
     VGG-1-32 of the Quantization Mimic paper (arXiv 1805.02152) is ``depth=16, width_divisor=32``.
-    The network is that of "Very Deep Convolutional Networks for Large-Scale Image Recognition"
-    (arXiv 1409.1556), with pooling before a stage instead of behind it, so that a stage's feature
-    is the one before the pooling. Features are named "conv1" to "conv5"; a convolution in a
-    checkpoint is ``conv5.conv3.weight``, its norm ``conv5.conv3.norm.weight``.
+    The network is that of "Very Deep Convolutional Networks for Large-Scale Image Recognition" (arXiv 1409.1556). The
+    pooling is at the start of a stage, so that a stage's feature is the one before the next pooling. Features are named
+    "conv1" to "conv5"; a convolution in a checkpoint is ``conv5.conv3.weight``, its norm ``conv5.conv3.norm.weight``.
 
     The weights of torchvision's ``vgg11``, ``vgg13``, ``vgg16`` and their ``_bn`` forms fit
     ``width_divisor=1``; see ``imagenet_names.py``, also for the preprocessing they expect.
@@ -130,19 +124,19 @@ class VGG(Backbone):
         Args:
             in_channels: channels of the input image.
             depth: 11, 13 or 16.
-            width_divisor: what every channel count is divided by; a divisor of 64.
+            width_divisor: divides every channel count; a divisor of 64.
             norm: "", "BN", "SyncBN", "FrozenBN" or "GN" (groups as in ``build.num_norm_groups``).
             last_norm: whether the last convolution of the network has the norm too.
-            stage_strides: stride of the first convolution, then kernel and stride of the max
-                pooling before each of the stages 2 to 5, 1 for no pooling.
-            out_features: names of the features to return. Stages behind the last one of these are
-                not built, so that no parameter is without a gradient.
-            freeze_at: number of stages to freeze, from the first; see :meth:`freeze`.
+            stage_strides: stride of the first convolution, then kernel and stride of the max pooling of stages 2 to
+                5; 1 for no pooling.
+            out_features: names of the features to return. Stages after the last of these are not built, so that no
+                parameter is without a gradient.
+            freeze_at: number of stages to freeze; see :meth:`freeze`.
             conv: kind of every convolution but the first, one of ``convolution.CONVS``.
-            conv_groups: groups of the convolutions, if their kind is "group".
+            conv_groups: groups of the kind "group".
 
         Raises:
-            ValueError: if an argument is not among its options; the message names its key.
+            ValueError: an argument is not among its options; names its key.
         """
         super().__init__()
         check_choice("MODEL.VGG.DEPTH", depth, tuple(_CONVS_PER_STAGE))
@@ -151,8 +145,7 @@ class VGG(Backbone):
         resolved_norm = resolve_norm("MODEL.VGG.NORM", norm)
         strides = check_stage_strides("MODEL.VGG.STAGE_STRIDES", stage_strides, len(_FEATURE_NAMES))
         out_features = check_out_features("MODEL.VGG.OUT_FEATURES", out_features, _FEATURE_NAMES)
-        # All five are divided even where fewer are built: whether a divisor is valid should not
-        # depend on OUT_FEATURES.
+        # All five, even if fewer are built: whether a divisor is valid should not depend on OUT_FEATURES.
         widths = [
             divide_width(channels, width_divisor, key="MODEL.VGG.WIDTH_DIVISOR")
             for channels in _STAGE_CHANNELS
@@ -185,7 +178,6 @@ class VGG(Backbone):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict[str, Any]:
-        """Arguments of ``__init__`` from ``MODEL.VGG``."""
         node = cfg.MODEL.VGG
         return {
             "in_channels": input_shape.channels,
@@ -206,11 +198,11 @@ class VGG(Backbone):
             x: (N, C, H, W) preprocessed images.
 
         Returns:
-            from feature name to (N, C, H / stride, W / stride), rounded down where a pooling does
-            not divide the size. Every feature ends in a ReLU.
+            from feature name to (N, C, H / stride, W / stride), rounded down by each pooling. Every feature ends in a
+            ReLU.
 
         Raises:
-            ValueError: if ``x`` has not four dimensions.
+            ValueError: ``x`` does not have four dimensions.
         """
         if x.dim() != 4:
             raise ValueError(f"VGG takes an input of shape (N, C, H, W); got {tuple(x.shape)}.")
@@ -223,15 +215,12 @@ class VGG(Backbone):
 
     def freeze(self, freeze_at: int = 0) -> "VGG":
         """
-        Freeze the first stages, as ``detectron2.modeling.backbone.ResNet.freeze`` does.
+        Freezes the first stages, as ``detectron2.modeling.backbone.ResNet.freeze`` does, and returns this network.
 
-        Their parameters require no gradient and their BatchNorm layers become FrozenBatchNorm.
+        Their parameters require no gradient, and their BatchNorm layers become FrozenBatchNorm.
 
         Args:
             freeze_at: number of stages: 1 freezes conv1, 2 conv1 and conv2, and so on.
-
-        Returns:
-            this network.
         """
         for name in self.stage_names[:freeze_at]:
             getattr(self, name).freeze()

@@ -30,6 +30,6 @@ def build_adapter(kind: str, in_channels: int, out_channels: int) -> nn.Module:
 
 
 def check_adapter(kind: str) -> None:
-    """Raises a ValueError where ``kind`` is none of :data:`ADAPTERS`."""
+    """Raises a ValueError if ``kind`` is not in :data:`ADAPTERS`."""
     if kind not in ADAPTERS:
         raise ValueError(f"MODEL.QMIMIC.MIMIC.ADAPTER is {kind!r}; choose one of {list(ADAPTERS)}")

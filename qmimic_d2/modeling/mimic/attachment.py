@@ -1,4 +1,4 @@
-"""What is hung on a detector for its training: how it gets there, how it goes, and when training begins."""
+"""The base of what hangs on a detector in training: attaching, removing, and the begin of training."""
 
 import logging
 from typing import Callable, List, Optional, Sequence
@@ -19,21 +19,21 @@ class Attachment(nn.Module):
     """
     A module that hangs on a detector as ``model.mimic`` and acts through hooks alone.
 
-    Training begins when the detector's ``train()`` is called on a new model, as Detectron2's trainers do, or at the
-    latest with the first training forward. Then :meth:`prepare_training` runs, so that mistakes show early.
+    Training begins when ``train()`` is called on a new model, as Detectron2's trainers do, or with the first training
+    forward. Then :meth:`prepare_training` runs, so that mistakes show early.
     """
 
     teacher: Optional[FrozenTeacher] = None
-    # The detector and its hooks, once it hangs on one.
+    # The detector and the hooks, while attached.
     _held: Sequence[nn.Module] = ()
     _handles: Sequence[RemovableHandle] = ()
 
     def attach(self, model: nn.Module) -> None:
         """
-        Hangs it on a detector, in the place of an earlier one.
+        Hangs it on a detector; it replaces an earlier one.
 
         Raises:
-            ValueError: as :func:`check_attachable`.
+            ValueError: see :func:`check_attachable`.
         """
         check_attachable(model)
         previous = getattr(model, NAME, None)
@@ -46,7 +46,7 @@ class Attachment(nn.Module):
         self.training = model.training
 
     def remove(self) -> None:
-        """Takes it off the detector, which is then what it was. Harmless twice."""
+        """Takes it off the detector, which then is as it was before. A second call does nothing."""
         for handle in self._handles:
             handle.remove()
         for model in self._held:
@@ -59,12 +59,12 @@ class Attachment(nn.Module):
         return self._held[0]
 
     def prepare_training(self) -> None:
-        """Called when training begins, and before each training step."""
+        """Runs when training begins, and before each training step."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> "Attachment":
         """As ``nn.Module.train``; on a new model it prepares the training."""
-        # An evaluation that ends with train(), as Detectron2's does, is no beginning of a training.
+        # Detectron2's evaluation ends with train(), which does not begin a training: the mode was False before.
         begins = mode and self.training
         super().train(mode)
         if begins and self._held:
@@ -85,7 +85,7 @@ class Attachment(nn.Module):
 def check_attachable(model: nn.Module) -> None:
     """
     Raises:
-        ValueError: the detector has a ``mimic`` of its own, or no ``backbone``.
+        ValueError: the detector already has an attribute ``mimic``, or has no ``backbone``.
     """
     if not isinstance(getattr(model, NAME, None), (Attachment, type(None))):
         raise ValueError(f"{type(model).__name__} has an attribute {NAME!r} of its own; rename it")
@@ -95,12 +95,12 @@ def check_attachable(model: nn.Module) -> None:
 
 class AbsentMimic(Attachment):
     """
-    Stands where the config names no teacher, or one whose config cannot be read.
+    Takes the mimic's place if the config names no teacher, or a teacher whose config cannot be read.
 
-    An evaluation needs no teacher. A training without one warns once; with an unreadable one it raises.
+    An evaluation needs no teacher. A training without a teacher warns once; with an unreadable one it raises an error.
 
     Args:
-        build_teacher: raises what is wrong with the teacher; None: none is named.
+        build_teacher: raises the error of the unreadable config; None: the config names no teacher.
     """
 
     def __init__(self, build_teacher: Optional[Callable[[], FrozenTeacher]] = None):

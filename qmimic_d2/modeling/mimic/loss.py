@@ -64,15 +64,15 @@ class RoIMimicLoss(nn.Module):
     """
     Compares the student's with the teacher's features inside regions of interest.
 
-    The student's map is pooled first and the adapter applied to the pooled features: the equation's
-    own order, r(f_s^i), and the cheap one, since the student has few channels. (A 1x1 convolution
-    commutes with ROIAlign's averaging, so for the linear adapter the order makes no difference.)
+    The student's map is pooled first, then the adapter is applied. This is the equation's order, r(f_s^i), and it is
+    cheap because the student has few channels. For a linear adapter the order makes no difference: a 1x1 convolution
+    commutes with ROIAlign's averaging.
 
-    Maps that a teacher's hook has quantized leave ROIAlign between the codes; they are quantized
-    again after it, so that both sides of the difference stand on the dictionary.
+    ROIAlign averages the codes of a teacher's quantized map, so its output lies between codes. It is quantized again,
+    so that both sides of the difference are codes.
 
     Attributes:
-        distance: gives the scalar loss of a :class:`Pair` that has a region. Any function will do; by default it is
+        distance: a function that gives the scalar loss of a :class:`Pair` with regions; by default
             :meth:`mimic_distance`.
     """
 
@@ -102,12 +102,11 @@ class RoIMimicLoss(nn.Module):
             normalize_by: one of :data:`NORMALIZERS`.
             student_quantizer: Q around r(f_s); None for none.
             teacher_quantizer: Q around f_t; None for none.
-            code_quantizer: the dictionary on which student and teacher are compared; None: they cannot be.
+            code_quantizer: the dictionary of :meth:`compare`; None: no comparison.
             distance: see the attribute; None for L_m.
 
         Raises:
-            ValueError: an unknown option, or maps whose number, strides or channels do not fit; names
-                the maps and the fix.
+            ValueError: an unknown option, or maps whose number, strides or channels do not fit.
         """
         super().__init__()
         if normalize_by not in NORMALIZERS:
@@ -169,7 +168,7 @@ class RoIMimicLoss(nn.Module):
             boxes: N Boxes in pixels of the student's input image.
 
         Returns:
-            One for each level, those without a region included.
+            One for each level, also for levels without a region.
 
         Raises:
             ValueError: maps and boxes are not of the same images, or boxes are rotated.
@@ -198,12 +197,10 @@ class RoIMimicLoss(nn.Module):
         image_sizes: List[Tuple[int, int]],
     ) -> List[Pair]:
         """
-        Plain feature mimic, for comparison: as :meth:`pairs`, but every cell of a map that lies in its image is a
-        region of one bin, without pooling.
+        Plain feature mimic, for comparison: as :meth:`pairs`, but every cell inside an image is a region of one bin.
 
         Args:
-            image_sizes: N heights and widths in pixels of the student's input image; cells of the padding are left
-                out.
+            image_sizes: N heights and widths in pixels of the student's input image, without padding.
 
         Raises:
             ValueError: maps and sizes are not of the same images.
@@ -222,8 +219,8 @@ class RoIMimicLoss(nn.Module):
     def loss(self, pairs: Sequence[Pair]) -> Dict[str, Tensor]:
         """
         Returns:
-            The :attr:`distance` of each pair, unweighted, as ``loss_mimic``, or as ``loss_mimic_<map>`` for each of
-            several levels. Without a region it is a zero that still reaches every parameter.
+            The :attr:`distance` of each pair, without lambda, as ``loss_mimic``; with several levels as
+            ``loss_mimic_<map>``. Without a region it is a zero that still reaches every parameter.
         """
         return {
             f"loss_mimic{self.suffix(pair.name)}": self.distance(pair) if len(pair.student) else pair.student.sum()
@@ -244,7 +241,7 @@ class RoIMimicLoss(nn.Module):
         How alike both sides are.
 
         Returns:
-            By name of the student's map, those without a region included.
+            By name of the student's map, also for maps without a region.
 
         Raises:
             ValueError: there is no ``code_quantizer``.
@@ -255,8 +252,8 @@ class RoIMimicLoss(nn.Module):
 
     def write_diagnostics(self, pairs: Sequence[Pair]) -> None:
         """
-        Writes how alike both sides are to the event storage, with the level's name as the suffix where there are
-        several (see :func:`write_comparison`). Without a storage or a ``code_quantizer`` nothing is written.
+        Writes how alike both sides are to the event storage (see :func:`write_comparison`). Without a storage or a
+        ``code_quantizer`` it writes nothing.
         """
         if self.code_quantizer is None or not has_event_storage():
             return
@@ -264,7 +261,7 @@ class RoIMimicLoss(nn.Module):
             write_comparison(get_event_storage(), comparison, self.code_quantizer, self.suffix(name))
 
     def zeros(self, student_maps: Dict[str, Tensor]) -> Dict[str, Tensor]:
-        """The losses of a step in which lambda is 0: zeros that still reach every parameter."""
+        """The losses if lambda is 0: zeros that still reach every parameter."""
         return {
             f"loss_mimic{self.suffix(name)}": self._zero(name, student_maps[name])
             for name in self.student_features
@@ -273,7 +270,7 @@ class RoIMimicLoss(nn.Module):
     def _check_maps(
         self, student_maps: Dict[str, Tensor], teacher_maps: Dict[str, Tensor], num_images: int
     ) -> None:
-        # a region of an image that a map does not cover would be read from beyond its memory
+        # the pooling would read beyond a map's memory for a region of an image that the map does not cover
         maps_of = {
             "student": named(student_maps, self.student_features),
             "teacher": named(teacher_maps, self.teacher_features),
@@ -296,11 +293,11 @@ class RoIMimicLoss(nn.Module):
         return rows[0][:, :, None, None], rows[1][:, :, None, None]
 
     def suffix(self, name: str) -> str:
-        """Of the names of a level's loss and figures: "" for the only level."""
+        """The suffix of a level's loss and figures; "" if there is one level."""
         return f"_{name}" if len(self.student_features) > 1 else ""
 
     def _zero(self, name: str, student_map: Tensor) -> Tensor:
-        # Reaches the adapter, so that under DDP every process uses every parameter in every step.
+        # It reaches the adapter, because DDP wants every process to use every parameter in every step.
         zero = student_map.flatten()[:0].sum()
         return sum((parameter.sum() * 0.0 for parameter in self.adapters[name].parameters()), zero)
 
@@ -314,7 +311,7 @@ class RoIMimicLoss(nn.Module):
         if self.normalize_by == "element":
             return squares / (2 * num_regions * target[0].numel())
         energy = torch.dot(target.flatten(), target.flatten())
-        # A teacher that is silent in every region has nothing to relate to: no loss, not a huge one.
+        # A teacher that is 0 in every region gives no loss instead of a huge one.
         return squares * torch.where(energy > 0.0, 0.5 / energy, 0.0)
 
 

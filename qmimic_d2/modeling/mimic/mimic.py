@@ -1,4 +1,4 @@
-"""The mimic of a detector: what it sees of a training step, and the losses it adds."""
+"""The mimic of a detector: in each training step it adds its losses to the detector's."""
 
 import functools
 from dataclasses import dataclass
@@ -80,14 +80,13 @@ class MimicSettings:
 
 class Mimic(Attachment, RoIMimicLoss):
     """
-    Everything of the method and nothing of the detector: adapters, loss weight, teacher, regions, loss, measurements.
+    The whole method, without the detector: adapters, loss weight, teacher, regions, loss, measurements.
 
     Its parameters and buffers are those of the adapters and the weight, in ``state_dict`` under ``mimic.``. The teacher
-    is no submodule (see :class:`FrozenTeacher`). It is built and audited when training begins, so that a model that
-    only evaluates needs none of its files.
+    is no submodule (see :class:`FrozenTeacher`). It is built and audited when training begins, so that an evaluation
+    needs none of its files.
 
-    :func:`qmimic_d2.attach_mimic` builds one and hangs it on a detector, whose training losses then hold
-    ``loss_mimic``. A training step::
+    :func:`qmimic_d2.attach_mimic` builds one and hangs it on a detector. A training step::
 
         pairs = mimic.pairs(student_maps, teacher_maps, boxes)  # per level: r(f_s) and f_t, pooled
         losses = mimic.loss(pairs)                              # L_m of each, or another ``distance``
@@ -106,8 +105,8 @@ class Mimic(Attachment, RoIMimicLoss):
         """
         Args:
             build_teacher: called once, when training begins.
-            load_heads: fills the given submodules from the teacher when training begins; None: they keep their
-                own initial weights.
+            load_heads: fills the detector's heads from the teacher when training begins; None: they keep their own
+                initial weights.
             weight: lambda over time; None: 1.0.
             settings: where it looks and when it measures.
             kwargs: of :class:`RoIMimicLoss`.
@@ -136,10 +135,10 @@ class Mimic(Attachment, RoIMimicLoss):
 
     def prepare_training(self) -> None:
         """
-        Builds the teacher where there is none yet, and fills the heads from it where the config wants that.
+        Builds the teacher at the first call, and fills the heads from it if the config says so.
 
         Raises:
-            FileNotFoundError, ValueError: the teacher's files are not there or do not fit.
+            FileNotFoundError, ValueError: the teacher's files are missing or do not fit.
         """
         if self.teacher is None:
             teacher = self.build_teacher().to(self.device)
@@ -151,9 +150,9 @@ class Mimic(Attachment, RoIMimicLoss):
     @torch.no_grad()
     def compare_on(self, batched_inputs: List[Dict[str, Tensor]], boxes: List[Boxes]) -> Dict[str, FeatureComparison]:
         """
-        How alike student and teacher are inside given regions, in the mode that the detector is in.
+        How alike student and teacher are inside given regions, in the detector's present mode.
 
-        We compare what the mimic loss compares: r of the student's map as it was before its quantizer.
+        We compare r of the student's map before its quantizer, as the mimic loss does.
 
         Args:
             batched_inputs: N dicts as Detectron2's ``DatasetMapper`` makes them; "image" is read.
@@ -163,7 +162,7 @@ class Mimic(Attachment, RoIMimicLoss):
             By name of the student's map.
 
         Raises:
-            ValueError: there is no teacher yet; training begins with one.
+            ValueError: there is no teacher yet; ``train()`` builds it.
         """
         if self.teacher is None:
             raise ValueError("this model has no teacher to be compared with; call train() first, which loads it")
@@ -171,13 +170,13 @@ class Mimic(Attachment, RoIMimicLoss):
         return self.compare(self.pairs(maps, self.teacher.features(batched_inputs), boxes))
 
     def student_maps(self, batched_inputs: List[Dict[str, Tensor]]) -> Dict[str, Tensor]:
-        """The backbone's maps of these images as they are before any quantizer, by name, shape (N, C, H, W)."""
+        """The backbone's maps of these images before any quantizer, by name, shape (N, C, H, W)."""
         model = self.detector
         self.record.begin()
         try:
             if hasattr(model, "preprocess_image"):
                 model.backbone(model.preprocess_image(batched_inputs).tensor)
-            else:  # in training mode its own hooks would end the record
+            else:  # not model(...): the mimic's own hooks would end the record
                 model.forward(batched_inputs)
             return self.record.maps
         finally:
@@ -207,7 +206,7 @@ class Mimic(Attachment, RoIMimicLoss):
         ]
 
     def _note_loaded_heads(self, state: Dict[str, Tensor], prefix: str, *rest) -> None:
-        # Weights that somebody loads before training begins, a checkpoint's say, are to stay.
+        # Weights that were loaded before training begins, such as a checkpoint's, stay.
         self._has_loaded_heads = self._has_loaded_heads or any(name.startswith(prefix) for name in state)
 
     def _on_begin(self, model: nn.Module, inputs) -> None:
@@ -269,7 +268,7 @@ class Mimic(Attachment, RoIMimicLoss):
         return self.pairs(maps, teacher_maps, boxes)
 
     def _measure_gradients(self, detection: Dict[str, Tensor], losses: Dict[str, Tensor], weight: float) -> float:
-        """Writes the mimic's share of the gradient where it is due; returns lambda, balanced where that is due."""
+        """Writes the mimic's share of the gradient if that is due. Returns lambda, balanced if that is due."""
         storage = get_event_storage()
         schedule = self.weight
         maps = named(self.record.maps, self.student_features)
@@ -298,7 +297,7 @@ def _is_due(period: int, iteration: int) -> bool:
 def check_detector(model: nn.Module, settings: MimicSettings) -> None:
     """
     Raises:
-        ValueError: the detector has no such regions as the settings ask for, or rotated ones.
+        ValueError: the detector has not the regions that the settings name, or its boxes are rotated.
     """
     heads = {name: getattr(model, name, None) for name in ("proposal_generator", "roi_heads")}
     given = own_regions(model)

@@ -41,7 +41,7 @@ ONE_MAP_PER_IMAGE = (
 @dataclass
 class TrainingRegions:
     """
-    The regions that one training step of a detector knows of, one entry per image.
+    The regions of one training step of a detector, one entry per image.
 
     Boxes are (x0, y0, x1, y1) in pixels of the student's input image.
 
@@ -54,7 +54,7 @@ class TrainingRegions:
         jitter: largest shift of a neighbour of an annotated box and largest change of its sides, as a share of
             the box's own sides.
         num_neighbours: of each annotated box.
-        seed: of the neighbours. They have a generator of their own: a run with the mimic and one without sample alike.
+        seed: of the neighbours' own generator. Runs with and without the mimic therefore sample the same proposals.
     """
 
     sampled: List[Instances] = field(default_factory=list)
@@ -76,7 +76,7 @@ Registry of region sources: functions of the :class:`TrainingRegions` of a step 
 
 @ROI_SOURCE_REGISTRY.register()
 def sampled(regions: TrainingRegions) -> List[Boxes]:
-    """The proposals that the RoI heads sampled; raises a ValueError where they return none."""
+    """The proposals that the RoI heads sampled; a ValueError if they return none."""
     if not regions.sampled:
         raise ValueError(
             f"{_KEY} has 'sampled', but the RoI heads return no sampled proposals in training (StandardROIHeads, its "
@@ -87,7 +87,7 @@ def sampled(regions: TrainingRegions) -> List[Boxes]:
 
 @ROI_SOURCE_REGISTRY.register()
 def proposals(regions: TrainingRegions) -> List[Boxes]:
-    """All proposals of the student; raises a ValueError where the detector gave none."""
+    """All proposals of the student; a ValueError if the detector gave none."""
     if not regions.proposals and regions.image_sizes:
         raise ValueError(
             f"{_KEY} has 'proposals', but the detector gave none in this step; use 'ground_truth' or 'neighbourhood'"
@@ -128,7 +128,7 @@ def check_roi_source(sources: Sequence[str], available: Optional[Sequence[str]] 
     """
     Args:
         sources: a value of ``MODEL.QMIMIC.MIMIC.ROI_SOURCE``.
-        available: those that the detector at hand has; None = all.
+        available: those that the detector has; None = all.
 
     Raises:
         ValueError: it is neither ``[WHOLE_MAP]`` nor one or more available sources, each once.
@@ -148,15 +148,15 @@ def select_rois(sources: Sequence[str], regions: TrainingRegions, max_per_image:
 
     Args:
         sources: names in :data:`ROI_SOURCE_REGISTRY`; the regions are their union, in that order.
-        regions: what the training step knows of.
-        max_per_image: most regions per image, the first ones of the union; 0 = all. Taking the
-            first draws no random number, so that a run with the mimic and one without sample alike.
+        regions: of the training step.
+        max_per_image: most regions per image; 0 = all. The first ones of the union are kept, which draws no random
+            number: runs with and without the mimic sample the same proposals.
 
     Returns:
         N Boxes of shape (R, 4), R from 0 to ``max_per_image``, detached.
 
     Raises:
-        ValueError: a part covers another number of images than the step has, or its boxes are rotated.
+        ValueError: a source covers another number of images than the step has, or its boxes are rotated.
     """
     parts = {part: ROI_SOURCE_REGISTRY.get(part)(regions) for part in sources}
     num_images = len(regions.image_sizes) or len(next(iter(parts.values())))
@@ -173,7 +173,7 @@ def select_rois(sources: Sequence[str], regions: TrainingRegions, max_per_image:
 def check_boxes(boxes: Sequence[Boxes]) -> None:
     """
     Raises:
-        ValueError: boxes that are not (x0, y0, x1, y1), such as rotated ones.
+        ValueError: boxes are not (x0, y0, x1, y1), such as rotated ones.
     """
     for index, each in enumerate(boxes):
         if each.tensor.dim() != 2 or each.tensor.shape[1] != 4:
@@ -186,7 +186,7 @@ def check_boxes(boxes: Sequence[Boxes]) -> None:
 def _neighbours(boxes: Boxes, jitter: float, count: int, generator: torch.Generator) -> Boxes:
     """``count`` for each of R boxes, shape (count * R, 4); the first R are one neighbour of each."""
     shape = (count, len(boxes), 2)
-    # on the CPU and moved, so that every device gets the same neighbours
+    # drawn on the CPU, so that every device gets the same neighbours
     shift = (2.0 * torch.rand(shape, generator=generator) - 1.0).mul_(jitter).to(boxes.device)
     growth = (2.0 * torch.rand(shape, generator=generator) - 1.0).mul_(jitter).to(boxes.device)
     tensor = boxes.tensor.detach()

@@ -1,11 +1,11 @@
-"""One teacher for all students of a run: the rehearsal's is the training's."""
+"""One teacher for all students of a run: the training uses the one of its rehearsal."""
 
 import contextlib
 from typing import Any, Callable, Dict, Hashable, Iterator, Optional, Tuple
 
 __all__ = ["forget_teacher", "one_teacher", "shared"]
 
-# What is shared, by its kind: the settings that it was made from, and itself. None outside of one_teacher().
+# Kind of a shared object -> its settings and the object. None outside of one_teacher().
 _shared: Optional[Dict[str, Tuple[Hashable, Any]]] = None
 
 
@@ -26,7 +26,7 @@ def one_teacher() -> Iterator[None]:
 
 
 def forget_teacher() -> None:
-    """Frees what is shared, for a process that trains nothing itself."""
+    """Frees the shared objects, for a process that trains nothing itself."""
     if _shared:
         _shared.clear()
 

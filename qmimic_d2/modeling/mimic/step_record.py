@@ -18,14 +18,13 @@ class StepRecord:
     It records between :meth:`begin` and :meth:`clear` only, so that no graph outlives the step.
 
     Args:
-        separates: gradients are taken at several maps, of which one may be computed from another. Where reentrant
-            activation checkpoints are between them, which refuse that, the step goes on with views of the maps: a
-            view's gradient is that of its readers alone.
+        separates: whether gradients are taken at several maps. One map may be computed from another, and a reentrant
+            activation checkpoint between the two refuses that. Then the rest of the step reads views of the maps: a
+            view's gradient comes from its readers alone.
 
     Attributes:
-        is_recording: between the two calls.
         maps: the backbone's maps before any quantizer, by name, shape (N, C, H, W).
-        regions: what the step knows of.
+        regions: of the step.
     """
 
     def __init__(self, *, separates: bool = False):
@@ -33,24 +32,22 @@ class StepRecord:
         self.clear()
 
     def begin(self) -> None:
-        """Starts to record."""
+        """Starts recording."""
         self.clear()
         self.is_recording = True
 
     def clear(self) -> None:
-        """Stops to record, and drops what was recorded."""
+        """Stops recording, and drops what was recorded."""
         self.is_recording = False
         self.maps: Dict[str, Tensor] = {}
         self.regions = TrainingRegions()
 
     def watch(self, model: nn.Module) -> List[RemovableHandle]:
         """
-        Records maps of ``model.backbone``, and regions of ``model.roi_heads`` and ``model.proposal_generator`` where
-        they exist.
-
-        The maps are read in front of the quantizer's hook: the mimic compares r of the map as it was before.
+        Records maps of ``model.backbone``, and regions of ``model.roi_heads`` and ``model.proposal_generator`` if they
+        exist. The maps are read before the quantizer's hook changes them.
         """
-        # torch.compile wraps a module; the quantizer's hook may be on the wrapped one
+        # torch.compile wraps the backbone; the quantizer's hook may be on the module inside
         backbone = getattr(model.backbone, "_orig_mod", model.backbone)
         handles = [backbone.register_forward_hook(self._on_backbone, prepend=True)]
         for name, hook in (("proposal_generator", self._on_proposals), ("roi_heads", self._on_roi_heads)):
@@ -75,7 +72,7 @@ class StepRecord:
     def _on_roi_heads(self, roi_heads: nn.Module, inputs, output) -> None:
         if self.is_recording:
             self.regions.sampled = list(output[0] or ())
-            if len(inputs) > 2:  # precomputed proposals come from no generator
+            if len(inputs) > 2:  # precomputed proposals do not come from a generator
                 self.regions.proposals = list(inputs[2])
 
 
@@ -114,7 +111,7 @@ def named(maps: Dict[str, Tensor], names: Iterable[str]) -> Dict[str, Tensor]:
 
 
 def _has_reentrant_checkpoint(maps: List[Tensor]) -> bool:
-    """Whether a checkpoint of PyTorch or fairscale, which are of one name, is among what the maps were computed by."""
+    """Whether the graph of the maps has a reentrant checkpoint. PyTorch and fairscale give its node the same name."""
     seen = set()
     waiting = [each.grad_fn for each in maps]
     while waiting:

@@ -23,8 +23,8 @@ SCHEDULES = ("constant", "warmup", "cosine", "step", "balanced")
 
 _PREFIX = "MODEL.QMIMIC.MIMIC."
 
-# Measurements without a gradient after which a weight that was never balanced is warned of.
-_MOST_PASSED_OVER = 10
+# A balanced weight warns after so many measurements without a gradient, if there was none with one.
+_MOST_SKIPPED = 10
 
 # exp of more is not representable.
 _MOST_LOG = 700.0
@@ -60,7 +60,7 @@ class MimicWeight(nn.Module):
         """
         Args:
             weight: lambda >= 0.
-            schedule: one of :data:`SCHEDULES` but "balanced", which :class:`BalancedWeight` is.
+            schedule: one of :data:`SCHEDULES`; "balanced" takes a :class:`BalancedWeight`.
             warmup_iters: length of "warmup", in iterations.
             max_iter: length of the training, in iterations. Read by "cosine".
             steps: iterations from which "step" multiplies by another ``gamma``.
@@ -115,7 +115,7 @@ class MimicWeight(nn.Module):
         return self.weight * self._factor(iteration)
 
     def wants_balance(self, iteration: int) -> bool:
-        """Whether the gradients of this iteration are to be measured and given to :meth:`balance`."""
+        """Whether :meth:`balance` needs the gradients of this iteration."""
         return False
 
     def warn_of_scale(self, detection: Dict[str, Tensor], mimic: Dict[str, Tensor], normalize_by: str) -> None:
@@ -163,12 +163,12 @@ class BalancedWeight(MimicWeight):
 
         lambda = p / (1 - p) * R,      R = exp(mean of log(g_det / g_mim))
 
-    so that lambda * g_mim / (lambda * g_mim + g_det) is p where g_det / g_mim is at its mean. The mean is
-    exponential, over the measured iterations, with its bias towards the start corrected: the first
-    measurement, in iteration 0, counts in full. Then LOSS_WEIGHT decides nothing but whether the mimic is on.
+    so that lambda * g_mim / (lambda * g_mim + g_det) is p if g_det / g_mim is at its mean. The mean is exponential,
+    over the measured iterations. Its bias towards the start is corrected: the first measurement, in iteration 0,
+    counts in full. LOSS_WEIGHT then only switches the mimic on or off.
 
-    The mean stands in the module's ``state_dict``, so that checkpoints carry it and a resumed training goes on.
-    It is no buffer: it needs no GPU, and DDP has nothing to broadcast.
+    The mean is in the module's ``state_dict``, so that a resumed training goes on with it. It is no buffer: it needs no
+    GPU, and DDP has nothing to broadcast.
     """
 
     @configurable
@@ -184,7 +184,7 @@ class BalancedWeight(MimicWeight):
         """
         Args:
             share: p, in (0, 1).
-            period: iterations between two measurements, >= 1. lambda rests between them.
+            period: iterations between two measurements, >= 1. lambda is constant between them.
             momentum: of the mean of log(g_det / g_mim), in [0, 1): 0.9 remembers about ten measurements.
             bounds: smallest and largest lambda.
             kwargs: of :class:`MimicWeight`; its ``weight`` is in force until the first measurement, and 0.0
@@ -210,7 +210,7 @@ class BalancedWeight(MimicWeight):
         self.bounds = (float(bounds[0]), float(bounds[1]))
         self._log_ratio = 0.0
         self._num_measured = 0
-        self._num_passed_over = 0
+        self._num_skipped = 0
         self._has_warned = False
 
     @classmethod
@@ -236,15 +236,14 @@ class BalancedWeight(MimicWeight):
 
     def balance(self, detection_norm: float, mimic_norm: float) -> None:
         """
-        Takes a measurement in.
+        Adds a measurement to the mean. It is skipped if a norm is zero or not finite (no region, an overflow).
 
         Args:
             detection_norm: norm of the detection losses' gradient at the student's compared maps.
-            mimic_norm: the same of the unweighted mimic loss. A measurement in which one of the two is zero
-                or not finite (no region, an overflow) says nothing and is passed over.
+            mimic_norm: the same of the unweighted mimic loss.
         """
         if not (0.0 < detection_norm < math.inf and 0.0 < mimic_norm < math.inf):
-            self._num_passed_over += 1
+            self._num_skipped += 1
             self._warn_of_nothing_measured(detection_norm, mimic_norm)
             return
         logarithm = math.log(detection_norm) - math.log(mimic_norm)
@@ -256,7 +255,7 @@ class BalancedWeight(MimicWeight):
         """Nothing: it keeps a share of the gradient, whatever the losses are."""
 
     def _log_wanted(self) -> float:
-        """log(lambda) that gives the wanted share, within the bounds or not."""
+        """log(lambda) of the wanted share, without the bounds."""
         mean = self._log_ratio / (1.0 - self.momentum**self._num_measured)
         return math.log(self.share / (1.0 - self.share)) + mean
 
@@ -277,17 +276,17 @@ class BalancedWeight(MimicWeight):
         )
 
     def _warn_of_nothing_measured(self, detection_norm: float, mimic_norm: float) -> None:
-        if self._num_measured or self._num_passed_over != _MOST_PASSED_OVER:
+        if self._num_measured or self._num_skipped != _MOST_SKIPPED:
             return
         logging.getLogger(__name__).warning(
             "%sSCHEDULE is 'balanced', and %d measurements in a row gave nothing to balance by: at the student's "
             "compared maps the gradient of the detection losses has norm %.3g, that of the mimic %.3g. LOSS_WEIGHT "
             "%g is in force. Look at the regions (ROI_SOURCE), and at QUANTIZER.STRIDE, which may erase the features",
-            *(_PREFIX, self._num_passed_over, detection_norm, mimic_norm, self.weight),
+            *(_PREFIX, self._num_skipped, detection_norm, mimic_norm, self.weight),
         )
 
     def get_extra_state(self) -> Tensor:
-        # float64 gives the Python numbers back as they were, so that resuming is exact
+        # float64 holds Python's numbers exactly
         return torch.tensor([self._log_ratio, self._num_measured], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
