@@ -40,7 +40,7 @@ DATA_SUFFIXES = ("css", "csv", "html", "j2", "jinja", "js", "json", "npz", "svg"
 
 class BuildWithConfigs(build_py):
     """
-    Copies configs/ into the built package, so that a wheel finds what a checkout has beside the package.
+    Copies configs/ and train_net.py into the built package, so that a wheel finds what a checkout has beside it.
     An editable install needs no copy, and none is ever left in the source tree.
     """
 
@@ -51,6 +51,7 @@ class BuildWithConfigs(build_py):
         target = os.path.join(self.build_lib, "qmimic_d2", "configs")
         shutil.rmtree(target, ignore_errors=True)  # an earlier build may hold configs that are gone
         shutil.copytree(os.path.join(ROOT, "configs"), target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        shutil.copy(os.path.join(ROOT, "train_net.py"), os.path.join(self.build_lib, "qmimic_d2"))
 
 
 def readme():

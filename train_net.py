@@ -27,6 +27,7 @@ from qmimic_d2.engine import (
     num_processes,
     one_teacher,
     set_up_process,
+    with_measured_stride,
 )
 from qmimic_d2.library_noise import hush_libraries
 
@@ -59,6 +60,7 @@ if __name__ == "__main__":
                 resume=args.resume,
                 device="cpu" if args.num_processes else "",
             )
+            cfg = with_measured_stride(cfg, resume=args.resume, eval_only=args.eval_only)
             check_run(cfg, num_processes(args), eval_only=args.eval_only, resume=args.resume)
         except (KeyError, ValueError, OSError) as error:
             sys.exit(describe_error(error))

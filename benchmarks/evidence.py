@@ -34,8 +34,8 @@ from evidence_lib.records import Records  # noqa: E402
 from evidence_lib.report import write_report  # noqa: E402
 from evidence_lib.runs import DONE, FAILED, OPEN, Runs  # noqa: E402
 from evidence_lib.tables import comparison_table  # noqa: E402
+from qmimic_d2.cli.task_runner import run_tasks  # noqa: E402
 from qmimic_d2.engine import describe_error  # noqa: E402
-from task_runner import run_tasks  # noqa: E402
 
 RECORDS = "benchmarks/evidence"
 DOCUMENT = "docs/evidence.md"

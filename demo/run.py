@@ -22,8 +22,8 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "tools")]
 
 from results import Model, write_results  # noqa: E402
 
+from qmimic_d2.cli.task_runner import Task, run_tasks  # noqa: E402
 from qmimic_d2.engine import load_config  # noqa: E402
-from task_runner import Task, run_tasks  # noqa: E402
 
 CONFIGS = "configs/Digits"
 STUDENTS = {

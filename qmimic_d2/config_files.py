@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Sequence
 if TYPE_CHECKING:  # a device with an exported detector has no Detectron2
     from detectron2.config import CfgNode
 
-__all__ = ["changed", "find_config_file", "get_config_file", "packaged_config_folder"]
+__all__ = ["changed", "find_config_file", "get_config_file", "packaged_config_folder", "train_net_script"]
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
@@ -76,3 +76,9 @@ def changed(cfg: "CfgNode", *pairs: Any) -> "CfgNode":
         functools.reduce(operator.getitem, sections, copy)[name] = value
     copy.freeze()
     return copy
+
+
+def train_net_script() -> str:
+    """Absolute path of ``train_net.py``, in a wheel and in a checkout alike."""
+    in_wheel = os.path.join(_PACKAGE, "train_net.py")
+    return in_wheel if os.path.isfile(in_wheel) else os.path.join(os.path.dirname(_PACKAGE), "train_net.py")

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from data_sources import CLASSES, IMAGES, catalogs_as_before, write_coco, write_image, write_voc, write_yolo  # noqa: F401
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image
 
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.data.checks.findings import DataSetError, Findings
@@ -21,77 +21,6 @@ from qmimic_d2.data.sources.yolo import load_yolo, read_data_yaml
 from qmimic_d2.engine import check_run, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
-CLASSES = ["cat", "dog"]
-# By split and image: size, then (class, x0, y0, x1, y1) in pixels.
-IMAGES = {
-    "train": {
-        "a": ((64, 48), [("dog", 8.0, 4.0, 40.0, 36.0), ("cat", 0.0, 0.0, 16.0, 12.0)]),
-        "b": ((48, 64), [("cat", 12.0, 16.0, 36.0, 64.0)]),
-        "c": ((32, 32), []),
-    },
-    "val": {"d": ((64, 64), [("dog", 16.0, 16.0, 48.0, 48.0)])},
-}
-
-
-def write_image(path, size):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
-def write_yolo(folder):
-    for split, images in IMAGES.items():
-        for name, (size, objects) in images.items():
-            write_image(folder / "images" / split / f"{name}.png", size)
-            lines = []
-            for label, x0, y0, x1, y1 in objects:
-                box = ((x0 + x1) / 2 / size[0], (y0 + y1) / 2 / size[1], (x1 - x0) / size[0], (y1 - y0) / size[1])
-                lines.append(" ".join(map(str, (CLASSES.index(label), *box))))
-            if lines:
-                labels = folder / "labels" / split / f"{name}.txt"
-                labels.parent.mkdir(parents=True, exist_ok=True)
-                labels.write_text("\n".join(lines) + "\n")
-    (folder / "data.yaml").write_text("train: images/train\nval: images/val\nnc: 2\nnames: [cat, dog]\n")
-    return folder / "data.yaml"
-
-
-def write_voc(folder):
-    for split, images in IMAGES.items():
-        lists = folder / "ImageSets" / "Main"
-        lists.mkdir(parents=True, exist_ok=True)
-        (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in images))
-        for name, (size, objects) in images.items():
-            write_image(folder / "JPEGImages" / f"{name}.png", size)
-            found = "".join(
-                f"<object><name>{label}</name><difficult>0</difficult><bndbox><xmin>{x0 + 1:g}</xmin>"
-                f"<ymin>{y0 + 1:g}</ymin><xmax>{x1:g}</xmax><ymax>{y1:g}</ymax></bndbox></object>"
-                for label, x0, y0, x1, y1 in objects
-            )
-            xml = folder / "Annotations" / f"{name}.xml"
-            xml.parent.mkdir(exist_ok=True)
-            width, height = size
-            sides = f"<size><width>{width}</width><height>{height}</height></size>"
-            xml.write_text(f"<annotation>{sides}{found}</annotation>")
-    return folder
-
-
-def write_coco(folder):
-    for split, images in IMAGES.items():
-        content = {"images": [], "annotations": [], "categories": []}
-        content["categories"] = [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)]
-        for number, (name, (size, objects)) in enumerate(images.items()):
-            write_image(folder / "photos" / f"{name}.png", size)
-            image = {"id": number, "file_name": f"{name}.png", "width": size[0], "height": size[1]}
-            content["images"].append(image)
-            for label, x0, y0, x1, y1 in objects:
-                annotation = {"id": len(content["annotations"]) + 1, "image_id": number, "iscrowd": 0}
-                annotation.update(category_id=CLASSES.index(label) + 1, bbox=[x0, y0, x1 - x0, y1 - y0])
-                annotation.update(area=(x1 - x0) * (y1 - y0))
-                content["annotations"].append(annotation)
-        (folder / f"{split}.json").write_text(json.dumps(content))
-    return folder
-
-
 def entries(kind, folder, prefix):
     if kind == "coco":
         write_coco(folder)
@@ -109,15 +38,6 @@ def config(sources, prefix):
     cfg.DATASETS.SOURCES = sources
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (f"{prefix}_train",), (f"{prefix}_val",)
     return cfg
-
-
-@pytest.fixture(autouse=True)
-def catalogs_as_before():
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 def boxes_of(dicts):
@@ -389,3 +309,44 @@ def test_a_module_registers_data_in_every_process(tmp_path):
     assert done.returncode == 0 and (tmp_path / "out" / "model_final.pth").is_file()
     done = subprocess.run([*command, "--import", "no_such_module", *output], env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "--import no_such_module: No module named" in done.stderr
+
+
+# --------------------------------------------------------------------------------------------------- one meaning
+
+
+def test_the_order_of_a_coco_file_is_its_own(tmp_path):
+    first, second = entries("coco", tmp_path, "x")
+    with pytest.raises(ValueError, match=r"'x_train': CLASSES is \['dog', 'cat'\].* give \['cat', 'dog'\]"):
+        complete_sources(config([{**first, "CLASSES": ["dog", "cat"]}, second], "x"), str(tmp_path))
+    cfg = config([{**first, "CLASSES": CLASSES}, second], "x")
+    complete_sources(cfg, str(tmp_path))
+    assert [entry["CLASSES"] for entry in cfg.DATASETS.SOURCES] == [CLASSES, CLASSES]
+
+
+def test_classes_by_hand_order_the_labels_of_yolo(tmp_path):
+    first, second = entries("yolo", tmp_path, "y")
+    cfg = config([{**first, "CLASSES": ["dog", "cat"]}, second], "y")
+    complete_sources(cfg)
+    register_sources(cfg)
+    labels = [CLASSES[::-1][label["category_id"]] for label in load_dataset("y_train")[0]["annotations"]]
+    assert labels == ["dog", "cat"] and load_dataset("y_val")[0]["annotations"][0]["category_id"] == 0
+
+
+def test_every_missing_annotation_file_is_named(tmp_path):
+    cfg = config(entries("voc", tmp_path, "v"), "v")
+    complete_sources(cfg)
+    register_sources(cfg)
+    for name in "ab":
+        (tmp_path / "Annotations" / f"{name}.xml").unlink()
+    with pytest.raises(DataSetError) as caught:
+        load_dataset("v_train")
+    for word in ("annotation files are not there (2)", "a.xml", "b.xml"):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["voc", "yolo"])
+def test_masks_are_asked_of_a_format_that_has_them(tmp_path, kind):
+    path = write_config(tmp_path, entries(kind, tmp_path, "mine"))
+    cfg = load_config(str(path), ["MODEL.MASK_ON", "True", "OUTPUT_DIR", str(tmp_path / "out")])
+    with pytest.raises(DataSetError, match="set MODEL.MASK_ON False, or give the data in COCO's format"):
+        check_run(cfg, 1)

@@ -10,7 +10,6 @@ import pytest
 from made_up_evidence import made_up_record, write_made_up
 
 import evidence
-import task_runner
 from evidence_lib.matrix import load_matrix
 from evidence_lib.plots import draw_group
 from evidence_lib.records import Records
@@ -18,6 +17,7 @@ from evidence_lib.report import write_report
 from evidence_lib.runs import Runs
 from evidence_lib.summary import measure_of, summarize, to_dict
 from evidence_lib.tables import comparison_table, contrast_table, group_section, insert_between_markers, seed_table
+from qmimic_d2.cli import task_runner
 
 ROOT = Path(__file__).resolve().parent.parent
 MATRIX = """

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import evidence_lib.runs
-import task_runner
 from evidence_lib.matrix import load_matrix
 from evidence_lib.records import Records, digest_of_weights, figures_of_run, versions
 from evidence_lib.runs import DONE, FAILED, NOT_YET, OPEN, Runs
 from qmimic_d2.analysis import measure_cost
-from task_runner import run_tasks
+from qmimic_d2.cli import task_runner
+from qmimic_d2.cli.task_runner import run_tasks
 
 MATRIX = """
 revision: 1

@@ -21,6 +21,7 @@ LAYERS = [
     ["lazy_config", "analysis", "evaluation", "export"],
     ["engine", "inference"],
     ["report"],
+    ["distill"],
     ["cli", "__main__"],
 ]
 LAYER_OF = {f"qmimic_d2.{name}": index for index, names in enumerate(LAYERS) for name in names}

@@ -10,8 +10,8 @@ import time
 import pytest
 from tiny_training import ROOT
 
-import task_runner
-from task_runner import Task, run_tasks
+from qmimic_d2.cli import task_runner
+from qmimic_d2.cli.task_runner import Task, run_tasks
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +143,7 @@ def test_a_killed_runner_takes_its_tasks_along(tmp_path):
     code = f"import time; file = open({str(pipe)!r}, 'w'); print('started', file=file, flush=True); time.sleep(600)"
     script = (
         "import sys; sys.path[:0] = sys.argv[2:]\n"
-        "from task_runner import Task, run_tasks\n"
+        "from qmimic_d2.cli.task_runner import Task, run_tasks\n"
         f"run_tasks([Task('one', [sys.executable, '-c', {code!r}])], sys.argv[1], 1, {{}})\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "records"), str(ROOT), str(ROOT / "tools")]

@@ -1,4 +1,4 @@
-"""Which runs are done, and how the others are run: as tasks of tools/task_runner.py."""
+"""Which runs are done, and how the others are run: as tasks of qmimic_d2/cli/task_runner.py."""
 
 import functools
 import json
@@ -15,9 +15,9 @@ from evidence_lib.matrix import Matrix, Run, Variant
 from evidence_lib.records import DONE, FAILED, Record, Records, digest_of_weights, figures_of_run, versions
 from evidence_lib.settings import config_digest, settings_of
 from qmimic_d2.analysis import measure_cost
+from qmimic_d2.cli.task_runner import Task
 from qmimic_d2.engine import load_config
 from qmimic_d2.run_folder import FINAL_CHECKPOINT, INFERENCE, TAG
-from task_runner import Task
 
 __all__ = ["DONE", "FAILED", "NOT_YET", "OPEN", "Runs"]
 

@@ -10,6 +10,7 @@ A module's docstring is its help, the first line of it the summary. It has ``add
 COMMANDS = (
     "calibrate",
     "data",
+    "distill",
     "eval_widerface",
     "export",
     "predict",

@@ -20,6 +20,7 @@ from qmimic_d2.data.checks.image_files import header_size
 
 __all__ = ["VocObject", "check_pascal_voc", "load_pascal_voc", "read_objects", "voc_image_ids"]
 
+MISSING_XML = Kind("annotation files are not there", "Add them, or take the images out of the list")
 NO_XML = Kind("annotation files are no XML", "Replace them, or take the images out of the list")
 UNDECLARED = Kind(
     "objects have a class that is not declared",
@@ -205,6 +206,9 @@ def _images_by_id(folder: str) -> Dict[str, str]:
 def _parse(path: str, findings: Findings) -> Optional[ElementTree.Element]:
     try:
         return ElementTree.parse(path).getroot()
+    except FileNotFoundError:
+        findings.refuse(MISSING_XML, path)
+        return None
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         findings.refuse(NO_XML, f"{path} ({error})")
         return None

@@ -3,6 +3,7 @@
 from qmimic_d2.diagnostics.mimic_summary import MimicSummary
 from qmimic_d2.engine.checks.preflight import check_run
 from qmimic_d2.engine.mimic_evaluator import MimicEvaluator, add_mimic_hook
+from qmimic_d2.engine.relative_stride import with_measured_stride
 from qmimic_d2.engine.setup import (
     argument_parser,
     describe_error,
@@ -30,4 +31,5 @@ __all__ = [
     "num_processes",
     "one_teacher",
     "set_up_process",
+    "with_measured_stride",
 ]

@@ -20,7 +20,7 @@ from qmimic_d2.modeling.quantizer import CodeQuantizer
 from qmimic_d2.randomness import own_randomness
 from qmimic_d2.run_folder import MIMIC, write_mimic
 
-__all__ = ["MimicEvaluator", "add_mimic_hook"]
+__all__ = ["MimicEvaluator", "add_mimic_hook", "annotated_mapper", "has_box"]
 
 Comparisons = Dict[str, FeatureComparison]
 
@@ -70,9 +70,7 @@ class MimicEvaluator:
     def from_config(cls, cfg: CfgNode):
         mapper = None
         if cfg.DATASETS.TEST and cfg.MODEL.QMIMIC.DIAGNOSTICS.EVAL_IMAGES:
-            mapper = ImageMapper(cfg, is_train=False, use_instance_mask=False, use_keypoint=False)
-            # All that it still decides is whether annotations stay, as boxes of the resized image.
-            mapper.is_train = True
+            mapper = annotated_mapper(cfg)
         return {
             "dataset_name": cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "",
             "num_images": cfg.MODEL.QMIMIC.DIAGNOSTICS.EVAL_IMAGES,
@@ -140,7 +138,7 @@ class MimicEvaluator:
 
     def _annotated_images(self) -> List[Dict[str, Any]]:
         if self._images is None:
-            annotated = [each for each in load_dataset(self._dataset_name) if _has_box(each)]
+            annotated = [each for each in load_dataset(self._dataset_name) if has_box(each)]
             self._images = evenly_spaced(annotated, self._num_images)
         return self._images
 
@@ -198,7 +196,14 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _has_box(image: Dict[str, Any]) -> bool:
+def annotated_mapper(cfg: CfgNode) -> ImageMapper:
+    """Reads images as an evaluation does, and keeps their annotations as boxes of the resized image."""
+    mapper = ImageMapper(cfg, is_train=False, use_instance_mask=False, use_keypoint=False)
+    mapper.is_train = True  # all that it still decides is whether annotations stay
+    return mapper
+
+
+def has_box(image: Dict[str, Any]) -> bool:
     """A region of a crowd is no object; Detectron2's mapper leaves it out."""
     return any(each.get("iscrowd", 0) == 0 for each in image.get("annotations", ()))
 

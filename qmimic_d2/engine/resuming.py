@@ -17,7 +17,7 @@ from qmimic_d2.checkpoint.checkpointer import SafeCheckpointer, check_resumed_st
 from qmimic_d2.checkpoint.reader import local_path, read_mapping, subject
 from qmimic_d2.run_folder import CONFIG, TAG, read_config
 
-__all__ = ["check_resuming", "check_trainer_state", "earlier_seed"]
+__all__ = ["check_resuming", "check_trainer_state", "earlier_seed", "saved_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +32,13 @@ def earlier_seed(folder: str) -> Optional[int]:
     Raises:
         ValueError: its ``config.yaml`` is damaged.
     """
-    seed = _saved_config(folder).get("SEED", -1)
+    seed = saved_config(folder).get("SEED", -1)
     if type(seed) is not int:
         raise _damaged_config(folder, f"SEED is {seed!r}")
     return seed if seed >= 0 else None
 
 
-def _saved_config(folder: str) -> Mapping[str, Any]:
+def saved_config(folder: str) -> Mapping[str, Any]:
     """{} where there is no ``config.yaml``."""
     if not os.path.isfile(os.path.join(folder, CONFIG)):
         return {}
@@ -76,7 +76,7 @@ def check_resuming(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> None:
     check_resumed_state(content, ["trainer"], last, tag)
     source = subject(tag, last)
     check_trainer_state(content["trainer"], optimizer, cfg.SOLVER.MAX_ITER, source)
-    changes = _changes(_saved_config(cfg.OUTPUT_DIR).get("SOLVER"), cfg.SOLVER)
+    changes = _changes(saved_config(cfg.OUTPUT_DIR).get("SOLVER"), cfg.SOLVER)
     if changes:
         iteration = content["trainer"]["iteration"] + 1
         logger.warning("From iteration %d on, SOLVER is another than so far: %s", iteration, "; ".join(changes))

@@ -40,20 +40,21 @@ def complete_sources(cfg: CfgNode, beside: str = "") -> None:
             trained = trained if set(found[name]) <= set(trained) else found[name]
     entries = []
     for source in sources:
-        classes = trained if set(found[source.name]) <= set(trained) and not source.classes else found[source.name]
+        is_free = source.format != "coco" and not source.classes
+        classes = trained if is_free and set(found[source.name]) <= set(trained) else found[source.name]
         entries.append({**source.to_entry(), "CLASSES": list(classes)})
     cfg.DATASETS.SOURCES = entries
 
 
 def register_sources(cfg: CfgNode) -> None:
     """
-    Registers the sets of ``DATASETS.SOURCES``; those that are registered already stay.
+    Registers the sets of ``DATASETS.SOURCES``. A set of the same name in an earlier config gives way to another one.
 
     Args:
         cfg: after :func:`complete_sources`.
 
     Raises:
-        ValueError: a name is registered for other data.
+        ValueError: a name is that of a data set that no config has registered.
     """
     for entry in cfg.DATASETS.SOURCES:
         source = Source.from_entry(entry)

@@ -84,10 +84,19 @@ class Source:
         ``classes``, or else those of the data.
 
         Raises:
-            FileNotFoundError, ValueError: the data are not there, or cannot be read.
+            FileNotFoundError, ValueError: the data are not there, or cannot be read; or ``classes`` are not those of a
+                COCO file, whose ids give the order.
         """
         try:
-            return self.classes or tuple(FORMATS[self.format].classes(self))
+            if self.classes and self.format != "coco":
+                return self.classes
+            found = tuple(FORMATS[self.format].classes(self))
+            if self.classes and self.classes != found:
+                raise ValueError(
+                    f"CLASSES is {list(self.classes)}, and the ids of the categories in {self.path!r} give "
+                    f"{list(found)}; leave CLASSES out, or renumber the categories"
+                )
+            return found
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"{KEY}: {self.name!r}: {error}") from error
 

@@ -172,14 +172,23 @@ def _look_at(
     findings = Findings()
     try:
         if isinstance(DatasetCatalog.data.get(name), SourceLoader):
+            _refuse_needs(needs, "boxes alone: its format has")
             return _look_at_source(name, findings, files)
         if is_pascal_voc(name):
+            _refuse_needs(needs, "boxes alone: Detectron2 reads")
             return _look_at_pascal_voc(name, findings, files)
         if is_coco(name):
             return _look_at_coco(name, findings, needs, is_training, files)
         return _look_at_dicts(name, findings, needs, is_evaluated, files)
     except (ValueError, KeyError, OSError) as error:  # each says what is wrong
         return _DataSet(str(error.args[0] if isinstance(error, KeyError) and error.args else error), findings)
+
+
+def _refuse_needs(needs: Needs, what: str) -> None:
+    keys = [key for key, is_on in (("MASK_ON", needs.mask_format), ("KEYPOINT_ON", needs.num_keypoints)) if is_on]
+    if keys:
+        off = " and ".join(f"MODEL.{key} False" for key in keys)
+        raise ValueError(f"it has {what} no masks and keypoints; set {off}, or give the data in COCO's format")
 
 
 def _look_at_source(name: str, findings: Findings, files: Dict[str, object]) -> _DataSet:

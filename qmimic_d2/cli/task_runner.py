@@ -15,6 +15,7 @@ from typing import Callable, Dict, List, Optional, Sequence, Set, Union
 
 from detectron2.config import CfgNode
 
+from qmimic_d2.cli.printable import say
 from qmimic_d2.files import read_json, write_json
 from qmimic_d2.folder_lock import FolderInUseError, alone_in
 from qmimic_d2.orphans import start_tied
@@ -134,7 +135,7 @@ def _run(
                         failed.add(each.task.name)
             if running and time.time() - last_status > _STATUS_SECONDS:
                 last_status = time.time()
-                print(_status(running, waiting, jobs, time.time() - begun), flush=True)
+                say(_status(running, waiting, jobs, time.time() - begun))
     except BaseException:
         _stop(running, records)
         raise
@@ -162,12 +163,12 @@ def _start_what_can(
         if missing:
             failed.add(task.name)
             pending.remove(task.name)
-            print(f"not run: {task.name} needs {', '.join(missing)}", flush=True)
+            say(f"not run: {task.name} needs {', '.join(missing)}")
             continue
         record = records[task.name] = _Record(os.path.join(logs, f"{task.name}.json"), task)
         if task.is_done() if task.is_done else record.is_done:
             pending.remove(task.name)
-            print(f"done already: {task.name}", flush=True)
+            say(f"done already: {task.name}")
         else:
             running.append(_start(task, record, logs, environment))
 
@@ -207,7 +208,7 @@ def _start(task: Task, record: _Record, logs: str, environment: Dict[str, str]) 
     if task.on_start:
         task.on_start(continues)
     record.write(done=False, seconds=0.0)
-    print("$ " + shlex.join(_shown(command)), flush=True)
+    say("$ " + shlex.join(_shown(command)))
     log_path = os.path.join(logs, f"{task.name}.log")
     # what is shown should be the result alone, without other packages' warnings
     output_path = os.path.join(logs, f"{task.name}.txt") if task.shows_output else log_path
@@ -230,16 +231,18 @@ def _finish(each: _Running, record: _Record, keeps_going: bool) -> bool:
             reason = f"{type(error).__name__}: {error}"
     if not reason:
         record.write(done=True, seconds=0.0)
-        print(f"finished: {each.task.name} ({seconds:.0f} s)", flush=True)
+        say(f"finished: {each.task.name} ({seconds:.0f} s)")
         if each.task.shows_output:
-            print(textwrap.indent(_end_of(each.output_path, 40), "    "), flush=True)
+            say(textwrap.indent(_end_of(each.output_path, 40), "    "))
         return True
     if each.task.on_failure:
         each.task.on_failure(reason)
     if not keeps_going:
         ending, end = _ending(status) if status else reason, _end_of(each.log_path, 15)
         raise SystemExit(f"{each.task.name} {ending}; end of {each.log_path}:\n{end}")
-    print(f"failed: {each.task.name} ({each.log_path}): {reason}", flush=True)
+    say(f"failed: {each.task.name} ({each.log_path}): {reason}")
+    if each.task.shows_output:
+        say(textwrap.indent(_end_of(each.output_path, 40), "    "))
     return False
 
 
