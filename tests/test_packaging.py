@@ -34,7 +34,7 @@ def source_tree(tmp_path_factory):
     tree = tmp_path_factory.mktemp("source") / "tree"
     shutil.copytree(ROOT / "qmimic_d2", tree / "qmimic_d2", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "configs", tree / "configs")
-    for name in ("setup.py", "setup.cfg", "MANIFEST.in", "LICENSE", "README.md"):
+    for name in ("setup.py", "setup.cfg", "MANIFEST.in", "LICENSE", "README.md", "train_net.py"):
         shutil.copy(ROOT / name, tree)
     gone = tree / "build" / "lib" / "qmimic_d2" / "configs" / "gone.yaml"  # as an earlier build leaves it
     gone.parent.mkdir(parents=True)
@@ -86,12 +86,16 @@ def test_wheel_finds_its_configs_from_any_folder(wheel, tmp_path):
     elsewhere.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    code = f"import qmimic_d2; print(qmimic_d2.get_config_file({CONFIG!r}))"
+    code = f"import qmimic_d2; print(qmimic_d2.get_config_file({CONFIG!r}))\n"
+    code += "from qmimic_d2.config_files import train_net_script; print(train_net_script())"
     environment = {**os.environ, "PYTHONPATH": str(site)}
     output = subprocess.run(
         [sys.executable, "-c", code], cwd=elsewhere, env=environment, stdout=subprocess.PIPE, check=True, text=True
     ).stdout
-    assert Path(output.strip()).resolve() == (site / "qmimic_d2" / "configs" / CONFIG).resolve()
+    found, script = (Path(line).resolve() for line in output.splitlines())
+    assert found == (site / "qmimic_d2" / "configs" / CONFIG).resolve()
+    assert script == (site / "qmimic_d2" / "train_net.py").resolve()
+    assert script.read_text() == (ROOT / "train_net.py").read_text()
 
 
 def test_checkout_finds_its_configs_from_any_folder(tmp_path, monkeypatch):
