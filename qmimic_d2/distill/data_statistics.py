@@ -1,10 +1,11 @@
 """What the settings of a training depend on: numbers and sizes of images and boxes."""
 
 from dataclasses import dataclass
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, Sequence, Tuple
 
 import numpy as np
-from detectron2.structures import BoxMode
+
+from qmimic_d2.data.figures import measure_dataset
 
 __all__ = ["DataStatistics", "measure_data"]
 
@@ -58,32 +59,24 @@ def measure_data(dicts: Sequence[Dict[str, Any]], classes: Sequence[str]) -> Dat
     """
     if not dicts:
         raise ValueError("the training set has no image")
-    sides = np.array([(each["width"], each["height"]) for each in dicts], dtype=float)
-    sizes: List[List[float]] = [[] for _ in classes]
-    ratios: List[List[float]] = [[] for _ in classes]
-    most = 0
-    for each in dicts:
-        longer = max(each["width"], each["height"])
-        boxes = [label for label in each["annotations"] if not label.get("iscrowd", 0)]
-        most = max(most, len(boxes))
-        for label in boxes:
-            x0, y0, x1, y1 = BoxMode.convert(label["bbox"], label["bbox_mode"], BoxMode.XYXY_ABS)
-            width, height = x1 - x0, y1 - y0
-            if width > 0 and height > 0:
-                sizes[label["category_id"]].append(float(np.sqrt(width * height)) / longer)
-                ratios[label["category_id"]].append(height / width)
-    if not any(sizes):
+    found = measure_dataset(dicts, classes)
+    has_area = (found.box_sizes > 0).all(axis=1)
+    if not has_area.any():
         raise ValueError("the training set has no box with an area")
+    labels, sizes = found.labels[has_area], found.relative_sizes()[has_area]
+    ratios = found.box_sizes[has_area, 1] / found.box_sizes[has_area, 0]
+    of_class = {name: labels == label for label, name in enumerate(classes) if (labels == label).any()}
+    sides = found.image_sizes
     return DataStatistics(
         num_images=len(dicts),
         classes=tuple(classes),
-        num_boxes=tuple(map(len, sizes)),
+        num_boxes=tuple(np.bincount(labels, minlength=len(classes)).tolist()),
         long_side=float(np.median(sides.max(axis=1))),
         aspect=float(np.median(sides.min(axis=1) / sides.max(axis=1))),
-        relative_sizes=np.concatenate([np.asarray(each) for each in sizes]),
-        class_sizes={name: np.asarray(each) for name, each in zip(classes, sizes) if each},
-        class_ratios={name: np.asarray(each) for name, each in zip(classes, ratios) if each},
-        most_boxes=most,
+        relative_sizes=sizes,
+        class_sizes={name: sizes[is_class] for name, is_class in of_class.items()},
+        class_ratios={name: ratios[is_class] for name, is_class in of_class.items()},
+        most_boxes=int(found.boxes_of_images.max()),
     )
 
 
