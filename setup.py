@@ -32,6 +32,8 @@ EXTRAS_REQUIRE = {
     "dev": ["pytest", "pytest-cov", "pytest-xdist", "ruff"],
     "export": ["onnx", "onnxruntime"],
     "report": ["matplotlib", "jinja2"],
+    "wandb": ["wandb"],
+    "mlflow": ["mlflow"],
 }
 
 # What the package reads at run time besides its own code, wherever it stands below qmimic_d2/.

@@ -30,6 +30,8 @@ def add_qmimic_config(cfg: CN) -> None:
     _add_resnet_keys(cfg)
     _add_solver_keys(cfg)
     _add_dataset_keys(cfg)
+    # Where a training writes its scalars next to metrics.json and TensorBoard; docs/training.md says more.
+    cfg.TRACKERS = _trackers_node()
     _refuse_earlier_names(cfg)
 
 
@@ -328,6 +330,17 @@ def _add_dataset_keys(cfg: CN) -> None:
     # FORMAT: "yolo", PATH: "data.yaml", SPLIT: "val"}. CLASSES gives the names of the classes in the order of their
     # labels; without it they come from the data. Paths count from the YAML or the working directory.
     cfg.DATASETS.SOURCES = []
+
+
+def _trackers_node() -> CN:
+    node = CN()
+
+    # Project of Weights & Biases to which a training of train_net.py writes its scalars and its config. "" = off.
+    node.WANDB = ""
+
+    # Tracking URI of MLflow for the same: "http://host:5000", "sqlite:///mlflow.db", "databricks". "" = off.
+    node.MLFLOW = ""
+    return node
 
 
 def _refuse_earlier_names(cfg: CN) -> None:

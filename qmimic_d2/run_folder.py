@@ -21,6 +21,7 @@ __all__ = [
     "MIMIC",
     "TAG",
     "TEACHER_CONFIG",
+    "TRACKERS",
     "has_metric",
     "is_local",
     "is_run",
@@ -28,9 +29,11 @@ __all__ = [
     "read_config",
     "read_evaluation",
     "read_metrics_rows",
+    "read_tracked_run",
     "write_configs",
     "write_evaluation",
     "write_mimic",
+    "write_tracked_run",
 ]
 
 CONFIG = "config.yaml"
@@ -38,6 +41,8 @@ TEACHER_CONFIG = "teacher_config.yaml"
 METRICS = "metrics.json"
 EVALUATION = "evaluation.json"
 MIMIC = "mimic.json"
+# Ids of the runs of W&B and MLflow that --resume continues.
+TRACKERS = "trackers.json"
 # Holds the name of the checkpoint that --resume goes on from.
 TAG = "last_checkpoint"
 FINAL_CHECKPOINT = "model_final.pth"
@@ -46,7 +51,10 @@ INFERENCE = "inference"
 DETECTIONS = os.path.join(INFERENCE, "coco_instances_results.json")
 
 # Files that a run appends to or replaces.
-FILES = (CONFIG, TEACHER_CONFIG, "log.txt", METRICS, EVALUATION, MIMIC, TAG, FINAL_CHECKPOINT, "model_best.pth")
+FILES = (
+    *(CONFIG, TEACHER_CONFIG, "log.txt", METRICS, EVALUATION, MIMIC, TRACKERS, TAG),
+    *(FINAL_CHECKPOINT, "model_best.pth"),
+)
 
 # A folder with none of these is no run.
 _SIGNS = (CONFIG, METRICS, EVALUATION)
@@ -123,6 +131,26 @@ def read_evaluation(folder: str) -> Dict[str, Any]:
 def write_mimic(folder: str, content: Mapping[str, Any]) -> None:
     """Writes the comparison of student and teacher on held-out images."""
     write_json(os.path.join(folder, MIMIC), content)
+
+
+def write_tracked_run(folder: str, package: str, destination: str, run_id: str) -> None:
+    """Writes the id of a tracker's run; those of other trackers stay."""
+    write_json(os.path.join(folder, TRACKERS), {**_tracked(folder), package: [destination, run_id]})
+
+
+def read_tracked_run(folder: str, package: str, destination: str) -> str:
+    """The id of a tracker's run; "" where there is none of this destination."""
+    entry = _tracked(folder).get(package)
+    is_it = isinstance(entry, list) and len(entry) == 2 and entry[0] == destination
+    return str(entry[1]) if is_it else ""
+
+
+def _tracked(folder: str) -> Dict[str, Any]:
+    try:
+        content = read_json(os.path.join(folder, TRACKERS))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_metrics_rows(path: str) -> Iterator[Optional[Dict[str, Any]]]:

@@ -41,6 +41,7 @@ from qmimic_d2.engine.hooks import (
 from qmimic_d2.engine.metrics_file import MetricsWriter, WriteMetrics
 from qmimic_d2.engine.mimic_evaluator import add_mimic_hook
 from qmimic_d2.engine.resuming import check_trainer_state
+from qmimic_d2.engine.trackers import Tracker, build_trackers
 from qmimic_d2.evaluation import PascalVOCEvaluator, WiderFaceEvaluator
 from qmimic_d2.modeling.backbone.imagenet_names import convert_torchvision_names
 from qmimic_d2.orphans import tie_worker
@@ -92,6 +93,7 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = build_checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self._metrics: Optional[MetricsWriter] = None
+        self._trackers: List[Tracker] = []
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -140,6 +142,8 @@ class Trainer(DefaultTrainer):
 
     def before_train(self) -> None:
         """As :meth:`DefaultTrainer.before_train`; then the evaluation that a kill has cut off."""
+        for tracker in self._trackers:
+            tracker.start(resume=self.start_iter > 0)
         super().before_train()
         if not self._evaluation_is_missing():
             return
@@ -230,13 +234,14 @@ class Trainer(DefaultTrainer):
         return [*add_mimic_hook(built, self.cfg, self.model), MimicSummary(self.cfg)]
 
     def build_writers(self) -> List[EventWriter]:
-        """As :meth:`DefaultTrainer.build_writers`; metrics.json loses no row when a training is resumed."""
+        """As :meth:`DefaultTrainer.build_writers`, with TRACKERS; a resumed training loses no row of metrics.json."""
         writers = super().build_writers()
         for index, writer in enumerate(writers):
             if isinstance(writer, JSONWriter):
                 writer.close()
                 self._metrics = writers[index] = MetricsWriter(os.path.join(self.cfg.OUTPUT_DIR, METRICS))
-        return writers
+        self._trackers = build_trackers(self.cfg)
+        return [*writers, *self._trackers]
 
     def _write_metrics(self, is_due: Callable[[int, int], bool]) -> Optional[HookBase]:
         return WriteMetrics(self._metrics, is_due) if self._metrics is not None else None

@@ -20,6 +20,7 @@ from qmimic_d2.engine.checks.key_values import check_values
 from qmimic_d2.engine.checks.output_folder import check_output_dir
 from qmimic_d2.engine.checks.rehearsal import Rehearsal, without_a_trace
 from qmimic_d2.engine.resuming import check_resuming
+from qmimic_d2.engine.trackers import check_trackers
 from qmimic_d2.engine.trainer import (
     OPTIMIZERS,
     Trainer,
@@ -61,6 +62,7 @@ def check_run(
     if not eval_only:
         cfg = _scaled(cfg, num_processes)
         _check_solver(cfg, num_processes)
+        check_trackers(cfg)
     known = sorted(name for name, _ in META_ARCH_REGISTRY)
     _check_choice("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, known)
     _check_registered(cfg, eval_only)
