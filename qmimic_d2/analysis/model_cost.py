@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.analysis import FlopCountAnalysis
 from torch import Tensor, nn
 
+from qmimic_d2.config_files import changed
 from qmimic_d2.modeling.family import HEAD_MODULES
 from qmimic_d2.modeling.trunk_adapter import without_teacher
 
@@ -45,7 +46,7 @@ class ModelCost:
 
     Attributes:
         height, width: of the image as it enters the model, in pixels, before padding.
-        num_proposals: proposals that the RoI heads worked on; None where there are none, or nothing to fix them by.
+        num_proposals: proposals that the RoI heads read; None if there are none, or no limit to fix them at.
         parameters, flops: of the whole detector, the sums over ``parts``.
         parts: by "backbone", "proposal_generator" and "roi_heads" (of a one-stage detector by "backbone" and "head"),
             and "other" for what lies outside of them.
@@ -115,10 +116,7 @@ def measure_cost(cfg_or_model: Union[CfgNode, nn.Module], height: int, width: in
 
 
 def build_for_measurement(cfg: CfgNode) -> nn.Module:
-    cfg = without_teacher(cfg)
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.freeze()
+    cfg = changed(without_teacher(cfg), "MODEL.DEVICE", "cpu")
     with torch.random.fork_rng(devices=[]):
         return build_model(cfg).eval()
 
@@ -139,7 +137,7 @@ def most_proposals(model: nn.Module) -> Optional[int]:
 
 @contextmanager
 def fixed_proposals(model: nn.Module, count: Optional[int], image: Tensor) -> Iterator[None]:
-    """Within the block the proposal generator runs as ever, and ``count`` boxes take its proposals' place."""
+    """In the block the proposal generator runs, but the heads read ``count`` fixed boxes instead of its proposals."""
     if count is None:
         yield
         return

@@ -80,7 +80,7 @@ class MimicSummary(HookBase):
     def _warn_of_threshold(self) -> None:
         histories = self.trainer.storage.histories()
         for name, history in histories.items():
-            if name.startswith(_THRESHOLD):  # with the level's name behind it where there are several
+            if name.startswith(_THRESHOLD):  # with the level's name after it if there are several
                 level = name[len(_THRESHOLD) :]
                 last = [share for share, _ in history.values()[-_LAST:]]
                 warning = warning_of_threshold(last, self._stride, histories[_RMS + level].latest(), level[1:])

@@ -1,4 +1,4 @@
-"""The two hooks of the method, for a detector that somebody else wrote: a quantizer on its maps, and the mimic."""
+"""The two hooks of the method, for any detector: a quantizer on its maps, and the mimic."""
 
 import functools
 import logging
@@ -40,12 +40,12 @@ def attach_mimic(
 
     Args:
         model: any detector whose maps come from ``model.backbone``, and whose training forward takes a list of dicts
-            with "image" (and "instances", where annotated boxes are asked for) and returns a dict of losses.
-        cfg: of the student. With ``TEACHER.CONFIG_FILE`` "" nothing changes.
+            with "image" and "instances" and returns a dict of losses.
+        cfg: of the student. With ``TEACHER.CONFIG_FILE`` "" the losses do not change.
         distance: gives the scalar loss of one level's :class:`Pair`; None for L_m as ``cfg`` describes it.
 
     Returns:
-        What now is ``model.mimic``; its ``remove()`` undoes this.
+        ``model.mimic``; its ``remove()`` undoes this.
 
     Raises:
         ValueError: an option is unknown or out of range, or the maps or regions do not fit the detector.
@@ -63,12 +63,12 @@ def attach_parts(
     mimic: Union[Mimic, Callable[[nn.Module], Any], None] = None,
 ) -> None:
     """
-    Attaches what is given, in the order that a config's detector has it.
+    Attaches the quantizer, then the mimic.
 
     Args:
         quantizer: of the named maps, so that all heads read codes; None: full precision.
         quantized_features: names among the backbone's outputs.
-        mimic: one that hangs on no detector yet, or a function that hangs one on the detector; None: no mimic.
+        mimic: a mimic that is not attached yet, or a function that attaches one to the detector; None: no mimic.
 
     Raises:
         ValueError: a name is not among the backbone's outputs, or as :func:`attach_mimic`.
@@ -95,18 +95,18 @@ def mimic_arguments(cfg: CfgNode) -> Dict[str, Any]:
 
 
 def attached_mimic(model: nn.Module) -> Optional[Mimic]:
-    """The mimic of a detector; None where it imitates no teacher."""
+    """The mimic of a detector; None if it imitates no teacher."""
     mimic = getattr(model, NAME, None)
     return mimic if isinstance(mimic, Mimic) else None
 
 
 def takes_a_teacher(model: nn.Module) -> bool:
-    """Whether :func:`attach_mimic` was called with this detector, whether its config names a teacher or not."""
+    """Whether :func:`attach_mimic` was called with this detector, with or without a teacher in its config."""
     return isinstance(getattr(model, NAME, None), Attachment)
 
 
 def warn_of_unused_teacher(cfg: CfgNode, model: nn.Module) -> None:
-    """Warns where a config names a teacher, and its model imitates none."""
+    """Warns if a config names a teacher but its model imitates none."""
     if cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE and not takes_a_teacher(model):
         logging.getLogger(__name__).warning(
             "MODEL.QMIMIC.TEACHER.CONFIG_FILE names a teacher, which nothing uses: MODEL.META_ARCHITECTURE is %r "
@@ -129,11 +129,10 @@ def _build(
     try:
         shapes = teacher_shapes(cfg)
     except (FileNotFoundError, TeacherConfigError) as error:
-        # An evaluation needs no teacher, whatever became of its files; training raises this error again.
+        # An evaluation needs no teacher. A training raises this error again.
         logging.getLogger(__name__).info("no teacher, so this model can only evaluate: %s", error)
         return AbsentMimic(functools.partial(build_teacher, cfg))
     args = {"adapter": ""} if is_in_trunk(cfg) else {}
-    # The adapter's initial weights must not shift the random numbers of the rest of the training:
-    # variants of one seed sample alike.
+    # The adapter's initial weights must not change the random numbers of the rest of the training.
     with torch.random.fork_rng(devices=[]):
         return Mimic(cfg, {name: available[name] for name in names}, shapes, distance=distance, **args)

@@ -62,12 +62,12 @@ class Family:
     What follows from the class of a detector.
 
     Attributes:
-        name: "Quant" or "QuantMimic" before it gives the registered class of this package, where there is one.
-        detector: Detectron2's class; classes derived from it belong to the family.
-        section: node below MODEL with IN_FEATURES, NUM_CLASSES and SCORE_THRESH_TEST; "" where no YAML describes it.
-        heads: names of the modules behind the backbone.
+        name: with "Quant" or "QuantMimic" before it, the registered class of this package, if there is one.
+        detector: Detectron2's class; subclasses of it belong to the family.
+        section: node below MODEL with IN_FEATURES, NUM_CLASSES and SCORE_THRESH_TEST; "" if no YAML describes it.
+        heads: names of the modules after the backbone.
         outputs: layers that give logits and box offsets, as paths from the model. A path may end in a ModuleList.
-        infer: gives the detections of a batch in pixels of the network's input; None where it gives no detections.
+        infer: gives the detections of a batch in pixels of the network's input; None for a family without detections.
         takes_input_format: whether the class has an argument ``input_format``.
     """
 
@@ -173,7 +173,7 @@ def family_of_model(model: nn.Module) -> Optional[Family]:
 
 
 def num_classes_section(model: nn.Module) -> str:
-    """The node below MODEL with a detector's NUM_CLASSES; "" where another project keeps the number elsewhere."""
+    """The node below MODEL with a detector's NUM_CLASSES; "" if another project has the number elsewhere."""
     if hasattr(model, "roi_heads"):
         return _DEFAULT_SECTION
     family = family_of_model(model)
@@ -182,8 +182,7 @@ def num_classes_section(model: nn.Module) -> str:
 
 def quantized_name(model: nn.Module) -> str:
     """
-    The registered class of this package that builds such a detector without a mimic, with a quantizer or none; "" where
-    there is no such class.
+    The registered class of this package that builds such a detector without a mimic; "" if there is none.
     """
     family = family_of_model(model)
     name = f"Quant{family.name}" if family else ""
@@ -193,13 +192,13 @@ def quantized_name(model: nn.Module) -> str:
 
 
 def features_read_by(model: nn.Module) -> List[str]:
-    """Names of the backbone's maps that a detector's heads read; [] where they do not tell."""
+    """Names of the backbone's maps that a detector's heads read; [] if the heads do not say."""
     owner = model if hasattr(model, "head_in_features") else getattr(model, "roi_heads", None)
     return list(getattr(owner, "head_in_features", None) or getattr(owner, "in_features", ()))
 
 
 def head_modules(model: nn.Module) -> Dict[str, nn.Module]:
-    """Those that the detector has, by name; with precomputed proposals there is no proposal generator."""
+    """The detector's head modules by name; with precomputed proposals there is no proposal generator."""
     heads = {name: getattr(model, name, None) for name in HEAD_MODULES}
     return {name: head for name, head in heads.items() if isinstance(head, nn.Module)}
 
@@ -214,7 +213,7 @@ def output_layers(model: nn.Module) -> List[nn.Module]:
 
 
 def own_regions(model: nn.Module) -> List[str]:
-    """Those of :data:`DETECTOR_REGIONS` that the detector gives."""
+    """The :data:`DETECTOR_REGIONS` that the detector gives."""
     return [
         source
         for source, modules in DETECTOR_REGIONS.items()
@@ -225,11 +224,11 @@ def own_regions(model: nn.Module) -> List[str]:
 @contextlib.contextmanager
 def named_head_features(cfg: CfgNode, *nodes: str) -> Iterator[None]:
     """
-    Says which key names a map that the backbone does not give, where Detectron2's own ``from_config`` in the block
-    raises a bare ``KeyError``.
+    Within the block, Detectron2's ``from_config`` raises a bare ``KeyError`` if the backbone does not give a map. This
+    names the key.
 
     Args:
-        nodes: those below MODEL whose IN_FEATURES are read, such as "RPN".
+        nodes: below MODEL, with the IN_FEATURES in question, such as "RPN".
 
     Raises:
         ValueError: names the key, its value and the backbone.

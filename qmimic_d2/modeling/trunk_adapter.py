@@ -8,6 +8,7 @@ from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from qmimic_d2.checkpoint import read_checkpoint
+from qmimic_d2.config_files import changed
 from qmimic_d2.modeling.family import head_features
 from qmimic_d2.modeling.mimic.adapter import build_adapter
 from qmimic_d2.modeling.mimic.teacher import teacher_shapes
@@ -152,15 +153,12 @@ def without_teacher(cfg: CfgNode) -> CfgNode:
     A frozen copy for evaluation. It names no teacher, so that none of the teacher's files is read. If TRUNK_CHANNELS is
     [], the widths are those of ``MODEL.WEIGHTS``.
     """
-    student = cfg.clone()
-    student.defrost()
-    if "QMIMIC" in cfg.MODEL:
-        student.MODEL.QMIMIC.TEACHER.CONFIG_FILE = ""
-        node = student.MODEL.QMIMIC.MIMIC
-        if is_in_trunk(cfg) and not node.TRUNK_CHANNELS and cfg.MODEL.WEIGHTS:
-            node.TRUNK_CHANNELS = trained_trunk_channels(cfg, cfg.MODEL.WEIGHTS)
-    student.freeze()
-    return student
+    if "QMIMIC" not in cfg.MODEL:
+        return changed(cfg)
+    widths = cfg.MODEL.QMIMIC.MIMIC.TRUNK_CHANNELS
+    if is_in_trunk(cfg) and not widths and cfg.MODEL.WEIGHTS:
+        widths = trained_trunk_channels(cfg, cfg.MODEL.WEIGHTS)
+    return changed(cfg, "MODEL.QMIMIC.TEACHER.CONFIG_FILE", "", "MODEL.QMIMIC.MIMIC.TRUNK_CHANNELS", list(widths))
 
 
 def build_trunk_adapter(cfg: CfgNode, bottom_up: Backbone) -> TrunkAdapter:

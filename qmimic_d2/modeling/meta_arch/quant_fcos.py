@@ -1,4 +1,4 @@
-"""An FCOS whose backbone features are quantized, and its config, which Detectron2 has for LazyConfig alone."""
+"""An FCOS whose backbone features are quantized. Detectron2 itself builds an FCOS from a LazyConfig only."""
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
@@ -15,19 +15,14 @@ __all__ = ["QuantFCOS"]
 @META_ARCH_REGISTRY.register()
 class QuantFCOS(FCOS):
     """
-    Detectron2's FCOS with a quantizer on its backbone's features, and nothing else: what
-    :class:`~qmimic_d2.modeling.QuantRCNN` is to an R-CNN.
+    Detectron2's FCOS with a quantizer on its backbone's features, as :class:`~qmimic_d2.modeling.QuantRCNN`.
 
-    Built from a config it reads ``MODEL.FCOS``. FCOS is Tian et al., ICCV 2019 (https://arxiv.org/abs/1904.01355).
+    A config describes it in ``MODEL.FCOS``. FCOS is Tian et al., ICCV 2019 (https://arxiv.org/abs/1904.01355).
     """
 
     @configurable
     def __init__(self, *, quantizer=None, quantized_features=(), mimic=None, **kwargs):
-        """
-        Args:
-            quantizer, quantized_features, mimic: see :func:`qmimic_d2.modeling.attach.attach_parts`.
-            kwargs: of :class:`FCOS`.
-        """
+        """``kwargs`` are those of :class:`FCOS`; the others see :func:`qmimic_d2.modeling.attach.attach_parts`."""
         super().__init__(**kwargs)
         attach_parts(self, quantizer=quantizer, quantized_features=quantized_features, mimic=mimic)
 

@@ -1,9 +1,10 @@
-"""The students in training: detectors that imitate a frozen, quantized teacher. Registered names of attach_mimic."""
+"""The students in training: registered detectors that imitate a frozen, quantized teacher."""
 
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
+from qmimic_d2.config_files import changed
 from qmimic_d2.modeling.attach import attach_parts, mimic_arguments, quantizer_arguments
 from qmimic_d2.modeling.family import QUANT_MIMIC, detector_name
 from qmimic_d2.modeling.meta_arch.quant_fcos import QuantFCOS
@@ -17,14 +18,11 @@ __all__ = ["QuantMimic", "QuantMimicFCOS", "QuantMimicRCNN", "QuantMimicRetinaNe
 @META_ARCH_REGISTRY.register()
 def QuantMimic(cfg: CfgNode) -> nn.Module:
     """
-    Any detector as a student, by its config alone: builds the meta-architecture that ``MODEL.QMIMIC.META_ARCHITECTURE``
-    names, and attaches quantizer and mimic.
-
-    Returns:
-        A model of that class.
+    Any detector as a student: builds the meta-architecture that ``MODEL.QMIMIC.META_ARCHITECTURE`` names, and attaches
+    quantizer and mimic.
 
     Raises:
-        ValueError: no such meta-architecture is registered, or the adapter is to stand in the trunk.
+        ValueError: no such meta-architecture is registered, or ADAPTER_PLACEMENT is "trunk".
     """
     key, name = "MODEL.QMIMIC.META_ARCHITECTURE", detector_name(cfg.MODEL)
     if name == QUANT_MIMIC or name not in META_ARCH_REGISTRY:
@@ -38,10 +36,7 @@ def QuantMimic(cfg: CfgNode) -> nn.Module:
             f"MODEL.META_ARCHITECTURE is {QUANT_MIMIC!r}, whose detector is built for the backbone's own widths; set "
             "MODEL.QMIMIC.MIMIC.ADAPTER_PLACEMENT 'branch'"
         )
-    detector = cfg.clone()
-    detector.defrost()
-    detector.MODEL.META_ARCHITECTURE = name
-    detector.freeze()
+    detector = changed(cfg, "MODEL.META_ARCHITECTURE", name)
     model = META_ARCH_REGISTRY.get(name)(detector)
     attach_parts(model, **quantizer_arguments(detector), **mimic_arguments(detector))
     return model
@@ -61,7 +56,7 @@ class QuantMimicRetinaNet(QuantRetinaNet):
     """
     :class:`QuantRetinaNet` with ``loss_mimic`` among its losses.
 
-    It proposes and samples no regions, so ``MODEL.QMIMIC.MIMIC.ROI_SOURCE`` has to name others.
+    It neither proposes nor samples regions, so ``MODEL.QMIMIC.MIMIC.ROI_SOURCE`` must name other ones.
     """
 
     @classmethod
@@ -71,7 +66,7 @@ class QuantMimicRetinaNet(QuantRetinaNet):
 
 @META_ARCH_REGISTRY.register()
 class QuantMimicFCOS(QuantFCOS):
-    """:class:`QuantFCOS` with ``loss_mimic`` among its losses; the same is true of its regions."""
+    """:class:`QuantFCOS` with ``loss_mimic`` among its losses; for its regions see :class:`QuantMimicRetinaNet`."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode):

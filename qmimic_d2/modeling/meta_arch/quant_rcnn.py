@@ -19,10 +19,10 @@ __all__ = ["QuantRCNN"]
 @META_ARCH_REGISTRY.register()
 class QuantRCNN(GeneralizedRCNN):
     """
-    Detectron2's R-CNN with a quantizer on its backbone's features, and nothing else.
+    Detectron2's R-CNN with a quantizer on its backbone's features: the quantized teacher, the quantization-only
+    baseline and the shipped student.
 
-    The quantized teacher, the quantization-only baseline and the shipped student. Its ``state_dict``
-    has the names of :class:`GeneralizedRCNN`'s. Without a quantizer it is that class to the last bit.
+    Its ``state_dict`` has the names of :class:`GeneralizedRCNN`'s. Without a quantizer its results are the same.
     """
 
     @configurable
@@ -60,7 +60,7 @@ class QuantRCNN(GeneralizedRCNN):
             backbone = build_trunk_adapter(cfg, args["backbone"])
             check_proposal_levels(cfg, backbone)
             args["backbone"] = backbone
-            # these read the wider maps
+            # built again, because they read the wider maps
             args["proposal_generator"] = build_proposal_generator(cfg, backbone.output_shape())
             args["roi_heads"] = build_roi_heads(cfg, backbone.output_shape())
         return {**args, **quantizer_arguments(cfg)}

@@ -14,17 +14,12 @@ __all__ = ["QuantRetinaNet"]
 @META_ARCH_REGISTRY.register()
 class QuantRetinaNet(RetinaNet):
     """
-    Detectron2's RetinaNet with a quantizer on its backbone's features, and nothing else: what
-    :class:`~qmimic_d2.modeling.QuantRCNN` is to an R-CNN.
+    Detectron2's RetinaNet with a quantizer on its backbone's features, as :class:`~qmimic_d2.modeling.QuantRCNN`.
     """
 
     @configurable
     def __init__(self, *, quantizer=None, quantized_features=(), mimic=None, **kwargs):
-        """
-        Args:
-            quantizer, quantized_features, mimic: see :func:`qmimic_d2.modeling.attach.attach_parts`.
-            kwargs: of :class:`RetinaNet`.
-        """
+        """``kwargs`` are those of :class:`RetinaNet`; the others see :func:`qmimic_d2.modeling.attach.attach_parts`."""
         super().__init__(**kwargs)
         attach_parts(self, quantizer=quantizer, quantized_features=quantized_features, mimic=mimic)
 
@@ -35,6 +30,6 @@ class QuantRetinaNet(RetinaNet):
         if is_in_trunk(cfg):
             args["backbone"] = build_trunk_adapter(cfg, args["backbone"])
             shapes = args["backbone"].output_shape()
-            # it reads the wider maps
+            # built again, because it reads the wider maps
             args["head"] = RetinaNetHead(cfg, [shapes[name] for name in args["head_in_features"]])
         return {**args, **quantizer_arguments(cfg)}

@@ -45,13 +45,13 @@ class FrozenTeacher:
     """
     The backbone of a trained detector, which gives features and never changes.
 
-    Not an ``nn.Module``, so that whoever holds it as an attribute does not take it into its
-    parameters, ``state_dict``, optimizer, DDP buckets, or ``train()``. ``copy.deepcopy`` of a holder
-    (a moving average of the student, say) shares the teacher. A pickled holder, as ``torch.save(model)``
-    writes it, has None in its place and no tensor of it: the next training builds the teacher again.
+    It is no ``nn.Module``. A model that has it as an attribute therefore does not have it in its parameters,
+    ``state_dict``, optimizer, DDP buckets or ``train()``. ``copy.deepcopy`` of the model (a moving average of the
+    student, for example) shares the teacher. ``torch.save(model)`` writes None in its place: the next training builds
+    the teacher again.
 
-    Construct it from a student's config, ``FrozenTeacher(cfg)``, which loads the weights and audits
-    them; the explicit arguments are for a backbone that is loaded already.
+    ``FrozenTeacher(cfg)``, with a student's config, loads the weights and audits them. The explicit arguments are for a
+    backbone that is loaded already.
     """
 
     @configurable
@@ -72,19 +72,18 @@ class FrozenTeacher:
         """
         Args:
             backbone: the teacher's backbone with its trained weights.
-            features: the maps to give, among ``backbone.output_shape()``.
+            features: names of the maps that it gives, among ``backbone.output_shape()``.
             pixel_mean, pixel_std: the teacher's own, one number per channel.
             input_format: the teacher's channel order, "BGR" or "RGB" (others must equal the student's).
-            student_input_format: channel order of the images it will be given.
-            input_scale: factor by which these images are enlarged first.
-            quantizer: put on the named features; None for full-precision ones.
-            proposal_generator: with its trained weights, where its proposals are asked for; it reads the
-                quantized maps.
-            digest: of the loaded weights, for whoever wants to name them.
+            student_input_format: channel order of the images that it gets.
+            input_scale: factor that enlarges these images first.
+            quantizer: of the named features; None for full precision.
+            proposal_generator: with its trained weights; it reads the quantized maps. None: no proposals.
+            digest: of the loaded weights, for messages.
 
         Raises:
-            ValueError: an unknown feature, an input scale that is not positive, or channel orders that
-                no flip turns into each other.
+            ValueError: an unknown feature, an input scale that is not positive, or different channel orders other than
+                BGR and RGB.
         """
         _check_input_scale(input_scale)
         key = "MODEL.QMIMIC.MIMIC.TEACHER_IN_FEATURES"
@@ -144,11 +143,6 @@ class FrozenTeacher:
         """Where the teacher computes."""
         return self._device
 
-    @property
-    def num_parameters(self) -> int:
-        """Number of the backbone's parameters."""
-        return sum(parameter.numel() for parameter in self._backbone.parameters())
-
     def to(self, device: torch.device) -> "FrozenTeacher":
         """Moves the teacher; its dtype stays. Returns itself."""
         device = torch.device(device)
@@ -166,16 +160,16 @@ class FrozenTeacher:
         """
         The teacher's (quantized) maps of the student's images.
 
-        Images of different size are not padded to each other. Each is padded to the teacher's own size divisibility
-        alone, so that its features do not depend on what else is in the batch.
+        Each image is padded to the teacher's own size divisibility and not to the size of other images, so that its
+        features do not depend on the rest of the batch.
 
         Args:
             batched_inputs: N dicts as Detectron2's ``DatasetMapper`` makes them; "image" has shape
                 (3, H, W) and values 0 to 255.
 
         Returns:
-            Maps of shape (N, T, H', W') by name, inference tensors. Smaller maps are continued to the
-            right and below by their last column and row, as ROIAlign itself continues them.
+            Maps of shape (N, T, H', W') by name, inference tensors. Smaller maps repeat their last column and row, as
+            ROIAlign does.
 
         Raises:
             ValueError: the backbone gives another number of maps than of images.
@@ -187,8 +181,7 @@ class FrozenTeacher:
         self, batched_inputs: List[Dict[str, Tensor]]
     ) -> Tuple[Dict[str, Tensor], List[Boxes]]:
         """
-        As :meth:`features`, and the proposals of the teacher's own generator, as many as its config gives at
-        inference.
+        As :meth:`features`, with the proposals of the teacher's own generator at inference.
 
         Returns:
             The maps, and N Boxes in pixels of the student's input image, by falling score.
@@ -245,7 +238,7 @@ class FrozenTeacher:
 
 
 def build_teacher(cfg: CfgNode) -> FrozenTeacher:
-    """``FrozenTeacher(cfg)``; in :func:`qmimic_d2.modeling.mimic.sharing.one_teacher` an earlier one, if it fits."""
+    """``FrozenTeacher(cfg)``; in :func:`qmimic_d2.modeling.mimic.sharing.one_teacher` an earlier one that fits."""
     is_new = []
     settings = (cfg.MODEL.QMIMIC.dump(), cfg.INPUT.FORMAT, teacher_feature_names(cfg))
     teacher = shared("teacher", settings, lambda: is_new.append(True) or FrozenTeacher(cfg))
@@ -256,14 +249,14 @@ def build_teacher(cfg: CfgNode) -> FrozenTeacher:
 
 def load_teacher_modules(cfg: CfgNode, modules: Dict[str, nn.Module]) -> None:
     """
-    Fills modules of the student from the teacher's of the same names: each completely, or an error.
+    Fills modules of the student completely from the teacher's modules of the same names.
 
     Args:
         cfg: the student's, which names the teacher.
         modules: for example ``{"roi_heads": student.roi_heads}``.
 
     Raises:
-        FileNotFoundError, ValueError: the teacher's weights are not there, or do not fit; lists what differs.
+        FileNotFoundError, ValueError: the teacher's weights are missing or do not fit; lists what differs.
     """
     config = load_teacher_config(cfg)
     weights, key = _weights_and_key(cfg, config)
@@ -287,7 +280,7 @@ def teacher_shapes(cfg: CfgNode) -> Dict[str, ShapeSpec]:
         By name, in order; strides in pixels of the student's input image.
 
     Raises:
-        FileNotFoundError, ValueError: the teacher's config, or a feature name, is not there.
+        FileNotFoundError, ValueError: the teacher's config is missing, or it has no such feature.
     """
     scale = cfg.MODEL.QMIMIC.TEACHER.INPUT_SCALE
     _check_input_scale(scale)
@@ -301,7 +294,7 @@ def teacher_shapes(cfg: CfgNode) -> Dict[str, ShapeSpec]:
 
 
 def _weights_and_key(cfg: CfgNode, config: TeacherConfig) -> Tuple[str, str]:
-    """Where the teacher's weights are, and the key that says so."""
+    """Path of the teacher's weights, and the key that names it."""
     if cfg.MODEL.QMIMIC.TEACHER.WEIGHTS:
         return cfg.MODEL.QMIMIC.TEACHER.WEIGHTS, _WEIGHTS_KEY
     return config.weights, f"{_WEIGHTS_KEY} is '' and MODEL.WEIGHTS of {config.path}"
@@ -344,7 +337,7 @@ def _needs_flip(student_format: str, teacher_format: str) -> bool:
 
 
 def stack_maps(maps: List[Tensor]) -> Tensor:
-    """N maps (T, H', W') as one (N, T, H', W'); smaller ones are continued as :meth:`FrozenTeacher.features` says."""
+    """N maps (T, H', W') as one (N, T, H', W'); smaller ones repeat their last column and row."""
     height = max(each.shape[-2] for each in maps)
     width = max(each.shape[-1] for each in maps)
     padding = [(0, width - each.shape[-1], 0, height - each.shape[-2]) for each in maps]

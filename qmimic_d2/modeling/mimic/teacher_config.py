@@ -1,4 +1,4 @@
-"""The teacher's own config, YAML or LazyConfig, read into what a frozen teacher is built from."""
+"""Reads what the frozen teacher needs from the teacher's own config, a YAML or a LazyConfig."""
 
 import functools
 import importlib
@@ -28,24 +28,24 @@ _CODE_KEYS = ("NAME", "STRIDE", "NUM_CODES", "SIGNED")
 
 
 class TeacherConfigError(ValueError):
-    """The teacher's config cannot be used here; its message names the key, the file and what to do."""
+    """The teacher's config cannot be used; the message names the key, the file and what to do."""
 
 
 @dataclass
 class TeacherConfig:
     """
-    What of a teacher's config matters to the mimic.
+    The part of a teacher's config that the mimic needs.
 
     Attributes:
         path: absolute path of the config file.
         build_backbone: builds the backbone with random weights.
-        build_proposal_generator: the same of the proposal generator, from the backbone's output shapes; gives None
-            where the detector has none.
-        weights: checkpoint that the config names; "" when it names none.
+        build_proposal_generator: builds the proposal generator from the backbone's output shapes; returns None if the
+            detector has none.
+        weights: checkpoint that the config names, or "".
         pixel_mean, pixel_std: of the teacher's own preprocessing, in units of the pixel values.
         input_format: channel order, for example "BGR".
-        dump: the whole config as YAML, OPTS applied; "" for a LazyConfig, whose Python is its only form.
-        codes: keys of ``MODEL.QMIMIC.QUANTIZER`` that a quantized teacher was trained with, and their values.
+        dump: the whole config as YAML, with OPTS; "" for a LazyConfig, which is Python code.
+        codes: keys and values of ``MODEL.QMIMIC.QUANTIZER`` in the training of a quantized teacher.
     """
 
     path: str
@@ -62,7 +62,7 @@ class TeacherConfig:
 
     def shapes(self) -> Dict[str, ShapeSpec]:
         """
-        Of the backbone's maps, by name.
+        Channels and stride of the backbone's maps, by name.
 
         Raises:
             TeacherConfigError: the backbone cannot be built.
@@ -74,7 +74,7 @@ class TeacherConfig:
 
     def take_backbone(self) -> Backbone:
         """
-        A backbone with random weights, which belongs to the caller. No random number is drawn from the student's.
+        A backbone with random weights, which belongs to the caller. The global random numbers do not change.
 
         Raises:
             TeacherConfigError: it cannot be built.
@@ -97,14 +97,13 @@ def load_teacher_config(cfg: CfgNode) -> TeacherConfig:
     """
     Reads the teacher's config that a student's ``cfg.MODEL.QMIMIC.TEACHER`` names.
 
-    A YAML is data, and may hold keys of its own project. Code runs where the config is a LazyConfig ``.py``, and
-    where ADD_CONFIG names a function.
+    A YAML is data, and may hold keys of its own project. Code runs only from a LazyConfig ``.py`` and from the function
+    that ADD_CONFIG names.
 
     Raises:
-        FileNotFoundError: the file, or one it builds on, does not exist; names the key and where it
-            was looked for.
-        TeacherConfigError: it cannot be read, an entry of TEACHER.OPTS does not fit it, or TEACHER.ADD_CONFIG names
-            no function that adds keys.
+        FileNotFoundError: the file or its base file does not exist; names the key and the places searched.
+        TeacherConfigError: the config cannot be read, an entry of TEACHER.OPTS does not fit it, or TEACHER.ADD_CONFIG
+            names no function that adds keys.
     """
     config = shared("config", (cfg.MODEL.QMIMIC.TEACHER.dump(), cfg.MODEL.DEVICE), lambda: _read(cfg))
     _warn_of_other_codes(config, cfg)
@@ -206,7 +205,7 @@ def _read_lazy(path: str, student_cfg: CfgNode) -> TeacherConfig:
 
 
 def _build_generator(teacher: CfgNode, shapes: Dict[str, ShapeSpec]) -> Optional[nn.Module]:
-    # RPN is the default of the key even of a one-stage detector, which has none
+    # The key's default is RPN, also for one-stage detectors, which have no generator
     family = family_of(detector_name(teacher.MODEL))
     has_one = family is not None and "proposal_generator" in family.heads
     return build_proposal_generator(teacher, shapes) if has_one else None
@@ -217,7 +216,7 @@ def _numbers(values: Sequence[float]) -> List[float]:
 
 
 def _check_new_keys(added: Sequence[str], before: CfgNode) -> None:
-    """Another project's keys are its own affair; one that is spelt almost as its neighbours is a mistake."""
+    """Refuses new keys whose spelling is close to a known key; other new keys belong to another project."""
     likely = {}
     for key in added:
         *sections, name = key.split(".")
@@ -229,11 +228,11 @@ def _check_new_keys(added: Sequence[str], before: CfgNode) -> None:
 
 
 def _warn_of_other_codes(config: TeacherConfig, student: CfgNode) -> None:
-    """The student's node decides on codes; a teacher that was trained with others should be known."""
+    """Warns if the teacher was trained with other codes than the student's, which are in force."""
     ours = student.MODEL.QMIMIC.QUANTIZER
     differing = {name: (theirs, ours[name]) for name, theirs in config.codes.items() if theirs != ours[name]}
     if differing:
-        # once: its shapes, its copy in OUTPUT_DIR and the teacher itself are asked for
+        # once, although the config is read several times
         log_first_n(
             logging.WARNING,
             f"MODEL.QMIMIC.QUANTIZER of the teacher's config {config.path} differs from the student's, which is "
