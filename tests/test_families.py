@@ -41,7 +41,7 @@ from qmimic_d2.inference.detectors import open_detector
 from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.lazy_config import add_mimic, add_quantizer
 from qmimic_d2.modeling.attach import attached_mimic
-from qmimic_d2.modeling.family import FAMILIES, family_of_model, head_features
+from qmimic_d2.modeling.family import FAMILIES, family_of, head_features
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 
 META = "MODEL.META_ARCHITECTURE"
@@ -240,7 +240,7 @@ def test_lazy(student, learns):
     torch.manual_seed(1)
     model = instantiate((add_mimic if learns else add_quantizer)(stock, plain(cfg.MODEL.QMIMIC)))
     model.load_state_dict(yaml.state_dict())
-    assert type(model) is family_of_model(model).detector
+    assert type(model) is family_of(type(model)).detector
     assert attached_quantizer(model.backbone).features == attached_quantizer(yaml.backbone).features
     assert (attached_mimic(model) is not None) == learns
     inputs = batch(num_classes=student.case.num_classes)
@@ -262,7 +262,7 @@ def lazy_detector(cfg: CfgNode) -> Any:
     for name in ("quantizer", "quantized_features"):
         del arguments[name]
     arguments.update((name, module) for name, module in stock.named_children() if name in arguments)
-    return L(family_of_model(stock).detector)(**arguments)
+    return L(family_of(type(stock)).detector)(**arguments)
 
 
 def plain(node: Optional[CfgNode]) -> Any:

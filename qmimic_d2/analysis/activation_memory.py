@@ -1,4 +1,4 @@
-"""How much memory the activations of one inference take at most: what a device needs in addition to the weights."""
+"""Peak memory of the activations of one inference, which a device needs in addition to the weights."""
 
 import weakref
 from contextlib import contextmanager
@@ -20,19 +20,18 @@ TOTAL = "total"
 
 def measure_activation_memory(cfg_or_model: Union[CfgNode, nn.Module], height: int, width: int) -> Dict[str, int]:
     """
-    Peak number of bytes in tensors that an inference made and still held, weights and image apart.
+    Peak number of bytes in the tensors that an inference makes and still holds, without weights and image.
 
-    Counted in eager PyTorch, tensor by tensor, so it belongs to the architecture and is the same on every
-    machine; an optimizing runtime may need less. Scratch memory inside an operator does not count. Proposals
-    are fixed as in :func:`measure_cost`.
+    It counts the tensors of eager PyTorch, so it is the same on every machine. An optimizing runtime may need less.
+    Scratch memory inside an operator does not count. Proposals are fixed as in :func:`measure_cost`.
 
     Args:
         cfg_or_model: as for :func:`measure_cost`.
         height, width: of the image as it enters the model, in pixels.
 
     Returns:
-        "total", and by part ("backbone", "proposal_generator", "roi_heads", where there is one) the peak while
-        it runs, features that it reads included.
+        "total", and for each part of the model ("backbone", "proposal_generator", "roi_heads") the peak while it runs,
+        with the features that it reads.
     """
     model = build_for_measurement(cfg_or_model) if isinstance(cfg_or_model, CfgNode) else cfg_or_model
     image = torch.full((3, int(height), int(width)), 128.0)
@@ -44,7 +43,7 @@ def measure_activation_memory(cfg_or_model: Union[CfgNode, nn.Module], height: i
 
 class _Meter(TorchDispatchMode):
     """
-    Follows the storage of every tensor that an operator puts out, from its making to its release.
+    Follows the storage of every tensor that an operator returns, until its release.
 
     Attributes:
         peak: most bytes at a time.
@@ -85,7 +84,7 @@ class _Meter(TorchDispatchMode):
         self._peak_before, self.peak = self.peak, self._live
 
     def end_part(self, name: str) -> None:
-        """Notes the part's peak; :attr:`peak` is again that of the whole."""
+        """Records the part's peak; :attr:`peak` is again that of the whole model."""
         self.part_peaks[name] = self.peak
         self.peak = max(self._peak_before, self.peak)
 

@@ -1,5 +1,5 @@
 """
-Which stride suits a teacher: how its features are distributed, and what a dictionary makes of them.
+Which stride suits a teacher: the distribution of its features, and the effect of a dictionary on them.
 
 A stride means nothing by itself. It is relative to the scale of the features, which differs by orders of
 magnitude between a network with BatchNorm and one without.
@@ -44,17 +44,17 @@ __all__ = [
 
 Item = TypeVar("Item")
 
-# A teacher of less AP, in percent, detects nothing; its loss by quantization is not that of a trained one.
+# A teacher with less AP, in percent, is not trained: its loss by quantization says nothing.
 LEAST_AP = 1.0
 
 # Stride in units of the features' rms up to which a student that is rounded too learns as well as without rounding.
 # 0.56 and 0.65 cost nothing, 1.12 cost 6 AP and 2.24 cost 38, where the teacher lost 0.2, 0.3, 0.8 and 2.9
-# (docs/evidence.md, "The stride"): the teacher's AP alone does not tell.
+# (docs/evidence.md, "The stride"): the teacher's AP alone does not show it.
 MAX_RELATIVE_STRIDE = 0.75
 
 
 def evenly_spaced(items: Sequence[Item], count: int) -> List[Item]:
-    """At most ``count`` items at equal distances, the first one included: the same ones every time."""
+    """At most ``count`` items at equal distances, beginning with the first; the same ones every time."""
     count = min(count, len(items))
     return [items[index * len(items) // count] for index in range(count)]
 
@@ -68,7 +68,7 @@ def build_calibration_loader(
     Args:
         cfg: of the model, for its preprocessing.
         dataset_names: registered data sets, taken one after the other.
-        num_images: how many, evenly spaced over these sets; fewer where there are fewer.
+        num_images: at most so many, evenly spaced over these sets.
 
     Returns:
         A loader that can be iterated over again, and the number of images of the sets.
@@ -96,12 +96,12 @@ def measure_features(
 ) -> Dict[str, FeatureStatistics]:
     """
     Args:
-        model: a Detectron2 R-CNN. A quantizer on its backbone is taken off meanwhile.
+        model: a Detectron2 R-CNN. A quantizer on its backbone is off meanwhile.
         loader: gives batches as the model takes them.
         features: names among the backbone's outputs.
 
     Returns:
-        By feature. Cells that lie in the padding of an image do not count.
+        By feature. Cells in the padding of an image do not count.
 
     Raises:
         ValueError: an unknown feature, NaN or infinite values, or no image.
@@ -119,7 +119,7 @@ def measure_codes(
     quantizers: Sequence[CodeQuantizer],
 ) -> Dict[str, List[CodeStatistics]]:
     """
-    As :func:`measure_features`, for what each of the quantizers makes of the features.
+    The effect of each quantizer on the features; arguments and errors as :func:`measure_features`.
 
     Returns:
         By feature, in the order of the quantizers.
@@ -157,7 +157,7 @@ def measure_ap(
 
 
 def is_signed(statistics: FeatureStatistics) -> bool:
-    """Whether no ReLU ends the feature, so that an unsigned dictionary would erase a part of it."""
+    """Whether the feature has negative values, which an unsigned dictionary would erase."""
     return statistics.negative_share > 0.0
 
 
@@ -166,8 +166,7 @@ def default_strides(statistics: Mapping[str, FeatureStatistics]) -> List[float]:
     Strides worth trying: 1/32, 1/16, ... 1, 2 times the features' rms, rounded to two digits.
 
     Args:
-        statistics: by feature. One dictionary serves them all, so the rms is that of all values of all
-            features together.
+        statistics: by feature. One dictionary serves all features, so the rms is that of all their values.
 
     Raises:
         ValueError: the features are 0 everywhere.
@@ -194,15 +193,15 @@ def recommend_stride(
     The largest stride up to ``max_stride`` that costs at most ``max_ap_loss``.
 
     Args:
-        strides: those that were measured, in any order.
-        aps: AP of the quantized teacher with each of them, in the unit of ``max_ap_loss``; NaN (an
-            evaluation without a single detection) does not qualify.
+        strides: in any order.
+        aps: AP of the quantized teacher with each stride, in the unit of ``max_ap_loss``; NaN (an evaluation without
+            detections) does not qualify.
         full_precision_ap: AP of the teacher before quantization.
         max_ap_loss: how much lower the AP may be.
         max_stride: another bound, for the student (:data:`MAX_RELATIVE_STRIDE`).
 
     Returns:
-        None where no stride qualifies, or the full-precision AP is below :data:`LEAST_AP`.
+        None if no stride qualifies, or if the full-precision AP is below :data:`LEAST_AP`.
     """
     if not full_precision_ap >= LEAST_AP:
         return None

@@ -35,8 +35,8 @@ class FeatureStatistics:
         negative_share: share of values below 0; 0.0 after a ReLU.
         mean, rms, min, max: of all values, zeros included.
         percentiles: value by percentile, for each of 50, 90, 99 and 99.9.
-        percentile_sample: number of values that the percentiles were taken from; equal to ``num_values``,
-            they are exact, else a random sample with a fixed seed.
+        percentile_sample: number of values for the percentiles. If it is ``num_values``, they are exact; otherwise they
+            come from a random sample with a fixed seed.
     """
 
     num_values: int
@@ -53,14 +53,14 @@ class FeatureStatistics:
 @dataclass(frozen=True)
 class CodeStatistics:
     """
-    What one dictionary makes of one feature f, over all images.
+    The effect of one dictionary on one feature f, over all images.
 
     Attributes:
-        codes_used: number of different codes that occur, the code 0 included.
-        largest_code: the largest index of a code that occurs; of either sign, if signed.
+        codes_used: number of different codes that occur, with the code 0.
+        largest_code: the largest absolute index of a code that occurs.
         zero_share: share of values whose code is 0.
         relative_error: ||Q(f) - f|| / ||f||; 0.0 for a feature that is 0 everywhere.
-        cosine: between Q(f) and f; 0.0 where one of them is 0 everywhere.
+        cosine: between Q(f) and f; 0.0 if one of them is 0 everywhere.
         saturation: share of values beyond the last code; 0.0 for an unbounded dictionary.
     """
 
@@ -116,9 +116,9 @@ class FeatureDistribution:
 
 class _Sample:
     """
-    At most ``SAMPLE_SIZE`` of the values it is given, every value with the same probability.
+    At most ``SAMPLE_SIZE`` of the added values; every value has the same probability.
 
-    All of them, as long as they are so few. Then the rate is halved as often as it takes.
+    It keeps all values up to that size. Then it halves the rate as often as necessary.
     """
 
     def __init__(self):
@@ -147,12 +147,7 @@ class _Sample:
 
 
 class CodeUse:
-    """
-    Collects what one quantizer makes of one feature for its :class:`CodeStatistics`.
-
-    Args:
-        quantizer: with the codes that are counted.
-    """
+    """Collects the codes that a quantizer gives one feature, for its :class:`CodeStatistics`."""
 
     def __init__(self, quantizer: CodeQuantizer):
         self._quantizer = quantizer

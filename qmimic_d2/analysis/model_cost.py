@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of the detector that a config builds: what ships, without teacher and adapter."""
+"""Parameters and FLOPs of the detector that a config builds and that ships, without teacher and adapter."""
 
 import warnings
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from qmimic_d2.modeling.trunk_adapter import without_teacher
 
 __all__ = ["ModelCost", "PartCost", "measure_cost"]
 
-# What a detector consists of; anything else that it runs is counted as OTHER.
+# The parts of a detector; everything else counts as OTHER.
 PARTS = ("backbone", *HEAD_MODULES)
 OTHER = "other"
 
@@ -49,8 +49,8 @@ class ModelCost:
         num_proposals: proposals that the RoI heads read; None if there are none, or no limit to fix them at.
         parameters, flops: of the whole detector, the sums over ``parts``.
         parts: by "backbone", "proposal_generator" and "roi_heads" (of a one-stage detector by "backbone" and "head"),
-            and "other" for what lies outside of them.
-        uncounted_ops: operators that occurred and for which there is no count, with their number.
+            and "other" for everything else.
+        uncounted_ops: operators without a count, with the number of their calls.
     """
 
     height: int

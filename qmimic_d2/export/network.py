@@ -21,7 +21,7 @@ from qmimic_d2.checkpoint.training_entries import TRAINING_ONLY
 from qmimic_d2.export.description import ModelDescription
 from qmimic_d2.export.finite import watch_outputs
 from qmimic_d2.export.preprocessing import InputSpec
-from qmimic_d2.modeling.family import family_of_model, head_node, head_node_key
+from qmimic_d2.modeling.family import family_of, head_node, head_node_key
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 from qmimic_d2.modeling.trunk_adapter import without_teacher
 
@@ -156,7 +156,7 @@ def detect(model: nn.Module, image: Tensor) -> List[Tensor]:
 
 
 def _instances(model: nn.Module, image: Tensor) -> Instances:
-    family = family_of_model(model)
+    family = family_of(type(model))
     if family is None or family.infer is None:
         raise ValueError(
             f"MODEL.META_ARCHITECTURE is {type(model).__name__!r}; GeneralizedRCNN, DenseDetector and classes derived "

@@ -22,7 +22,6 @@ __all__ = [
     "Family",
     "detector_name",
     "family_of",
-    "family_of_model",
     "features_read_by",
     "has_quantizer_keys",
     "head_features",
@@ -167,16 +166,11 @@ def _is_ours(meta_architecture: str, *prefixes: str) -> bool:
 # --------------------------------------------------------------------------------------------------- of a model
 
 
-def family_of_model(model: nn.Module) -> Optional[Family]:
-    """The family of a detector; None for one of another kind."""
-    return family_of(type(model))
-
-
 def num_classes_section(model: nn.Module) -> str:
     """The node below MODEL with a detector's NUM_CLASSES; "" if another project has the number elsewhere."""
     if hasattr(model, "roi_heads"):
         return _DEFAULT_SECTION
-    family = family_of_model(model)
+    family = family_of(type(model))
     return family.section if family else ""
 
 
@@ -184,7 +178,7 @@ def quantized_name(model: nn.Module) -> str:
     """
     The registered class of this package that builds such a detector without a mimic; "" if there is none.
     """
-    family = family_of_model(model)
+    family = family_of(type(model))
     name = f"Quant{family.name}" if family else ""
     is_plain = family is not None and type(model) is family.detector
     is_ours = name in (each.__name__ for each in type(model).__mro__)

@@ -28,10 +28,10 @@ def loss_per_region(
     predictor: FastRCNNOutputLayers, predictions: Tuple[Tensor, Tensor], proposals: List[Instances]
 ) -> Tensor:
     """
-    What each region adds to the losses of ``predictor.losses``, weights included, before they are averaged.
+    The share of each region in the losses of ``predictor.losses``, with their weights, before the average.
 
     Args:
-        predictor: its options (loss types and weights) are followed; no federated loss.
+        predictor: sets the types and weights of the losses; no federated loss.
         predictions: logits (M, K + 1) and deltas (M, 4) or (M, 4 K).
         proposals: of each image, with ``proposal_boxes``, ``gt_classes``, and ``gt_boxes`` where the image
             has annotations.
@@ -45,7 +45,7 @@ def loss_per_region(
     losses = _class_loss(predictor, logits, classes) * predictor.loss_weight.get("loss_cls", 1.0)
     foreground = torch.nonzero(classes < predictor.num_classes).squeeze(1)
     boxes = torch.cat([each.proposal_boxes.tensor for each in proposals])[foreground]
-    # Regions of an image without annotations are all background: what stands in for their gt_boxes is not read.
+    # Regions of an image without annotations are background. Their proposals fill the place of gt_boxes, unread.
     gt_boxes = [each.gt_boxes if each.has("gt_boxes") else each.proposal_boxes for each in proposals]
     gt_boxes = torch.cat([each.tensor for each in gt_boxes])
     deltas = deltas.unflatten(1, (-1, 4))

@@ -28,7 +28,7 @@ POOLER_TYPES = ("PSROIPool", "PSROIAlign")
 
 class PositionSensitivePooler(nn.Module):
     """
-    Cuts every region into k x k bins, each of which reads score maps of its own.
+    Cuts every region into k x k bins. Each bin reads its own score maps.
 
     Channels are ordered by value, then row of the bin, then its column: bin (i, j) of value c reads channel
     (c k + i) k + j.
@@ -38,8 +38,8 @@ class PositionSensitivePooler(nn.Module):
     - "PSROIPool", the paper's equation 1. ``b`` ends where the map ends, and is rounded to whole cells, halves
       away from zero, to at least 1 x 1; bin i holds the rows ``floor(i h / k)`` to ``ceil((i + 1) h / k) - 1``
       of its h rows; its value is their average, and 0 for a bin outside of the map. torchvision's operator
-      leaves out the map's last row and column, and beyond them its gradient is not that of its value: both
-      are mended here.
+      leaves out the map's last row and column, and beyond them its gradient does not fit its value: both are
+      corrected here.
     - "PSROIAlign" (Light-Head R-CNN, arXiv 1711.07264). Nothing is rounded: a bin averages
       ``sampling_ratio``\\ :sup:`2` bilinear samples. torchvision's operator shifts ``b`` by half a cell, so that
       it measures from the cells' centres, as Detectron2's "ROIAlignV2" does (and its "ROIAlign" does not).

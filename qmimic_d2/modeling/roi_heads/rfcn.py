@@ -33,12 +33,12 @@ __all__ = ["RFCNOutputLayers", "RFCNROIHeads"]
 
 class RFCNOutputLayers(FastRCNNOutputLayers):
     """
-    Fast R-CNN's outputs, losses and inference, with score maps in the place of the two linear layers.
+    Fast R-CNN's outputs, losses and inference, with score maps instead of the two linear layers.
 
     Two 1x1 convolutions make k k (K + 1) maps of class scores, background last, and k k 4 maps of box
-    deltas (times K unless they are class-agnostic). Each of a region's k x k bins reads its own maps, and
-    the bins vote by their average: the paper says so above its equation 2, which has the sum; the average
-    keeps logits at one scale for every k.
+    deltas (times K unless they are class-agnostic). Each of a region's k x k bins reads its own maps. The output is the
+    average of the bins, as the paper says above equation 2; the equation itself has the sum. The average keeps the
+    scale of logits the same for every k.
     """
 
     @configurable
@@ -93,12 +93,11 @@ class RFCNROIHeads(ROIHeads):
     R-FCN on one feature map; ``MODEL.ROI_HEADS.NAME: "RFCNROIHeads"``, with the keys of ``MODEL.RFCN``.
 
     Sampling, losses (``loss_cls``, ``loss_box_reg``) and inference are Detectron2's, and follow the keys of
-    ``MODEL.ROI_HEADS`` and ``MODEL.ROI_BOX_HEAD`` that belong to them. In training it returns the proposals
-    that the losses were taken of, foreground first.
+    ``MODEL.ROI_HEADS`` and ``MODEL.ROI_BOX_HEAD`` that belong to them. In training it returns the proposals of the
+    losses, foreground first.
 
-    With hard examples, all proposals are predicted, and the losses are taken of the B of each image whose
-    loss is highest (the paper's "Training"). ``batch_size_per_image`` and ``positive_fraction`` then have
-    no effect.
+    With hard examples it predicts all proposals, and the losses are those of the B proposals per image with the highest
+    loss (the paper's "Training"). ``batch_size_per_image`` and ``positive_fraction`` then have no effect.
     """
 
     @configurable
