@@ -16,6 +16,7 @@ __all__ = ["hush_libraries", "quiet_imports"]
 _WARNINGS = (
     r"`torch\.jit\.script(_method)?` is deprecated",  # Detectron2 compiles its box functions with it
     r"`torch\.cuda\.amp\.\w+\(args\.\.\.\)` is deprecated",  # Detectron2's AMPTrainer
+    r"`broadcast_buffers` is deprecated",  # what Detectron2's trainer gives to torch
     r"torch\.meshgrid: in an upcoming release",  # Detectron2's anchor generator
     r"pkg_resources is deprecated as an API",  # Detectron2's model zoo
     r"Deprecated call to `pkg_resources\.declare_namespace",

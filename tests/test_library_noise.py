@@ -33,7 +33,8 @@ def library_warnings(lines):
     return [line for line in lines if any(kind in line for kind in kinds)]
 
 
-def test_a_training_begins_without_noise(tmp_path):
+@pytest.mark.parametrize("flags", [(), ("--num-processes", 2, "--dist-url", "auto")], ids=["one process", "two"])
+def test_a_training_begins_without_noise(tmp_path, flags):
     write_builtin_data(tmp_path / "datasets")
     classes = ("MODEL.ROI_HEADS.NUM_CLASSES", 80)
     cfg = training_cfg(
@@ -44,7 +45,8 @@ def test_a_training_begins_without_noise(tmp_path):
     )
     (tmp_path / "student.yaml").write_text(cfg.dump())
     options = {"cwd": tmp_path, "env": environment(DETECTRON2_DATASETS=str(tmp_path / "datasets"))}
-    assert library_warnings(printed(ROOT / "train_net.py", "--config-file", "student.yaml", **options)) == []
+    lines = printed(ROOT / "train_net.py", *flags, "--config-file", "student.yaml", **options)
+    assert library_warnings(lines) == []
     log = (tmp_path / "output" / "log.txt").read_text()
     start = log[: log.index("Starting training from iteration 0")]
     messages = collections.Counter(line.partition("]")[2] for line in start.splitlines() if line.startswith("["))

@@ -165,6 +165,12 @@ def test_without_the_keys_nothing_is_imported_or_written(tmp_path, data, wandb, 
     assert wandb.calls == mlflow.calls == [] and not (tmp_path / "trackers.json").exists()
 
 
+def test_other_processes_than_the_first_write_nothing(tmp_path, data, wandb, monkeypatch):
+    monkeypatch.setattr("detectron2.utils.comm.is_main_process", lambda: False)
+    trained(training_cfg(tmp_path, data, *KEYS[:2], "SOLVER.MAX_ITER", 2))
+    assert wandb.calls == [] and not (tmp_path / "trackers.json").exists()
+
+
 FAILURES = [("wandb", name) for name in ("init", "define_metric", "log", "finish")]
 FAILURES += [("mlflow", name) for name in ("client", "create_run", "log_batch", "set_terminated")]
 
