@@ -12,7 +12,7 @@ import torch
 from helpers import WrittenTeacher, randomize, seeded_model, tiny_cfg, write_teacher
 from torch import nn
 
-from qmimic_d2.engine.exporting import Shipment
+from qmimic_d2.engine.exporting import Exporter
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMS = ("detectron2", "torchscript", "onnx")
@@ -59,8 +59,8 @@ def write_forms(folder: Path, *options: Any, forms: Sequence[str] = FORMS) -> Fo
     detector = write_detector(folder, *options)
     cfg = detector.cfg.clone()
     cfg.MODEL.WEIGHTS = detector.weights
-    shipment = Shipment(cfg, config_file=detector.config_file)
-    return Forms(detector, folder, {form: shipment.write(form, str(folder / "out")).path for form in forms})
+    exporter = Exporter(cfg, config_file=detector.config_file)
+    return Forms(detector, folder, {form: exporter.write(form, str(folder / "out")).path for form in forms})
 
 
 def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:

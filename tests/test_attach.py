@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qmimic_d2 import attach_mimic, attach_quantizer
-from qmimic_d2.export.network import ship_model
+from qmimic_d2.export import build_student
 from qmimic_d2.export.student import student_config
 from qmimic_d2.modeling import build_quantizer
 from qmimic_d2.modeling.attach import attached_mimic
@@ -372,7 +372,7 @@ def test_an_exported_student_is_built_again(teachers, tmp_path):
     named = ("MODEL.QMIMIC.META_ARCHITECTURE", "OwnForwardRCNN", "MODEL.WEIGHTS", str(path))
     cfg = config("own forward", teachers, *named)
     cfg.MODEL.META_ARCHITECTURE = "QuantMimic"
-    shipped = ship_model(cfg)
+    shipped = build_student(cfg)
     exported = student_config(cfg, shipped)
     node = exported.cfg.MODEL
     assert (node.META_ARCHITECTURE, node.QMIMIC.META_ARCHITECTURE) == ("QuantMimic", "OwnForwardRCNN")

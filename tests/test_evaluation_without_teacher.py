@@ -11,7 +11,7 @@ from helpers import ONE_STAGE, batch, randomize, seeded_model, tiny_cfg, write_t
 
 from qmimic_d2.analysis import measure_cost
 from qmimic_d2.engine import load_config
-from qmimic_d2.export import ship_model
+from qmimic_d2.export import build_student
 from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.modeling.trunk_adapter import trained_trunk_channels, without_teacher
 
@@ -110,7 +110,7 @@ def test_what_ships_and_what_is_measured(trained, change):
     image = np.full((64, 64, 3), 90, np.uint8)
     predictor = Predictor(cfg)
     assert len(predictor(image))
-    assert set(ship_model(cfg).state_dict()) == set(predictor.model.state_dict())
+    assert set(build_student(cfg).state_dict()) == set(predictor.model.state_dict())
     assert measure_cost(cfg, 64, 64).parameters > 0
 
 

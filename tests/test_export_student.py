@@ -13,7 +13,7 @@ from exported import SIZES, assert_close, random_image, run_without, spread_mode
 from helpers import MASK_HEAD, RESNET_FPN, WrittenTeacher, write_teacher
 
 from qmimic_d2.config import add_qmimic_config
-from qmimic_d2.export import export_student, ship_model
+from qmimic_d2.export import build_student, export_student
 from qmimic_d2.export.network import drop_quantizer
 from qmimic_d2.export.student import student_config
 from qmimic_d2.inference.detectors import open_detector
@@ -216,7 +216,7 @@ def test_adapter_and_teacher_stay_behind(trained, tmp_path):
     content["model"]["mimic.adapters.conv5.weight"] = torch.zeros(1)
     torch.save({**content, "optimizer": {"state": {}}, "iteration": 5}, tmp_path / "model.pth")
     teacher = ("MODEL.QMIMIC.TEACHER.CONFIG_FILE", "/nowhere/teacher.yaml")
-    model = ship_model(with_weights(trained, tmp_path / "model.pth", *teacher))
+    model = build_student(with_weights(trained, tmp_path / "model.pth", *teacher))
     assert not model.training
     assert set(model.state_dict()) == set(content["model"]) - {"mimic.adapters.conv5.weight"}
 
@@ -237,11 +237,11 @@ def test_an_adapter_in_the_trunk_ships(tmp_path):
 
 def test_weights_of_another_config(trained):
     with pytest.raises(ValueError, match="(?s)--weights.*of another shape"):
-        ship_model(with_weights(trained, trained.weights, "MODEL.VGG.WIDTH_DIVISOR", 32), weights_key="--weights")
+        build_student(with_weights(trained, trained.weights, "MODEL.VGG.WIDTH_DIVISOR", 32), weights_key="--weights")
 
 
 def test_a_checkpoint_cut_short(trained, tmp_path):
     with open(trained.weights, "rb") as file:
         (tmp_path / "cut.pth").write_bytes(file.read()[:3000])
     with pytest.raises(ValueError, match="unreadable or cut short"):
-        ship_model(with_weights(trained, tmp_path / "cut.pth"))
+        build_student(with_weights(trained, tmp_path / "cut.pth"))

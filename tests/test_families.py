@@ -36,7 +36,7 @@ from tiny_coco import registered
 from tiny_training import Recorder, registered_data, training_cfg
 
 from qmimic_d2.engine import Trainer
-from qmimic_d2.engine.exporting import FORMATS, Int8Settings, Shipment
+from qmimic_d2.engine.exporting import FORMATS, Exporter, Int8Settings
 from qmimic_d2.inference.detectors import open_detector
 from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.lazy_config import add_mimic, add_quantizer
@@ -198,14 +198,14 @@ def test_size(student, tmp_path):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_export_open_and_predict(student, form, tmp_path):
-    shipment = Shipment(student.cfg)
+    exporter = Exporter(student.cfg)
     settings = Int8Settings(calibration_images=1, search_images=0, threads=1)
     if student.case.beyond and form != "detectron2":
         with pytest.raises(ValueError, match=f"the model predicts {student.case.beyond}.*MODEL.MASK_ON"):
-            shipment.write(form, str(tmp_path), settings)
+            exporter.write(form, str(tmp_path), settings)
         assert not list(tmp_path.glob("model*"))
         return
-    detector, predictor = open_detector(shipment.write(form, str(tmp_path), settings).path), Predictor(student.cfg)
+    detector, predictor = open_detector(exporter.write(form, str(tmp_path), settings).path), Predictor(student.cfg)
     for size in ((64, 80), (50, 33)):
         found = detector.detect(random_image(*size))
         if form == "onnx-int8":

@@ -22,7 +22,7 @@ from helpers import (
 from mimic_models import NAME, PERIOD, PLAIN, QMIMIC, ROI_SOURCE, assert_equal, detections_of, mimic_cfg, mimic_model
 from torch.nn.parallel import DistributedDataParallel
 
-from qmimic_d2.engine.trainer import build_checkpointer
+from qmimic_d2.modeling.checkpointer import build_checkpointer
 
 
 def test_a_cascade_trains_too(vgg_teacher):

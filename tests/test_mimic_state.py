@@ -27,8 +27,8 @@ from mimic_models import (
 )
 from torch import nn
 
-from qmimic_d2.engine.trainer import build_checkpointer
 from qmimic_d2.modeling import FrozenTeacher
+from qmimic_d2.modeling.checkpointer import build_checkpointer
 
 # --------------------------------------------------------------------------------- the teacher beside it
 

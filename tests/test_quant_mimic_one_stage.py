@@ -21,8 +21,8 @@ from helpers import (
     write_teacher,
 )
 
-from qmimic_d2.engine.trainer import build_checkpointer
 from qmimic_d2.modeling import FrozenTeacher, QuantMimicFCOS, QuantMimicRetinaNet
+from qmimic_d2.modeling.checkpointer import build_checkpointer
 
 QMIMIC = "MODEL.QMIMIC"
 MIMIC = f"{QMIMIC}.MIMIC"

@@ -16,7 +16,7 @@ from tiny_coco import registered_coco, write_images
 
 from qmimic_d2.cli.export_text import verdict_text
 from qmimic_d2.engine.average_precision import APEvaluation
-from qmimic_d2.engine.exporting import Shipment
+from qmimic_d2.engine.exporting import Exporter
 from qmimic_d2.engine.trainer import Trainer
 from qmimic_d2.engine.verification import Difference, Verification, VerifiedModel, read_named_image
 from qmimic_d2.export import InputSpec, ModelDescription
@@ -56,23 +56,23 @@ def export(detector, *arguments):
 
 def test_the_reference_is_what_an_evaluation_measures(student, dataset, tmp_path):
     cfg = cfg_of(student, "OUTPUT_DIR", str(tmp_path))
-    shipment = Shipment(cfg)
-    row = Verification(cfg, dataset)("eager", shipment.predictor.detect, model=shipment.model)
-    evaluated = Trainer.test(cfg, shipment.model)["bbox"]["AP"]
+    exporter = Exporter(cfg)
+    row = Verification(cfg, dataset)("eager", exporter.predictor.detect, model=exporter.model)
+    evaluated = Trainer.test(cfg, exporter.model)["bbox"]["AP"]
     assert row.AP == evaluated > 0.0
-    assert row.AP == APEvaluation(cfg, dataset)(shipment.model)
+    assert row.AP == APEvaluation(cfg, dataset)(exporter.model)
     assert row.detections > 0
 
 
 def test_the_reference_gets_its_images_from_the_evaluations_loader(student, dataset):
     """What a training's reader sees counts, whatever the exported file's reader makes of the same files."""
     cfg = cfg_of(student)
-    shipment = Shipment(cfg)
+    exporter = Exporter(cfg)
     verification = Verification(cfg, dataset)
-    reference = verification("eager", shipment.predictor.detect, model=shipment.model)
-    darker = verification("file", lambda image: shipment.predictor.detect(image // 4))
+    reference = verification("eager", exporter.predictor.detect, model=exporter.model)
+    darker = verification("file", lambda image: exporter.predictor.detect(image // 4))
     assert darker.difference.scores > 0.0 and darker.AP != reference.AP
-    same = verification("file", shipment.predictor.detect)
+    same = verification("file", exporter.predictor.detect)
     assert same.AP == reference.AP and same.difference.boxes < 1e-3 and same.difference.unmatched == 0
 
 
@@ -131,10 +131,10 @@ def test_no_verdict_without_an_ap_to_lose(before, after, detections):
 
 def test_a_student_that_diverged_is_no_reference(student, dataset):
     cfg = cfg_of(student)
-    shipment = Shipment(cfg)
-    next(shipment.model.roi_heads.parameters()).data.fill_(math.nan)
+    exporter = Exporter(cfg)
+    next(exporter.model.roi_heads.parameters()).data.fill_(math.nan)
     with pytest.raises(ValueError, match="NaN or infinite"):
-        Verification(cfg, dataset)("eager", shipment.predictor.detect, model=shipment.model)
+        Verification(cfg, dataset)("eager", exporter.predictor.detect, model=exporter.model)
 
 
 def test_an_image_that_cannot_be_read_is_named(student, tmp_path, capsys):
@@ -169,7 +169,7 @@ def test_an_image_that_cannot_be_read_is_named(student, tmp_path, capsys):
         (["--threads", "1000000"], "--threads: '1000000'"),
         (["--runs", "0"], "--runs: '0'"),
         (["--min-size", "100000000"], "--min-size: '100000000'"),
-        (["--fixed-size", "99999999x64"], "--fixed-size: '99999999'"),
+        (["--fixed-size", "99999999x64"], "--fixed-size: '99999999x64'"),
     ],
 )
 def test_numbers_that_cannot_be(student, tmp_path, capsys, arguments, message):

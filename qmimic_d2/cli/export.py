@@ -26,7 +26,7 @@ from qmimic_d2.cli.model_arguments import (
     weights_key,
 )
 from qmimic_d2.cli.printable import say
-from qmimic_d2.engine.exporting import FORMATS, Exported, Int8Settings, Shipment, check_output_folder, check_packages
+from qmimic_d2.engine.exporting import FORMATS, Exported, Exporter, Int8Settings, check_output_folder, check_packages
 from qmimic_d2.engine.setup import describe_error, load_config
 from qmimic_d2.engine.verification import Verification, VerifiedModel
 from qmimic_d2.files import write_json
@@ -41,7 +41,7 @@ _FLOAT_TOLERANCE = 0.1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--format", required=True, nargs="+", choices=list(FORMATS), help="the form of the file; several in one go"
+        "--format", required=True, nargs="+", metavar="FORM", help=f"{', '.join(FORMATS)}; several in one go"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the files; made if need be")
     parser.add_argument(
@@ -97,19 +97,19 @@ def run(args: argparse.Namespace) -> int:
         check_output_folder(args.output)
         cfg = _config(args)
         verification = _verification(args, cfg) if args.verify else None
-        shipment = _shipment(args, cfg, keep_quantizer=args.quantizer == "keep")
-        if shipment.note:
-            say(f"Note: {shipment.note}", sys.stderr)
+        exporter = _exporter(args, cfg, keep_quantizer=args.quantizer == "keep")
+        if exporter.note:
+            say(f"Note: {exporter.note}", sys.stderr)
         int8 = Int8Settings(
             args.calibration_images, args.search_images, args.max_ap_loss, args.search_seconds, args.threads
         )
         exported = {}
         for form in args.format:
-            exported[form] = shipment.write(form, args.output, int8, report=say)
-            say(export_text(exported[form], shipment.description))
+            exported[form] = exporter.write(form, args.output, int8, report=say)
+            say(export_text(exported[form], exporter.description))
         if verification is None:
             return 0
-        rows = _verified(args, cfg, shipment, exported, verification)
+        rows = _verified(args, cfg, exporter, exported, verification)
         write_json(os.path.join(args.output, VERIFICATION_NAME), [each.to_dict() for each in rows])
     say(verification_text(rows, verification))
     verdicts = [_verdict(args, form, rows[0], row) for form, row in zip(exported, rows[1:])]
@@ -141,8 +141,8 @@ def _verification(args: argparse.Namespace, cfg: CfgNode) -> Verification:
     return Verification(cfg, args.verify, max_images=args.verify_images, threads=args.threads, runs=args.runs)
 
 
-def _shipment(args: argparse.Namespace, cfg: CfgNode, keep_quantizer: bool) -> Shipment:
-    return Shipment(
+def _exporter(args: argparse.Namespace, cfg: CfgNode, keep_quantizer: bool) -> Exporter:
+    return Exporter(
         cfg,
         keep_quantizer=keep_quantizer,
         fixed_size=args.fixed_size or (0, 0),
@@ -154,26 +154,26 @@ def _shipment(args: argparse.Namespace, cfg: CfgNode, keep_quantizer: bool) -> S
 def _verified(
     args: argparse.Namespace,
     cfg: CfgNode,
-    shipment: Shipment,
+    exporter: Exporter,
     exported: Dict[str, Exported],
     verification: Verification,
 ) -> List[VerifiedModel]:
     """The reference first, then the files, then what they may be compared with."""
     keeps = args.quantizer == "keep"
-    had = _shipment(args, cfg, keep_quantizer=True).description.quantizer != ""
+    had = _exporter(args, cfg, keep_quantizer=True).description.quantizer != ""
     treated = ("quantizer kept" if keeps else "quantizer dropped") if had else "no quantizer"
     # A fixed size has no counterpart in Detectron2's loader, so the model sees what the file sees.
     is_as_trained = not args.fixed_size
-    rows = [_eager(verification, f"eager student, {treated}", shipment, is_as_trained=is_as_trained)]
+    rows = [_eager(verification, f"eager student, {treated}", exporter, is_as_trained=is_as_trained)]
     for form, each in exported.items():
         opened = open_detector(each.path, threads=args.threads, device="cpu")
         rows.append(verification(f"{form}, {treated}", opened.detect, each.file_bytes))
     if had:
-        other = _shipment(args, cfg, keep_quantizer=not keeps)
+        other = _exporter(args, cfg, keep_quantizer=not keeps)
         treated = "quantizer dropped" if keeps else "quantizer kept"
         rows.append(_eager(verification, f"eager student, {treated}", other, is_as_trained=is_as_trained))
     if args.min_size or args.max_size or args.fixed_size:
-        own = Shipment(load_model_config(args), keep_quantizer=keeps, weights_key=weights_key(args))
+        own = Exporter(load_model_config(args), keep_quantizer=keeps, weights_key=weights_key(args))
         rows.append(_eager(verification, "eager student, sizes of its config", own))
     teacher = _teacher(args)
     if teacher is not None:
@@ -184,21 +184,21 @@ def _verified(
 def _eager(
     verification: Verification,
     name: str,
-    shipment: Shipment,
+    exporter: Exporter,
     is_compared: bool = True,
     is_as_trained: bool = False,
 ) -> VerifiedModel:
     """
     Args:
         is_as_trained: with the images of the evaluation's own loader, resized as the config of the verification says;
-            else with those that the exported files read, in the shipment's size.
+            else with those that the exported files read, in the exporter's size.
     """
-    size = sum(each.numel() * each.element_size() for each in shipment.model.state_dict().values())
-    model = shipment.model if is_as_trained else None
-    return verification(name, shipment.predictor.detect, size, is_compared, model)
+    size = sum(each.numel() * each.element_size() for each in exporter.model.state_dict().values())
+    model = exporter.model if is_as_trained else None
+    return verification(name, exporter.predictor.detect, size, is_compared, model)
 
 
-def _teacher(args: argparse.Namespace) -> Optional[Shipment]:
+def _teacher(args: argparse.Namespace) -> Optional[Exporter]:
     """The whole detector whose backbone taught the student; None where it is not at hand."""
     try:
         opts = key_value_pairs(args)
@@ -207,7 +207,7 @@ def _teacher(args: argparse.Namespace) -> Optional[Shipment]:
             return None
         weights = ["MODEL.WEIGHTS", node.WEIGHTS] if node.WEIGHTS else []
         cfg = load_config(node.CONFIG_FILE, [*node.OPTS, *weights], eval_only=True, device="cpu")
-        return Shipment(cfg)
+        return Exporter(cfg)
     except (KeyError, ValueError, OSError) as error:
         say(f"The teacher is not compared: {describe_error(error)}", sys.stderr)
         return None

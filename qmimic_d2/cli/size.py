@@ -18,7 +18,7 @@ from qmimic_d2.cli.export_text import human_bytes
 from qmimic_d2.cli.model_arguments import key_value_pairs, usage_errors
 from qmimic_d2.cli.printable import printable, say
 from qmimic_d2.engine.setup import load_config
-from qmimic_d2.export import ship_model
+from qmimic_d2.export import build_student
 from qmimic_d2.files import check_writable, write_json
 
 
@@ -74,7 +74,7 @@ def _measured(args: argparse.Namespace, config_file: str, weights: str) -> Dict[
     if not args.input and not side:
         raise ValueError(f"INPUT.MIN_SIZE_TEST of {config_file!r} is 0; give the image's size with --input")
     size: Tuple[int, int] = args.input or (side, side)
-    model = ship_model(cfg, weights_key="--weights") if weights else build_for_measurement(cfg)
+    model = build_student(cfg, weights_key="--weights", device="cpu") if weights else build_for_measurement(cfg)
     cost = measure_cost(model, *size)
     return {
         "config_file": config_file,

@@ -12,7 +12,8 @@ from qmimic_d2.engine.setup import (
     num_processes,
     set_up_process,
 )
-from qmimic_d2.engine.trainer import Trainer, build_checkpointer, build_evaluator, load_evaluated_weights
+from qmimic_d2.engine.trainer import Trainer, build_evaluator, load_evaluated_weights
+from qmimic_d2.modeling.checkpointer import build_checkpointer
 from qmimic_d2.modeling.mimic.sharing import one_teacher
 
 __all__ = [

@@ -4,7 +4,7 @@ import logging
 import os
 import tempfile
 from dataclasses import dataclass
-from typing import Callable, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -14,11 +14,11 @@ from qmimic_d2.analysis import evenly_spaced
 from qmimic_d2.data.loading import load_dataset_dicts
 from qmimic_d2.engine.average_precision import APEvaluation
 from qmimic_d2.engine.verification import EvaluatorAdapter, read_named_image
-from qmimic_d2.export import ModelDescription, OnnxDetector, describe_model, ship_model
+from qmimic_d2.export import ModelDescription, OnnxDetector, build_student, describe_model
 from qmimic_d2.export.description import LABELS_NAME
 from qmimic_d2.export.onnx.file import export_onnx, import_onnx
 from qmimic_d2.export.onnx.int8 import Int8Trial, import_quantization, quantize_onnx
-from qmimic_d2.export.student import CONFIG_NAME, StudentExport, export_student
+from qmimic_d2.export.student import CONFIG_NAME, WEIGHTS_NAME, StudentExport, export_student
 from qmimic_d2.export.torchscript.file import export_torchscript
 from qmimic_d2.files import write_text
 from qmimic_d2.inference.categories import dataset_categories, load_class_names, unknown_names_note
@@ -26,17 +26,19 @@ from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.modeling.quantizer import UniformQuantizer
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 
-__all__ = ["FORMATS", "LABELS_NAME", "Exported", "Int8Settings", "Shipment", "check_output_folder", "check_packages"]
+__all__ = [
+    "FORMATS",
+    "LABELS_NAME",
+    "ExportFormat",
+    "ExportJob",
+    "Exported",
+    "Exporter",
+    "Int8Settings",
+    "check_output_folder",
+    "check_packages",
+]
 
 logger = logging.getLogger(__name__)
-
-# What is opened to run the detector, by format.
-FORMATS = {
-    "detectron2": CONFIG_NAME,
-    "torchscript": "model.ts",
-    "onnx": "model.onnx",
-    "onnx-int8": "model_int8.onnx",
-}
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,37 @@ class Exported:
     trials: Sequence[Int8Trial] = ()
 
 
-class Shipment:
+@dataclass(frozen=True)
+class ExportJob:
+    """
+    Attributes:
+        path: of the file that is opened to run the detector; its folder is there.
+        int8: settings of that form.
+        report: told about the search of int8.
+    """
+
+    path: str
+    int8: Int8Settings
+    report: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """
+    A form in which a detector ships.
+
+    Attributes:
+        file: name of what is opened to run the detector.
+        write: gets the exporter and the job, and writes ``job.path``.
+        check_packages: raises ImportError where a package that it takes is not installed; None: it takes none.
+    """
+
+    file: str
+    write: Callable[["Exporter", ExportJob], Exported]
+    check_packages: Optional[Callable[[], object]] = None
+
+
+class Exporter:
     """
     The student alone, built once, and written in any form.
 
@@ -105,7 +137,7 @@ class Shipment:
             FileNotFoundError, ValueError: the checkpoint is missing, cut short, or of another config.
         """
         self.cfg = cfg
-        self.model = ship_model(cfg, keep_quantizer=keep_quantizer, weights_key=weights_key)
+        self.model = build_student(cfg, keep_quantizer=keep_quantizer, weights_key=weights_key, device="cpu")
         load_class_names(cfg)
         categories = dataset_categories(cfg)
         self.note = unknown_names_note(categories, cfg)
@@ -144,54 +176,77 @@ class Shipment:
             OSError: the folder cannot be written.
             ValueError: the form cannot hold this detector.
         """
-        if form == "detectron2" and self.description.input_spec.is_fixed:
-            raise ValueError("--fixed-size is for torchscript and onnx; a Detectron2 config has no key for it")
         check_output_folder(folder)
-        path, student, trials = os.path.join(folder, FORMATS[form]), None, ()
-        parts = [path]
-        if form == "detectron2":
-            student = export_student(self.cfg, self.model, folder)
-            parts = [os.path.join(folder, "model.pth")]
-        elif form == "torchscript":
-            export_torchscript(self.model, self.description, path)
-        elif form == "onnx":
-            export_onnx(self.model, self.description, path)
-        else:
-            trials = self._write_int8(path, int8 or Int8Settings(), report)
+        job = ExportJob(os.path.join(folder, FORMATS[form].file), int8 or Int8Settings(), report)
+        exported = FORMATS[form].write(self, job)
         write_text(os.path.join(folder, LABELS_NAME), self.description.to_json() + "\n")
-        return Exported(path, sum(map(os.path.getsize, parts)), student, trials)
+        return exported
 
-    def _write_int8(self, path: str, settings: Int8Settings, report: Callable[[str], None]) -> List[Int8Trial]:
-        names = self.cfg.DATASETS.TRAIN
-        if not names:
-            raise ValueError("DATASETS.TRAIN is empty; int8 is calibrated on training images")
-        dicts = evenly_spaced(load_dataset_dicts(names), settings.calibration_images)
-        images: List[np.ndarray] = [
-            self.description.input_spec.prepare(read_named_image(each["file_name"]))[0] for each in dicts
-        ]
-        evaluate = None
-        if settings.search_images:
-            search = APEvaluation(self.cfg, names[0], settings.search_images, mapper=dict)
-            report(f"Calibrated on {len(images)} images, AP on {search.num_images} images of {names[0]}")
 
-            def evaluate(candidate: str) -> float:
-                return search(EvaluatorAdapter(OnnxDetector(candidate, settings.threads)))
+def _write_detectron2(exporter: Exporter, job: ExportJob) -> Exported:
+    if exporter.description.input_spec.is_fixed:
+        raise ValueError("--fixed-size is for torchscript and onnx; a Detectron2 config has no key for it")
+    folder = os.path.dirname(job.path)
+    student = export_student(exporter.cfg, exporter.model, folder)
+    return Exported(job.path, os.path.getsize(os.path.join(folder, WEIGHTS_NAME)), student)
 
-        stride, signed = _uniform_codes(self.model)
-        with tempfile.TemporaryDirectory(prefix="qmimic_d2_") as folder:
-            source = os.path.join(folder, "float.onnx")
-            export_onnx(self.model, self.description, source)
-            return quantize_onnx(
-                source,
-                path,
-                images,
-                evaluate=evaluate,
-                max_ap_loss=settings.max_ap_loss,
-                seconds=settings.search_seconds,
-                code_stride=stride,
-                code_signed=signed,
-                report=report,
-            )
+
+def _write_torchscript(exporter: Exporter, job: ExportJob) -> Exported:
+    export_torchscript(exporter.model, exporter.description, job.path)
+    return Exported(job.path, os.path.getsize(job.path))
+
+
+def _write_onnx(exporter: Exporter, job: ExportJob) -> Exported:
+    export_onnx(exporter.model, exporter.description, job.path)
+    return Exported(job.path, os.path.getsize(job.path))
+
+
+def _write_int8(exporter: Exporter, job: ExportJob) -> Exported:
+    settings, names = job.int8, exporter.cfg.DATASETS.TRAIN
+    if not names:
+        raise ValueError("DATASETS.TRAIN is empty; int8 is calibrated on training images")
+    dicts = evenly_spaced(load_dataset_dicts(names), settings.calibration_images)
+    prepare = exporter.description.input_spec.prepare
+    images: List[np.ndarray] = [prepare(read_named_image(each["file_name"]))[0] for each in dicts]
+    evaluate = None
+    if settings.search_images:
+        search = APEvaluation(exporter.cfg, names[0], settings.search_images, mapper=dict)
+        job.report(f"Calibrated on {len(images)} images, AP on {search.num_images} images of {names[0]}")
+
+        def evaluate(candidate: str) -> float:
+            return search(EvaluatorAdapter(OnnxDetector(candidate, settings.threads)))
+
+    stride, signed = _uniform_codes(exporter.model)
+    with tempfile.TemporaryDirectory(prefix="qmimic_d2_") as folder:
+        source = os.path.join(folder, "float.onnx")
+        export_onnx(exporter.model, exporter.description, source)
+        trials = quantize_onnx(
+            source,
+            job.path,
+            images,
+            evaluate=evaluate,
+            max_ap_loss=settings.max_ap_loss,
+            seconds=settings.search_seconds,
+            code_stride=stride,
+            code_signed=signed,
+            report=job.report,
+        )
+    return Exported(job.path, os.path.getsize(job.path), trials=trials)
+
+
+def _import_int8() -> None:
+    import_onnx()
+    import_quantization()
+
+
+# The forms of ``python -m qmimic_d2 export``. Another one is a further entry, and its ending an entry of OPENERS of
+# qmimic_d2.inference.detectors.
+FORMATS: Dict[str, ExportFormat] = {
+    "detectron2": ExportFormat(CONFIG_NAME, _write_detectron2),
+    "torchscript": ExportFormat("model.ts", _write_torchscript),
+    "onnx": ExportFormat("model.onnx", _write_onnx, import_onnx),
+    "onnx-int8": ExportFormat("model_int8.onnx", _write_int8, _import_int8),
+}
 
 
 def check_output_folder(folder: str) -> None:
@@ -212,12 +267,13 @@ def check_output_folder(folder: str) -> None:
 def check_packages(form: str) -> None:
     """
     Raises:
+        ValueError: there is no such form.
         ImportError: a package that the form takes is not installed; names the extra that brings it.
     """
-    if form in ("onnx", "onnx-int8"):
-        import_onnx()
-    if form == "onnx-int8":
-        import_quantization()
+    if form not in FORMATS:
+        raise ValueError(f"--format is {form!r}; choose from {list(FORMATS)}")
+    if FORMATS[form].check_packages:
+        FORMATS[form].check_packages()
 
 
 def _uniform_codes(model: nn.Module) -> Tuple[float, bool]:

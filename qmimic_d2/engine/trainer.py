@@ -1,6 +1,5 @@
 """The trainer of train_net.py: Detectron2's, with exact resuming and evaluators chosen by metadata."""
 
-import functools
 import logging
 import os
 import weakref
@@ -24,9 +23,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter
 from torch import nn
 
-from qmimic_d2.checkpoint.checkpointer import DivergedError, SafeCheckpointer
+from qmimic_d2.checkpoint.checkpointer import DivergedError
 from qmimic_d2.checkpoint.reader import read_mapping
-from qmimic_d2.checkpoint.training_entries import TRAINING_ONLY
 from qmimic_d2.data.loading import build_coco_evaluator, repaired
 from qmimic_d2.data.mapper import FileNamingMapper, ImageMapper
 from qmimic_d2.data.resumable_loader import build_resumable_train_loader, resumable_sampler
@@ -36,18 +34,17 @@ from qmimic_d2.engine.hooks import (
     ResumableLossNormalizer,
     SaveOnInterrupt,
     SeedEachIteration,
-    unwrapped,
 )
 from qmimic_d2.engine.metrics_file import MetricsWriter, WriteMetrics
 from qmimic_d2.engine.mimic_evaluator import add_mimic_hook
 from qmimic_d2.engine.resuming import check_trainer_state
 from qmimic_d2.engine.trackers import Tracker, build_trackers
 from qmimic_d2.evaluation import PascalVOCEvaluator, WiderFaceEvaluator
-from qmimic_d2.modeling.backbone.imagenet_names import convert_torchvision_names
+from qmimic_d2.modeling.checkpointer import build_checkpointer
 from qmimic_d2.orphans import tie_worker
 from qmimic_d2.run_folder import FINAL_CHECKPOINT, INFERENCE, METRICS, TAG, has_metric, write_evaluation
 
-__all__ = ["Trainer", "build_checkpointer", "build_evaluator", "load_evaluated_weights"]
+__all__ = ["Trainer", "build_evaluator", "load_evaluated_weights"]
 
 OPTIMIZERS = ("SGD", "AdamW")
 
@@ -340,22 +337,6 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         f"DATASETS.TEST names {dataset_name!r}, whose metadata has evaluator_type {kind!r}; set "
         "MetadataCatalog.get(name).evaluator_type to 'coco', 'pascal_voc' or 'wider_face', or override "
         "Trainer.build_evaluator"
-    )
-
-
-def build_checkpointer(model: nn.Module, save_dir: str, **checkpointables) -> SafeCheckpointer:
-    """
-    The checkpointer of this project's models.
-
-    Torchvision's ImageNet weights are renamed on the fly, and an adapter that an evaluation model does
-    not have is passed over.
-    """
-    detector = unwrapped(model)
-    backbone = getattr(detector, "backbone", detector)
-    network = getattr(backbone, "bottom_up", backbone)
-    rename = functools.partial(convert_torchvision_names, model_keys=list(network.state_dict()))
-    return SafeCheckpointer(
-        model, save_dir, name_converters=(rename,), ignored_prefixes=TRAINING_ONLY, **checkpointables
     )
 
 

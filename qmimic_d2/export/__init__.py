@@ -15,12 +15,12 @@ from qmimic_d2.export.torchscript.detector import TorchScriptDetector
 # Names whose modules import torch, and those modules.
 _WITH_TORCH = {
     "StudentExport": "student",
+    "build_student": "student",
     "describe_model": "network",
     "export_onnx": "onnx.file",
     "export_student": "student",
     "export_torchscript": "torchscript.file",
     "quantize_onnx": "onnx.int8",
-    "ship_model": "network",
 }
 
 __all__ = [

@@ -12,18 +12,14 @@ from typing import Any, List, Sequence, Tuple
 import torch
 from detectron2.config import CfgNode
 from detectron2.export import TracingAdapter
-from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from qmimic_d2.checkpoint.checkpointer import SafeCheckpointer
-from qmimic_d2.checkpoint.training_entries import TRAINING_ONLY
 from qmimic_d2.export.description import ModelDescription
 from qmimic_d2.export.finite import watch_outputs
 from qmimic_d2.export.preprocessing import InputSpec
 from qmimic_d2.modeling.family import family_of, head_node, head_node_key
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
-from qmimic_d2.modeling.trunk_adapter import without_teacher
 
 __all__ = [
     "OUTPUT_NAMES",
@@ -32,36 +28,11 @@ __all__ = [
     "example_image",
     "input_spec_of",
     "quantizer_text",
-    "ship_model",
     "trace",
     "traceable",
 ]
 
 OUTPUT_NAMES = ("boxes", "scores", "classes")
-
-
-
-def ship_model(cfg: CfgNode, *, keep_quantizer: bool = True, weights_key: str = "MODEL.WEIGHTS") -> nn.Module:
-    """
-    Builds the detector of a training's config alone, on the CPU and in evaluation mode, with its weights.
-
-    Args:
-        cfg: of the training; no file of a teacher is needed.
-        keep_quantizer: whether the features stay quantized, as they were in training.
-        weights_key: where the user gave ``cfg.MODEL.WEIGHTS``, for error messages.
-
-    Raises:
-        FileNotFoundError, ValueError: the checkpoint is missing, cut short, or of another config.
-    """
-    cfg = without_teacher(cfg)
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.freeze()
-    model = build_model(cfg).eval()
-    SafeCheckpointer(model, ignored_prefixes=TRAINING_ONLY).load_for_evaluation(cfg.MODEL.WEIGHTS, weights_key)
-    if not keep_quantizer:
-        drop_quantizer(model)
-    return model
 
 
 def drop_quantizer(model: nn.Module) -> bool:

@@ -18,14 +18,16 @@ from torch import nn
 
 from qmimic_d2.checkpoint.training_entries import TRAINING_ONLY
 from qmimic_d2.config import add_qmimic_config
-from qmimic_d2.export.network import detect
+from qmimic_d2.config_files import changed
+from qmimic_d2.export.network import detect, drop_quantizer
 from qmimic_d2.files import whole_file, write_text
+from qmimic_d2.modeling.checkpointer import build_checkpointer
 from qmimic_d2.modeling.family import QUANT_MIMIC, quantized_name
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
-from qmimic_d2.modeling.trunk_adapter import is_in_trunk, trunk_channels
+from qmimic_d2.modeling.trunk_adapter import is_in_trunk, trunk_channels, without_teacher
 from qmimic_d2.run_folder import CONFIG as CONFIG_NAME
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "StudentExport", "export_student", "student_config"]
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "StudentExport", "build_student", "export_student", "student_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,29 @@ class StudentExport:
         return not self.needs_package
 
 
+def build_student(
+    cfg: CfgNode, *, keep_quantizer: bool = True, weights_key: str = "MODEL.WEIGHTS", device: str = ""
+) -> nn.Module:
+    """
+    Builds the detector of a training's config alone, in evaluation mode, with its weights.
+
+    Args:
+        cfg: of the training; no file of a teacher is needed.
+        keep_quantizer: whether the features stay quantized, as they were in training.
+        weights_key: where the user gave ``cfg.MODEL.WEIGHTS``, for error messages.
+        device: in place of MODEL.DEVICE; "" leaves it.
+
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint is missing, cut short, or of another config.
+    """
+    cfg = changed(without_teacher(cfg), *(("MODEL.DEVICE", device) if device else ()))
+    model = build_model(cfg).eval()
+    build_checkpointer(model, "").load_for_evaluation(cfg.MODEL.WEIGHTS, weights_key)
+    if not keep_quantizer:
+        drop_quantizer(model)
+    return model
+
+
 def export_student(cfg: CfgNode, model: nn.Module, folder: str) -> StudentExport:
     """
     Writes ``model.pth`` and ``config.yaml``; each appears when it is complete, the YAML last.
@@ -73,7 +98,7 @@ def export_student(cfg: CfgNode, model: nn.Module, folder: str) -> StudentExport
 
     Args:
         cfg: of the training, with the sizes of ``INPUT`` to ship.
-        model: of this config, from :func:`qmimic_d2.export.ship_model`.
+        model: of this config, from :func:`build_student`.
         folder: that exists.
 
     Returns:

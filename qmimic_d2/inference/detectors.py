@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Callable, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -14,13 +14,16 @@ from qmimic_d2.inference.categories import Category, dataset_categories, load_cl
 from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.modeling.family import head_node, head_node_key
 
-__all__ = ["FORMS", "OpenDetector", "open_config", "open_detector", "with_score_threshold"]
+__all__ = ["OPENERS", "OpenDetector", "open_config", "open_detector", "with_score_threshold"]
 
-# File endings by form.
-FORMS = {
-    "onnx": (".onnx",),
-    "torchscript": (".ts", ".torchscript"),
-    "detectron2": (".yaml", ".yml"),
+_YAML = (".yaml", ".yml")
+
+# What opens a file that is complete in itself, by its ending: (path, threads, device) -> a detector with a
+# ``description``, which is called with an image. A further format of qmimic_d2.engine.exporting has its entry here.
+OPENERS: Dict[str, Callable[[str, int, str], Any]] = {
+    ".onnx": lambda path, threads, device: OnnxDetector(path, threads),
+    ".ts": lambda path, threads, device: TorchScriptDetector(path, device or "cpu"),
+    ".torchscript": lambda path, threads, device: TorchScriptDetector(path, device or "cpu"),
 }
 
 
@@ -65,20 +68,17 @@ def open_detector(
             one that was exported; options for a form that takes none.
     """
     ending = os.path.splitext(path)[1].lower()
-    form = next((name for name, endings in FORMS.items() if ending in endings), None)
-    if form is None:
-        known = ", ".join(each for endings in FORMS.values() for each in endings)
+    if ending not in OPENERS and ending not in _YAML:
+        known = ", ".join((*OPENERS, *_YAML))
         raise ValueError(f"--model is {path!r}; the ending tells the form, and these are known: {known}")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--model is {path!r}, and there is no such file")
-    if form == "detectron2":
+    if ending in _YAML:
         cfg, labels = _config_beside_weights(path, opts, device), _labels_beside(path)
         return open_config(cfg, "MODEL.WEIGHTS", path, score_threshold, labels)
     if opts:
         raise ValueError(f"{path!r} is complete in itself and takes no KEY VALUE pairs, got {' '.join(map(str, opts))}")
-    detector = (
-        OnnxDetector(path, threads) if form == "onnx" else TorchScriptDetector(path, device or "cpu")
-    )
+    detector = OPENERS[ending](path, threads, device)
     description = detector.description
     least = description.score_threshold
     if score_threshold is not None and score_threshold < least:

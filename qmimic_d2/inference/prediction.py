@@ -11,16 +11,14 @@ from typing import Optional, Tuple
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from qmimic_d2.engine.trainer import build_checkpointer
 from qmimic_d2.export.finite import watch_outputs
 from qmimic_d2.export.network import input_spec_of
 from qmimic_d2.export.preprocessing import NOT_FINITE, Detections, InputSpec
+from qmimic_d2.export.student import build_student
 from qmimic_d2.image_file import as_bgr_image
-from qmimic_d2.modeling.trunk_adapter import without_teacher
 
 __all__ = ["Predictor", "as_instances"]
 
@@ -43,8 +41,7 @@ class Predictor:
         Raises:
             FileNotFoundError, ValueError: there are no weights, or they do not fit the model.
         """
-        model = build_model(without_teacher(cfg)).eval()
-        build_checkpointer(model, "").load_for_evaluation(cfg.MODEL.WEIGHTS, weights_key)
+        model = build_student(cfg, weights_key=weights_key)
         self._model, self._spec = model, input_spec_of(cfg, model)
 
     @classmethod

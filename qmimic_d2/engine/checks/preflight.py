@@ -24,11 +24,11 @@ from qmimic_d2.engine.trackers import check_trackers
 from qmimic_d2.engine.trainer import (
     OPTIMIZERS,
     Trainer,
-    build_checkpointer,
     build_evaluator,
     load_evaluated_weights,
 )
 from qmimic_d2.modeling.attach import warn_of_unused_teacher
+from qmimic_d2.modeling.checkpointer import build_checkpointer
 from qmimic_d2.near_names import check_registered
 from qmimic_d2.yaml.config import flat_keys
 
