@@ -191,7 +191,7 @@ def test_class_names_are_looked_up(tmp_path, capsys):
         (["--verify", "unheard_of"], "unheard_of"),
         (["--fixed-size", "64x64", "--format", "detectron2"], "a Detectron2 config has no key for it"),
         (["--format", "onnx-int8", "DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
-        (["--format", "tflite"], "invalid choice"),
+        (["--format", "tflite"], "--format is 'tflite'; choose from"),
     ],
 )
 def test_mistakes_in_the_arguments(student, tmp_path, capsys, arguments, message):
