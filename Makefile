@@ -16,11 +16,12 @@ setup = @for p in python3 python3.11 python3.12 python3.13 python3.10 python3.9 
 # A user's environment does not get this project installed: it runs from here.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help setup demo test clean
+.PHONY: help setup demo test test-fast clean
 
 help:
 	@echo 'make demo    the main job end to end'
 	@echo 'make test    every test, with line coverage'
+	@echo 'make test-fast  the quick tests: no trainings, processes, browser, export or GPU'
 	@echo 'make setup   only the set-up, which demo and test begin with'
 	@echo 'make clean   removes what builds and tests leave; environments and results stay'
 	@echo 'VENV=FOLDER  environment to make and use, with tested versions (default: .venv)'
@@ -33,10 +34,16 @@ demo:
 	$(call setup,export report)
 	$(PY) demo/run.py
 
-test: export OMP_NUM_THREADS = 1
+PYTEST = $(PY) -m pytest tests -n auto --dist loadfile
+
+test test-fast: export OMP_NUM_THREADS = 1
 test:
 	$(call setup,dev export report)
-	$(PY) -m pytest tests -n auto --dist loadfile --cov=qmimic_d2 --cov-report=term-missing:skip-covered --cov-fail-under=90 $(PYTEST_ARGS)
+	$(PYTEST) --cov=qmimic_d2 --cov-report=term-missing:skip-covered --cov-fail-under=95 $(PYTEST_ARGS)
+
+test-fast:
+	$(call setup,dev export report)
+	$(PYTEST) -m 'not slow and not ddp and not browser and not export and not gpu' $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .coverage .coverage.* htmlcov

@@ -315,6 +315,7 @@ def ddp_worker(rank, folder, teachers):
         torch.save((step.losses, step.gradients), os.path.join(folder, f"{name}{rank}.pth"))
 
 
+@pytest.mark.ddp
 def test_two_processes(teachers, tmp_path):
     run_two_processes(ddp_worker, tmp_path, teachers)
     for name in DETECTORS:

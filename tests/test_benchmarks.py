@@ -15,6 +15,8 @@ from detectron2.data.datasets import register_coco_instances
 
 from qmimic_d2.data import DigitsSpec, prepare_digits
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 DATASET = "digits_det_benchmark_test"
 NUM_STEP_ROWS = 5 + 3  # actions and ratios

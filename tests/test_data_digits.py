@@ -26,8 +26,6 @@ from qmimic_d2.data.digits.registration import (
 )
 from qmimic_d2.data.digits.render import DigitsPainter
 
-pytest.importorskip("sklearn")
-
 EASY = replace(DIGITS_SPECS["digits_det_train"], name="easy", num_images=6)
 HARD = replace(DIGITS_SPECS["digits_det_hard_train"], name="hard", num_images=6)
 

@@ -10,8 +10,6 @@ from qmimic_d2.data.digits import render as digits_render
 from qmimic_d2.data.digits.registration import DIGITS_SPECS
 from qmimic_d2.data.digits.render import DigitsPainter, DigitsSpec
 
-pytest.importorskip("sklearn")
-
 EASY = replace(DIGITS_SPECS["digits_det_train"], name="easy", num_images=6)
 HARD = replace(DIGITS_SPECS["digits_det_hard_train"], name="hard", num_images=6)
 GREY = 100

@@ -15,6 +15,8 @@ from qmimic_d2.data import loading
 from qmimic_d2.data.checks import DataSetError
 from qmimic_d2.engine import Trainer, check_run
 
+pytestmark = pytest.mark.slow
+
 ITERATIONS = ("SOLVER.MAX_ITER", 3, "TEST.EVAL_PERIOD", 2)
 
 

@@ -27,6 +27,8 @@ from tiny_training import (
 from qmimic_d2.engine import Trainer, argument_parser, launch_processes
 from qmimic_d2.folder_lock import FolderInUseError, alone_in
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
@@ -163,6 +165,7 @@ def test_interrupted_resumed_and_evaluated_without_the_teacher(project, tmp_path
     assert (output / "config.yaml").read_text().replace(str(project), str(alone)) == before
 
 
+@pytest.mark.ddp
 def test_two_processes_save_when_they_are_interrupted(project, tmp_path):
     output = tmp_path / "output"
     flags = ("--num-processes=2", "--dist-url=auto", "--resume")
@@ -210,6 +213,7 @@ def save_first_gradients(folder, dataset, cfg):
         torch.save((gradients, losses), Path(folder) / "gradients.pth")
 
 
+@pytest.mark.ddp
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     """The same global batch, on a config that draws nothing at random."""
     write_coco(tmp_path / "data" / "annotations.json", tmp_path / "data" / "images")

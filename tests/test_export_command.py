@@ -21,6 +21,8 @@ from qmimic_d2.inference.detectors import open_detector
 from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.inference.video import read_frames
 
+pytestmark = pytest.mark.export
+
 CLAMP = ("MODEL.QMIMIC.QUANTIZER.NAME", "Clamp")
 
 

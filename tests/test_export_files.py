@@ -28,6 +28,8 @@ from qmimic_d2.image_file import read_bgr_image
 from qmimic_d2.inference.detectors import open_detector
 from qmimic_d2.inference.prediction import Predictor
 
+pytestmark = pytest.mark.export
+
 CLASSES = [(3, "a"), (5, "b"), (9, "c")]
 QUANTIZER = "MODEL.QMIMIC.QUANTIZER"
 MIMIC = "MODEL.QMIMIC.MIMIC"

@@ -16,6 +16,8 @@ from qmimic_d2.export import OnnxDetector, describe_model, export_onnx, quantize
 from qmimic_d2.export.onnx.layers import code_tensors, quantizable_layers
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 
+pytestmark = pytest.mark.export
+
 CLASSES = [(0, "a"), (1, "b"), (2, "c")]
 QUANTIZER = "MODEL.QMIMIC.QUANTIZER"
 

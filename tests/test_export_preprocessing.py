@@ -13,6 +13,8 @@ from qmimic_d2.export.description import ModelDescription
 from qmimic_d2.export.preprocessing import Detections, InputSpec, Placement, resize_bilinear
 from qmimic_d2.image_file import UnusableImageError, as_bgr_image, read_bgr_image
 
+pytestmark = pytest.mark.export
+
 SPEC = InputSpec("BGR", 64, 128, least=8, pixel_mean=(1.0, 2.0, 3.0), pixel_std=(4.0, 5.0, 6.0))
 
 

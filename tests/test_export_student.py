@@ -19,6 +19,8 @@ from qmimic_d2.export.student import student_config
 from qmimic_d2.inference.detectors import open_detector
 from qmimic_d2.inference.prediction import Predictor
 
+pytestmark = pytest.mark.export
+
 # A ResNet-50 of 4, 16, 32, 64, 128 channels with an FPN: its widths can be told by Detectron2's own keys.
 RESNET50_FPN = (*RESNET_FPN, "MODEL.RESNETS.DEPTH", 50)
 RETINANET = (

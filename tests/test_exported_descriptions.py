@@ -21,6 +21,8 @@ from qmimic_d2.export.preprocessing import InputSpec, Placement
 from qmimic_d2.inference.detectors import open_detector
 from qmimic_d2.inference.prediction import Predictor
 
+pytestmark = pytest.mark.export
+
 SPEC = InputSpec("BGR", 64, 128, pixel_mean=(1.0, 2.0, 3.0))
 
 

@@ -11,6 +11,8 @@ from qmimic_d2.engine import Trainer
 from qmimic_d2.engine.metrics_file import MetricsWriter
 from qmimic_d2.run_folder import has_metric
 
+pytestmark = pytest.mark.slow
+
 
 class Killed(BaseException):
     """As SIGKILL: nothing runs after it."""

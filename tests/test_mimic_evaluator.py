@@ -389,6 +389,7 @@ def process_worker(rank, folder, cfg):
     torch.save(results, os.path.join(folder, f"rank{rank}.pth"))
 
 
+@pytest.mark.ddp
 def test_two_processes_share_the_images_and_sum_their_counts(folder, teacher):
     cfg = heldout_cfg(folder / "processes", teacher)
     (folder / "processes").mkdir()

@@ -103,6 +103,7 @@ def ddp_batch(rank):
     return batch(seed=rank, num_boxes=(2,) if rank == 0 else (0,))
 
 
+@pytest.mark.ddp
 def test_two_processes_one_without_regions(vgg_teacher, fpn_teacher, tmp_path):
     warm_up = (f"{QMIMIC}.MIMIC.SCHEDULE", "warmup", f"{QMIMIC}.MIMIC.WARMUP_ITERS", 10)
     source = (ROI_SOURCE, ["ground_truth"])

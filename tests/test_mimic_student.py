@@ -174,6 +174,7 @@ def balanced_worker(rank, folder, options):
     torch.save(step.storage.latest()["qmimic/weight"][0], os.path.join(folder, f"rank{rank}.pth"))
 
 
+@pytest.mark.ddp
 def test_all_processes_balance_alike(teacher, tmp_path):
     options = [*teacher.options, *BALANCED]
     run_two_processes(balanced_worker, tmp_path, options)

@@ -31,8 +31,6 @@ from qmimic_d2.data.wider_face.annotations import ATTRIBUTES, parse_annotations
 from qmimic_d2.engine import build_evaluator
 from qmimic_d2.evaluation import SUBSETS, load_ground_truth
 
-pytest.importorskip("sklearn")
-
 NUM_IMAGES = 8
 
 

@@ -12,6 +12,8 @@ from qmimic_d2.analysis.calibration import build_calibration_loader
 from qmimic_d2.engine.average_precision import APEvaluation
 from qmimic_d2.engine.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 SLEEP = "print('started', flush=True); import time; time.sleep(600)"
 
 TIED = f"""

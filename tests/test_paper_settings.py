@@ -20,8 +20,6 @@ from miniature_lib.wider_face import make_miniature_wider_face
 from qmimic_d2.data import register_wider_face
 from qmimic_d2.engine import Trainer
 
-pytest.importorskip("sklearn")
-
 NUM_IMAGES = 8
 
 # KEY VALUE pairs for all of them.

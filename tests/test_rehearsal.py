@@ -17,6 +17,8 @@ from tiny_training import Recorder, registered_data, training_cfg
 from qmimic_d2.engine import Trainer, check_run, load_config
 from qmimic_d2.engine.checks.rehearsal import Rehearsal, without_a_trace
 
+pytestmark = pytest.mark.slow
+
 MIMIC = "MODEL.QMIMIC.MIMIC"
 
 

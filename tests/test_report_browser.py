@@ -8,6 +8,8 @@ from tiny_coco import registered_coco
 from qmimic_d2.report import collect_runs
 from qmimic_d2.report.page import write_report
 
+pytestmark = pytest.mark.browser
+
 
 @pytest.fixture(scope="module")
 def browser():

@@ -13,6 +13,8 @@ from tiny_training import ROOT
 from qmimic_d2.cli import task_runner
 from qmimic_d2.cli.task_runner import Task, run_tasks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def quick_polls(monkeypatch):
