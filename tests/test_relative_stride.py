@@ -11,11 +11,16 @@ import pytest
 import torch
 import yaml
 from data_sources import catalogs_as_before, write_yolo  # noqa: F401
+from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes
 from helpers import write_teacher
 
 from qmimic_d2.engine import load_config, with_measured_stride
+from qmimic_d2.config_files import changed
+from qmimic_d2.engine.mimic_evaluator import annotated_mapper, has_box
 from qmimic_d2.engine.relative_stride import mean_square_inside
+from qmimic_d2.modeling.attach import quantizer_arguments
+from qmimic_d2.modeling.mimic.teacher import FrozenTeacher
 
 ROOT = Path(__file__).resolve().parent.parent
 QUANTIZER = "MODEL.QMIMIC.QUANTIZER"
@@ -76,10 +81,31 @@ def test_the_stride_follows_the_teacher(student, caplog):
     assert with_measured_stride(half) is half
 
 
-def test_the_enlarged_image_of_the_teacher_has_the_same_regions(student):
-    same, enlarged = (measured(student, "MODEL.QMIMIC.TEACHER.INPUT_SCALE", scale) for scale in ("1.0", "2.0"))
-    strides = [cfg.MODEL.QMIMIC.QUANTIZER.STRIDE for cfg in (same, enlarged)]
-    assert all(math.isfinite(each) and each > 0.0 for each in strides)
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_the_regions_are_those_of_the_students_image(student, scale):
+    cfg = load_config(str(student), ["MODEL.QMIMIC.TEACHER.INPUT_SCALE", str(scale)])
+    teacher = FrozenTeacher(changed(cfg, "MODEL.QMIMIC.MIMIC.QUANTIZE_TEACHER", False))
+    mapper, total, number = annotated_mapper(cfg), 0.0, 0
+    for each in filter(has_box, DatasetCatalog.get("mine_train")):
+        inputs = mapper(each)
+        (feature,) = teacher.features([inputs]).values()
+        # a cell of 8 pixels of the teacher's own image
+        squares, count = mean_square_inside(feature[0], inputs["instances"].gt_boxes, 8.0 / scale)
+        total, number = total + squares, number + count
+    expected = 0.5 * math.sqrt(total / number)
+    assert with_measured_stride(cfg).MODEL.QMIMIC.QUANTIZER.STRIDE == pytest.approx(expected, rel=0.005)
+
+
+def test_a_folder_that_was_never_measured_has_no_number(student, tmp_path):
+    (tmp_path / "config.yaml").write_text("MODEL: {QMIMIC: {QUANTIZER: {STRIDE: 1.0, RELATIVE_STRIDE: 0.5}}}\n")
+    with pytest.raises(ValueError, match="config.yaml of the training's OUTPUT_DIR"):
+        measured(student, "OUTPUT_DIR", str(tmp_path), eval_only=True)
+
+
+def test_a_lazy_config_is_told_to_give_a_number(student):
+    cfg = load_config(str(student))
+    with pytest.raises(ValueError, match="RELATIVE_STRIDE is 0.5.*with_measured_stride"):
+        quantizer_arguments(cfg)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +114,7 @@ def test_the_enlarged_image_of_the_teacher_has_the_same_regions(student):
         ([RELATIVE, "-0.5"], {}, ["-0.5", "positive"]),
         ([RELATIVE, "1e999"], {}, ["inf", "positive"]),
         (["MODEL.QMIMIC.TEACHER.CONFIG_FILE", ""], {}, ["names no teacher", "QUANTIZER.STRIDE"]),
+        ([RELATIVE, "-1.0", f"{QUANTIZER}.NAME", ""], {}, ["-1.0"]),
         ([], {"eval_only": True}, ["config.yaml of the training's OUTPUT_DIR"]),
     ],
 )

@@ -11,7 +11,7 @@ from qmimic_d2.config_files import train_net_script
 from qmimic_d2.data.sources import Source
 from qmimic_d2.distill.choices import Choice, Settings
 from qmimic_d2.distill.yaml_text import config_text
-from qmimic_d2.run_folder import FINAL_CHECKPOINT
+from qmimic_d2.run_folder import CONFIG, FINAL_CHECKPOINT
 
 __all__ = ["GivenTeacher", "Step", "config_texts", "plan_steps", "student_maps"]
 
@@ -133,8 +133,9 @@ def plan_steps(output: str, teacher: Optional[GivenTeacher], test: str, compares
     ]
     package = (sys.executable, "-m", "qmimic_d2")
     student, device = os.path.join(output, "student"), os.path.join(output, "device")
-    model = ("--config-file", os.path.join(output, "student.yaml"), "--weights")
-    export = (*package, "export", *model, os.path.join(student, FINAL_CHECKPOINT), "--output", device)
+    # the run's own config has the measured stride
+    model = ("--config-file", os.path.join(student, CONFIG), "--weights", os.path.join(student, FINAL_CHECKPOINT))
+    export = (*package, "export", *model, "--output", device)
     forms = ("--format", "onnx", "onnx-int8", "--verify", test)
     steps.append(Step("export", (*export, *forms), ("student",)))
     page = (*package, "report", *(f"{name}={os.path.join(output, name)}" for name in runs))

@@ -42,10 +42,10 @@ def with_measured_stride(cfg: CfgNode, *, resume: bool = False, eval_only: bool 
     """
     node = cfg.MODEL.QMIMIC.QUANTIZER
     relative = node.RELATIVE_STRIDE
+    if not (relative >= 0.0 and math.isfinite(relative)):
+        raise ValueError(f"{_KEY} is {relative}; give a positive number, or 0.0 for QUANTIZER.STRIDE as it is")
     if relative == 0.0 or not node.NAME:
         return cfg
-    if not (relative > 0.0 and math.isfinite(relative)):
-        raise ValueError(f"{_KEY} is {relative}; give a positive number, or 0.0 for QUANTIZER.STRIDE as it is")
     stride = _earlier_stride(cfg.OUTPUT_DIR) if resume or eval_only else 0.0
     if not stride and eval_only:
         raise ValueError(
@@ -88,7 +88,7 @@ def _measure(cfg: CfgNode) -> float:
         raise ValueError(f"{_KEY}: DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no annotated box to measure in")
     images = evenly_spaced(images, _NUM_IMAGES)
     plain = changed(cfg, "MODEL.QMIMIC.MIMIC.QUANTIZE_TEACHER", False)
-    strides = [shape.stride / cfg.MODEL.QMIMIC.TEACHER.INPUT_SCALE for shape in teacher_shapes(plain).values()]
+    strides = [shape.stride for shape in teacher_shapes(plain).values()]  # in pixels of the student's image
     teacher = FrozenTeacher(plain)
     with own_randomness(0):
         total, number, num_boxes = _squares(teacher, map(annotated_mapper(cfg), images), strides)
@@ -122,9 +122,10 @@ def _squares(
 
 
 def _earlier_stride(output_dir: str) -> float:
-    """The stride of the run in a folder; 0.0 where there is none."""
+    """The stride that the run in a folder was trained with; 0.0 where there is none, or it was never measured."""
     saved: Any = saved_config(output_dir)
     for key in ("MODEL", "QMIMIC", "QUANTIZER"):
         saved = saved.get(key) if isinstance(saved, Mapping) else None
-    stride = saved.get("STRIDE") if isinstance(saved, Mapping) else None
+    saved = saved if isinstance(saved, Mapping) else {}
+    stride = None if saved.get("RELATIVE_STRIDE") else saved.get("STRIDE")
     return float(stride) if isinstance(stride, (int, float)) and stride > 0.0 else 0.0

@@ -320,7 +320,7 @@ def build_quantizer(cfg: CfgNode) -> Optional[Quantizer]:
 
     Raises:
         KeyError: the name is not registered.
-        ValueError: stride or number of codes is out of range.
+        ValueError: stride or number of codes is out of range, or RELATIVE_STRIDE has not become a number yet.
     """
     node = cfg.MODEL.QMIMIC.QUANTIZER
     return _build(node.NAME, node) if node.NAME else None
@@ -336,6 +336,12 @@ def build_code_quantizer(cfg: CfgNode) -> CodeQuantizer:
 
 
 def _build(name: str, node: CfgNode) -> Quantizer:
+    if node.RELATIVE_STRIDE:
+        raise ValueError(
+            f"MODEL.QMIMIC.QUANTIZER.RELATIVE_STRIDE is {node.RELATIVE_STRIDE}, and nobody has measured the teacher. "
+            "Take config.yaml of the training's OUTPUT_DIR, which has the number, or call "
+            "qmimic_d2.engine.with_measured_stride before you build anything; or set STRIDE, and RELATIVE_STRIDE 0.0"
+        )
     class_name = f"{name}Quantizer"
     if class_name not in QUANTIZER_REGISTRY:
         known = sorted(key[: -len("Quantizer")] for key, _ in QUANTIZER_REGISTRY)
