@@ -15,8 +15,8 @@ from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes
 from helpers import write_teacher
 
-from qmimic_d2.engine import load_config, with_measured_stride
 from qmimic_d2.config_files import changed
+from qmimic_d2.engine import load_config, with_measured_stride
 from qmimic_d2.engine.mimic_evaluator import annotated_mapper, has_box
 from qmimic_d2.engine.relative_stride import mean_square_inside
 from qmimic_d2.modeling.attach import quantizer_arguments
