@@ -97,6 +97,7 @@ def test_parameter_count_of_resnet18_1_16():
     assert num_parameters(model) == 300 + 10896 + 294
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -313,6 +313,7 @@ def test_input_must_be_a_batch():
 # ---------------------------------------------------------------------------- torchvision's weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, norm", [("vgg11", ""), ("vgg13", ""), ("vgg16_bn", "BN")])
 def test_torchvision_weights_give_torchvision_features(name, norm):
     torch.manual_seed(0)
@@ -335,6 +336,7 @@ def test_torchvision_weights_give_torchvision_features(name, norm):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [{"norm": ""}, {"norm": "BN", "last_norm": False}, {"norm": "FrozenBN"}]
 )

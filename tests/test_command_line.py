@@ -33,6 +33,7 @@ def status_of(*arguments):
 # ----------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_as_a_module():
     environment = {**os.environ, "PYTHONPATH": ROOT, "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "qmimic_d2", "--help"]

@@ -138,6 +138,7 @@ print(json.dumps({"before": before, "after": after, "changes": watched, "is_watc
 """
 
 
+@pytest.mark.slow
 def test_importing_changes_no_default_and_writes_no_file(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "PYTHONDONTWRITEBYTECODE": "1"}
     work = tmp_path / "work"

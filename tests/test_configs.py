@@ -43,6 +43,7 @@ def test_there_are_some():
     assert set(NAMES) - set(LEAVES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_trains_and_detects(name, tmp_path, teachers):
     cfg = load_whole(name, tmp_path)
@@ -207,6 +208,7 @@ def test_a_quantized_teacher_begins_with_the_full_precision_one(name):
         assert cfg[node] == full[node]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["PascalVOC/teacher_resnet18_faster_rcnn.yaml", "PascalVOC/teacher_vgg16_rfcn.yaml"])
 def test_imagenet_weights_fill_the_backbone(name, tmp_path):
     """Weights of torchvision's names, drawn at random: the real ones are downloaded where the config says."""

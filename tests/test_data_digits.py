@@ -254,6 +254,7 @@ def test_without_scikit_learn(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- Detectron2
 
 
+@pytest.mark.slow
 def test_importing_does_no_work(tmp_path):
     code = (
         "import sys, qmimic_d2.data.digits.registration, qmimic_d2.data\n"

@@ -275,6 +275,7 @@ def test_a_damaged_source_stops_the_run_with_every_problem(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, processes", [("voc", 0), ("yolo", 2), ("coco", 0)])
 def test_a_training_and_its_own_config_again(tmp_path, kind, processes):
     path = write_config(tmp_path, entries(kind, tmp_path, "mine"))

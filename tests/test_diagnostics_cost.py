@@ -25,6 +25,7 @@ def opts(tmp_path_factory):
     MetadataCatalog.remove(DATASET)
 
 
+@pytest.mark.slow
 def test_cost_of_the_diagnostics(opts, capsys, tmp_path):
     path = tmp_path / "cost.json"
     diagnostics_cost.main(["--repeats", "2", "--calls", "1", "--json", str(path), "--opts", *opts])

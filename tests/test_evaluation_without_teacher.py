@@ -64,6 +64,7 @@ def assert_same(instances, expected):
     assert torch.equal(instances.scores, expected.scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_model_of_the_config_evaluates(trained, change, tmp_path):
     cfg, teacher, expected = trained
@@ -103,6 +104,7 @@ def test_a_teacher_of_another_width_leaves_a_branch_alone(tmp_path):
     assert all(torch.equal(own[name], saved[name]) for name in saved if not name.startswith("mimic."))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["no YAML", "another width"])
 def test_what_ships_and_what_is_measured(trained, change):
     cfg, teacher, _ = trained

@@ -89,6 +89,7 @@ def test_what_is_reported_was_not_chosen_on():
     assert len(set(content["reporting"])) >= 12
 
 
+@pytest.mark.slow
 def test_no_two_variants_are_the_same(runs):
     alike = {}
     for name in NAMES:
@@ -102,6 +103,7 @@ def test_no_two_variants_are_the_same(runs):
     assert sgd == "sgd_scratch" and rate in MATRIX.groups["sgd_rate"].variants
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_variant_is_an_ordinary_config(name, runs, tmp_path):
     variant = MATRIX.variants[name]

@@ -111,6 +111,7 @@ def states(runs, *selection):
     return {run.name: runs.state(run) for run in runs.matrix.runs(*selection)}
 
 
+@pytest.mark.slow
 def test_everything_is_run_once_and_kept(capsys):
     runs = open_runs()
     assert set(states(runs, ["all"]).values()) == {OPEN, NOT_YET}
@@ -171,6 +172,7 @@ def test_records_of_another_machine_need_no_teacher_until_something_is_open():
     assert run_all(runs, ["all"]) == ["teacher_1", "student_101"]
 
 
+@pytest.mark.slow
 def test_a_teacher_that_comes_out_otherwise_opens_what_is_below_it():
     run_all(open_runs(), ["all"])
     run_all(open_runs(), ["deep"])

@@ -168,6 +168,7 @@ def test_every_family_with_a_registered_class_is_here():
     assert {case.family for case in CASES.values()} == {each.name for each in FAMILIES if each.section}
 
 
+@pytest.mark.slow
 def test_it_trains_and_is_evaluated(student):
     assert sorted(student.losses) == [0, 1]
     for losses in student.losses.values():
@@ -186,6 +187,7 @@ def test_calibrate(student, tmp_path):
     assert "conv5" in features or {"p3", "p4", "p5"} <= set(features)
 
 
+@pytest.mark.slow
 def test_size(student, tmp_path):
     path = tmp_path / "size.json"
     arguments = ("--config-file", student.folder / "config.yaml", "--input", "64x64", "--json", path)
@@ -196,6 +198,7 @@ def test_size(student, tmp_path):
     assert all(cost["parts"][name]["flops"] > 0 for name in ("backbone", *heads))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_export_open_and_predict(student, form, tmp_path):
     exporter = Exporter(student.cfg)
@@ -222,6 +225,7 @@ def test_predict(student, tmp_path):
     assert len(content["images"]) == 2 and content["annotations"]
 
 
+@pytest.mark.slow
 def test_report(student, tmp_path):
     path = tmp_path / "report.html"
     assert status_of("report", student.folder, "--output", path, "--images", 1, "--no-latency") == 0
@@ -231,6 +235,7 @@ def test_report(student, tmp_path):
     assert f"{names.get(student.case.family, student.case.family)} on " in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learns", [True, False])
 def test_lazy(student, learns):
     """The same losses as the YAML's, from Detectron2's own class."""

@@ -392,6 +392,7 @@ def test_the_example_of_the_model_zoo():
     assert model.qmimic.MIMIC.NUM_NEIGHBOURS == 8 and model.head.num_classes == 20
 
 
+@pytest.mark.slow
 def test_script_of_the_docs_trains_a_student(tmp_path):
     """The training script in docs/lazy_config.md, as it stands there, on a shipped config."""
     script = re.findall(r"```python\n(.*?)```", DOCS, flags=re.DOTALL)[1]

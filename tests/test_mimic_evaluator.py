@@ -357,6 +357,7 @@ def test_a_trainer_that_does_not_evaluate_is_refused(tmp_path, teacher):
         add_mimic_hook([HookBase()], cfg, seeded_model(cfg))
 
 
+@pytest.mark.slow
 def test_train_net_evaluates_alone_without_comparing(tmp_path):
     write_builtin_data(tmp_path / "datasets")
     classes = ("MODEL.ROI_HEADS.NUM_CLASSES", 80)
@@ -389,6 +390,7 @@ def process_worker(rank, folder, cfg):
     torch.save(results, os.path.join(folder, f"rank{rank}.pth"))
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_share_the_images_and_sum_their_counts(folder, teacher):
     cfg = heldout_cfg(folder / "processes", teacher)

@@ -119,6 +119,7 @@ def test_a_mimic_loss_of_another_order_is_warned_of_once(teacher, caplog):
     assert warnings_of(*relative, 20.0, *warmup) == []
 
 
+@pytest.mark.slow
 def test_without_a_region_the_mimic_has_no_share(teacher):
     source = (f"{MIMIC}.ROI_SOURCE", ["ground_truth"])
     step = training_step(student(teacher, GRADIENT_PERIOD, 1, *source), batch(num_boxes=(0, 0)))
@@ -174,6 +175,7 @@ def balanced_worker(rank, folder, options):
     torch.save(step.storage.latest()["qmimic/weight"][0], os.path.join(folder, f"rank{rank}.pth"))
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_all_processes_balance_alike(teacher, tmp_path):
     options = [*teacher.options, *BALANCED]

@@ -94,6 +94,7 @@ VOC_NAMES = [f"voc_2007_{split}" for split in ("train", "val", "trainval", "test
 VOC_NAMES += [f"voc_2012_{split}" for split in ("train", "val", "trainval")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VOC_NAMES)
 def test_detectron2_loads_voc(catalogs, name):
     dicts = DatasetCatalog.get(name)
@@ -262,6 +263,7 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
+@pytest.mark.slow
 def test_same_bytes_from_the_same_seed(root, tmp_path):
     first = make_miniature_wider_face(str(tmp_path / "a"), NUM_IMAGES)
     theirs = contents(root / "widerface")

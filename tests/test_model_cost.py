@@ -60,6 +60,7 @@ def test_flops_follow_image_and_proposals():
     assert more.parts["backbone"] == small.parts["backbone"]
 
 
+@pytest.mark.slow
 def test_teacher_adapter_and_quantizer_cost_nothing(tmp_path):
     teacher = write_teacher(tmp_path)
     plain = measure_cost(tiny_cfg(), 64, 64)

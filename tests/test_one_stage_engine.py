@@ -56,6 +56,7 @@ def train(cfg, resume=False, seed=0):
     return trainer, recorder.losses
 
 
+@pytest.mark.slow
 def test_a_training_is_evaluated_and_resumes_exactly(folder, data, family, teacher):
     options = ("SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.STEPS", (4,))
     small = ("MODEL.QMIMIC.MIMIC.LOSS_WEIGHT", 0.01)
@@ -161,6 +162,7 @@ def test_cost_by_hand(family):
     assert cost.num_proposals is None
 
 
+@pytest.mark.slow
 def test_teacher_and_adapter_cost_nothing(family, teacher):
     cfg = tiny_cfg(*ONE_STAGE_FPN[family], meta_architecture=f"Quant{family}")
     student = tiny_cfg(*ONE_STAGE_FPN[family], *teacher.options, meta_architecture=f"QuantMimic{family}")

@@ -81,6 +81,7 @@ def test_building_leaves_no_configs_in_the_source_package(wheel, source_tree):
     assert not (source_tree / "qmimic_d2" / "configs").exists()
 
 
+@pytest.mark.slow
 def test_wheel_finds_its_configs_from_any_folder(wheel, tmp_path):
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()

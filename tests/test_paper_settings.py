@@ -81,6 +81,7 @@ def check_figures(folder, results):
     assert all(0.0 <= results[name] <= 100.0 for name in FIGURES[folder])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
 def test_trains_and_is_evaluated(name, tmp_path, catalogs, teachers):
     options = [*SMALL, "OUTPUT_DIR", str(tmp_path / "output"), "MODEL.WEIGHTS", ""]
@@ -102,6 +103,7 @@ def test_trains_and_is_evaluated(name, tmp_path, catalogs, teachers):
     assert (tmp_path / "output" / "mimic.json").exists() == has_teacher
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ROWS)
 def test_a_row_from_the_teacher_to_the_students_evaluation(folder, root, tmp_path):
     """train_net.py in the order of docs/reproduce.md, with the paths that stand in the configs."""

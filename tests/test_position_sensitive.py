@@ -130,6 +130,7 @@ def test_aligned_sampling_by_hand():
     assert pooled.tolist() == [[[[1.25, 2.75], [1.25, 2.75]]]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooler_type", TYPES)
 def test_gradients(pooler_type):
     pooler = PositionSensitivePooler(num_bins=2, stride=4, pooler_type=pooler_type)

@@ -94,6 +94,7 @@ WRONG_VALUES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key, value, words", WRONG_VALUES, ids=[f"{k}={v}" for k, v, _ in WRONG_VALUES])
 def test_wrong_value(student, key, value, words):
     message = refusal(student, key, value)
@@ -411,6 +412,7 @@ class TestResume:
         assert set(files(tmp_path)) == set(before) - {tmp_path / "model_0000003.pth"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "opts, words",
     [

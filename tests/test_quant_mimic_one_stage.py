@@ -197,6 +197,7 @@ def head_of(state):
     return {name: each for name, each in state.items() if name.startswith("head.")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [("MODEL.FPN.OUT_CHANNELS", 12), TRUNK], ids=["equally wide", "trunk"])
 def test_the_head_begins_with_the_teachers_weights(same_family, options):
     family, teacher = same_family
@@ -266,6 +267,7 @@ def test_explicit_construction(kind, rcnn):
     assert training_step(model, batch()).losses["loss_mimic"].item() > 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_some_iterations_bring_the_student_nearer_to_its_teacher(family, rcnn):
     fixed = ("SOLVER.BASE_LR", 0.01, f"{MIMIC}.NORMALIZE_BY", "target", LOSS_WEIGHT, 20.0)

@@ -80,6 +80,7 @@ def adversarial_values(quantizer, dtype):
     return torch.cat([positive, -positive])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("num_codes", [0, 2, 16])

@@ -283,6 +283,7 @@ def compile_backends():
     return ["aot_eager", "inductor"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", compile_backends())
 def test_compiled_equals_eager(backend):
     quantizers = QUANTIZERS + [UniformQuantizer(0.3), PowerOfTwoQuantizer(0.3, 5)]

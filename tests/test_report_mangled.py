@@ -56,6 +56,7 @@ def page(folder, num_images=1):
     return runs[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JSON_FILES)
 @pytest.mark.parametrize("seed", range(20))
 def test_a_wrong_value_in_a_json_file(folder, name, seed):
@@ -66,6 +67,7 @@ def test_a_wrong_value_in_a_json_file(folder, name, seed):
         measure([run], num_images=3, threads=0, score_threshold=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_a_wrong_value_in_the_config(folder, seed):
     done = spoil_yaml(str(folder / "config.yaml"), random.Random(seed))
@@ -74,6 +76,7 @@ def test_a_wrong_value_in_the_config(folder, seed):
     measure([run], num_images=1, threads=0, score_threshold=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("seed", range(8))
 def test_spoilt_bytes(folder, name, seed):
@@ -84,6 +87,7 @@ def test_spoilt_bytes(folder, name, seed):
         measure([run], num_images=1, threads=0, score_threshold=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OTHER_KINDS)
 @pytest.mark.parametrize("name", FILES)
 def test_another_kind_of_file(folder, name, kind):
@@ -99,6 +103,7 @@ def test_another_kind_of_file(folder, name, kind):
     assert says_nothing or is_readable or any(name in note for note in run.notes), run.notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_whole_page_of_spoilt_figures(folder, seed):
     rng = random.Random(seed)

@@ -73,6 +73,7 @@ def elements(page):
     return Elements(page)
 
 
+@pytest.mark.slow
 def test_it_holds_what_was_found(elements):
     text = re.sub(r"\s+", " ", elements.text)
     for part in (
@@ -147,6 +148,7 @@ def test_colours_stand_out(number):
     assert all(contrast(color, colors["page"]) >= 3.0 for color in series), series
 
 
+@pytest.mark.slow
 def test_two_test_sets_and_nothing_else(dataset, tmp_path):
     with registered_coco(tmp_path / "data", name="another") as another:
         first = collect_run(str(write_run(tmp_path / "first", dataset)))
@@ -169,6 +171,7 @@ def test_a_run_of_which_next_to_nothing_is_known():
 # ------------------------------------------------------------------------------------------ command
 
 
+@pytest.mark.slow
 def test_command(tmp_path, dataset, capsys):
     folder = write_run(tmp_path / "student", dataset, is_finished=False)
     target = tmp_path / "new" / "page.html"
@@ -222,6 +225,7 @@ def test_without_the_extra(tmp_path, dataset, monkeypatch, package, capsys):
 # --------------------------------------------------------------------------------------------- demo
 
 
+@pytest.mark.slow
 def test_the_demo_writes_it(tmp_path, dataset, monkeypatch, capsys):
     folder = write_run(tmp_path / "student", dataset)
     spec = importlib.util.spec_from_file_location("demo_results", ROOT / "demo" / "results.py")

@@ -216,6 +216,7 @@ def test_a_folder_whose_checkpoints_could_not_be_found_again(tmp_path, name):
     assert str(error.value).isprintable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a b", "ä", "模型", "a%20b", "a;b", "a:b", "a&b=c", "(a)[b]{c}", "$a'\"", "-a"])
 def test_a_folder_of_any_other_name_trains_and_resumes(tmp_path, data, name):
     folder = tmp_path / name

@@ -394,6 +394,7 @@ def test_hard_examples_need_a_loss_that_ranks_regions():
 # ------------------------------------------------------------------------------------------------ learning
 
 
+@pytest.mark.slow
 def test_it_learns_a_handful_of_images(tmp_path):
     spec = DigitsSpec("few_digits", split="train", num_images=4)
     folder = prepare_digits(spec, str(tmp_path))

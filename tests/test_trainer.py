@@ -110,6 +110,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resumed_training_repeats_the_uninterrupted_one_exactly(variant, tmp_path, data, teacher):
     def cfg(name, *options):
