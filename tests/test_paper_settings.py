@@ -132,6 +132,6 @@ def test_a_row_from_the_teacher_to_the_students_evaluation(folder, root, tmp_pat
         check_figures(folder, json.loads((each / "evaluation.json").read_text())["results"]["bbox"])
     # the quantized teacher begins with the teacher's weights, and the student imitates the quantized teacher
     assert re.search(rf"Filled .* of QuantRCNN from output/{output}/{teacher}/model_final.pth", text)
-    assert re.search(rf"Filled .* from output/{output}/{teacher}_quant/model_final.pth \(teacher of", text)
+    assert re.search(rf"The weights of output/{output}/{teacher}_quant/model_final.pth \(teacher of", text)
     assert re.search(rf"Filled .* of QuantMimicRCNN from {weights}", text)
     assert '"loss_mimic"' in (outputs / student / "metrics.json").read_text()

@@ -143,7 +143,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         if not os.path.exists(self._tag()):
             return ""
         name = ""
-        with suppress(OSError), open(self._tag(), encoding="utf-8", errors="backslashreplace") as file:
+        with suppress(OSError, UnicodeDecodeError), open(self._tag(), encoding="utf-8") as file:
             name = file.read(4096).strip()
         if not name or name != os.path.basename(name) or not name.isprintable():
             known = sorted(each for each in os.listdir(self.save_dir) if each.endswith(".pth"))

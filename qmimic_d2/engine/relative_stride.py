@@ -16,6 +16,7 @@ from qmimic_d2.engine.mimic_evaluator import annotated_mapper, has_box
 from qmimic_d2.engine.resuming import saved_config
 from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, teacher_shapes
 from qmimic_d2.randomness import own_randomness
+from qmimic_d2.run_folder import CONFIG
 
 __all__ = ["mean_square_inside", "with_measured_stride"]
 
@@ -49,7 +50,7 @@ def with_measured_stride(cfg: CfgNode, *, resume: bool = False, eval_only: bool 
     stride = _earlier_stride(cfg.OUTPUT_DIR) if resume or eval_only else 0.0
     if not stride and eval_only:
         raise ValueError(
-            f"{_KEY} is {relative}, and its number is in config.yaml of the training's OUTPUT_DIR; evaluate with that "
+            f"{_KEY} is {relative}, and its number is in {CONFIG} of the training's OUTPUT_DIR; evaluate with that "
             "file, or set QUANTIZER.STRIDE and RELATIVE_STRIDE 0.0"
         )
     if not stride:

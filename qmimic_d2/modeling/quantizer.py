@@ -339,7 +339,7 @@ def _build(name: str, node: CfgNode) -> Quantizer:
     if node.RELATIVE_STRIDE:
         raise ValueError(
             f"MODEL.QMIMIC.QUANTIZER.RELATIVE_STRIDE is {node.RELATIVE_STRIDE}, and nobody has measured the teacher. "
-            "Take config.yaml of the training's OUTPUT_DIR, which has the number, or call "
+            "Take the config in the training's OUTPUT_DIR, which has the number, or call "
             "qmimic_d2.engine.with_measured_stride before you build anything; or set STRIDE, and RELATIVE_STRIDE 0.0"
         )
     class_name = f"{name}Quantizer"

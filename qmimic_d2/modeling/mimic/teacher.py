@@ -68,6 +68,7 @@ class FrozenTeacher:
         quantizer: Optional[Quantizer] = None,
         proposal_generator: Optional[nn.Module] = None,
         digest: str = "",
+        source: str = "",
     ):
         """
         Args:
@@ -79,7 +80,7 @@ class FrozenTeacher:
             input_scale: factor that enlarges these images first.
             quantizer: of the named features; None for full precision.
             proposal_generator: with its trained weights; it reads the quantized maps. None: no proposals.
-            digest: of the loaded weights, for messages.
+            digest, source: of the loaded weights, for messages.
 
         Raises:
             ValueError: an unknown feature, an input scale that is not positive, or different channel orders other than
@@ -95,7 +96,7 @@ class FrozenTeacher:
         if proposal_generator is not None:
             proposal_generator.eval().requires_grad_(False)
         self._input_scale = float(input_scale)
-        self.digest = digest
+        self.digest, self.source = digest, source
         if quantizer is not None:
             attach_quantizer(backbone, quantizer, features, key)
         self._device = next(backbone.parameters()).device
@@ -130,6 +131,7 @@ class FrozenTeacher:
             "quantizer": build_quantizer(cfg) if node.MIMIC.QUANTIZE_TEACHER else None,
             "proposal_generator": proposal_generator,
             "digest": digest,
+            "source": source,
         }
 
     def __deepcopy__(self, memo) -> "FrozenTeacher":
@@ -243,7 +245,7 @@ def build_teacher(cfg: CfgNode) -> FrozenTeacher:
     settings = (cfg.MODEL.QMIMIC.dump(), cfg.INPUT.FORMAT, teacher_feature_names(cfg))
     teacher = shared("teacher", settings, lambda: is_new.append(True) or FrozenTeacher(cfg))
     if not is_new:
-        logger.info("The teacher's weights, digest %s, were read and audited before the run", teacher.digest)
+        logger.info("The weights of %s, digest %s, were audited before the run", teacher.source, teacher.digest)
     return teacher
 
 
