@@ -292,6 +292,7 @@ def test_a_training_and_its_own_config_again(tmp_path, kind, processes):
     assert first and train(tmp_path / "first" / "config.yaml", tmp_path / "second") == first
 
 
+@pytest.mark.slow
 def test_a_module_registers_data_in_every_process(tmp_path):
     entry = {**entries("yolo", tmp_path, "mine")[0], "CLASSES": CLASSES}
     (tmp_path / "my_data.py").write_text(

@@ -96,6 +96,7 @@ def test_a_command_refuses_it(evil, capsys, command, name):
     assert not list(evil.glob("out/*"))
 
 
+@pytest.mark.slow
 def test_train_net_refuses_it(evil):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", "based.yaml"]
