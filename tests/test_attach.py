@@ -295,6 +295,7 @@ def test_a_copy_trains_by_itself(name, teachers):
     assert mimics(training_step(model, images()).losses) and not mimics(training_step(copied, images()).losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_pickled_student_trains_on(name, teachers):
     model = student(name, teachers).train()
@@ -326,6 +327,7 @@ def test_two_processes(teachers, tmp_path):
         assert_equal(gradients, same)  # and yet one gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiles_first", [False, True])
 def test_a_compiled_backbone(teachers, compiles_first):
     cfg = config("own forward", teachers)

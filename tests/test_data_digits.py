@@ -63,6 +63,7 @@ def annotations_of(directory):
 # ---------------------------------------------------------------- contents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits_det_val", "digits_det_hard_val"])
 def test_published_annotations(name, tmp_path, caplog):
     spec = DIGITS_SPECS[name]

@@ -97,6 +97,7 @@ def files(folder):
 # --------------------------------------------------------------------------------------------------- Pascal VOC
 
 
+@pytest.mark.slow
 def test_pascal_voc_from_nothing_and_again(root, server, capsys):
     assert status_of("data", "download", "voc") == 0
     text = capsys.readouterr().out

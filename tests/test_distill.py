@@ -208,6 +208,7 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_the_three_formats_give_one_plan(tmp_path, capsys):
     coco = write_coco(tmp_path / "coco")
     forms = [
@@ -262,6 +263,7 @@ def test_other_arguments_in_the_same_folder_are_refused(tmp_path, capsys):
     assert sorted(each.name for each in output.iterdir()) == ["distill.json"]
 
 
+@pytest.mark.slow
 def test_from_nothing_to_a_page_and_again(tmp_path, capsys):
     path, output = write_yolo(tmp_path / "yolo"), tmp_path / "out"
     command = ["distill", "--data", str(path), "--output", str(output), "--iterations", "2", "--compare"]

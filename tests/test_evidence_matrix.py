@@ -230,6 +230,7 @@ def test_digest_is_of_what_has_an_effect():
     assert digest(name="Digits/student_vgg_1_16_mimic.yaml") != plain
 
 
+@pytest.mark.slow
 def test_recorded_digests_stay_valid(runs):
     files = sorted((SHIPPED.parent / "runs").glob("*/*.json"))
     assert len(files) > 500

@@ -180,6 +180,7 @@ def test_it_trains_and_is_evaluated(student):
     assert set(results) == kinds.get(student.case.beyond, {"bbox"})
 
 
+@pytest.mark.slow
 def test_calibrate(student, tmp_path):
     arguments = student.arguments("--num-images", 1, "--strides", 0.5, "--json", tmp_path / "report.json")
     assert status_of("calibrate", *arguments, *(["--signed"] if student.case.has_fpn else [])) == 0

@@ -164,6 +164,7 @@ def test_the_other_maps_are_measured(teachers, caplog, freeze_at):
 # ------------------------------------------------------------------- torch.compile, DDP and FSDP
 
 
+@pytest.mark.slow
 def test_a_compiled_backbone(teachers):
     model = student(teachers, *RECOMMENDED)
     model.backbone = torch.compile(model.backbone, backend="aot_eager")

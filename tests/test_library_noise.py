@@ -33,6 +33,7 @@ def library_warnings(lines):
     return [line for line in lines if any(kind in line for kind in kinds)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--num-processes", 2, "--dist-url", "auto")], ids=["one process", "two"])
 def test_a_training_begins_without_noise(tmp_path, flags):
     write_builtin_data(tmp_path / "datasets")
@@ -53,11 +54,13 @@ def test_a_training_begins_without_noise(tmp_path, flags):
     assert len(messages) > 5 and [text for text, count in messages.items() if count > 1] == []
 
 
+@pytest.mark.slow
 def test_a_command_begins_without_noise():
     config = ROOT / "configs" / "Digits" / "student_vgg_1_16_scratch.yaml"
     assert printed("-m", "qmimic_d2", "size", "--config-file", config, cwd=ROOT, env=environment()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, shown", [((), 0), (("-W", "default"), 1)])
 def test_who_asks_for_warnings_sees_them(options, shown):
     code = (

@@ -110,6 +110,7 @@ def test_detectron2_loads_voc(catalogs, name):
     assert len({annotation["category_id"] // 10 for annotation in dicts[0]["annotations"]}) == 1
 
 
+@pytest.mark.slow
 def test_splits_of_voc_are_apart(catalogs):
     for year in (2007, 2012):
         ids = {name: {each["image_id"] for each in DatasetCatalog.get(name)} for name in VOC_NAMES if str(year) in name}

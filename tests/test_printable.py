@@ -55,6 +55,7 @@ def test_a_stream_that_takes_nothing_stops_no_work(error):
     say("text", Broken(error))
 
 
+@pytest.mark.slow
 def test_a_pipe_whose_reader_is_gone():
     code = "from qmimic_d2.cli.printable import say\nfor _ in range(20000): say('line')\n"
     environment = {**os.environ, "PYTHONPATH": ROOT}

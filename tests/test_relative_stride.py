@@ -146,6 +146,7 @@ def train(config, output, *flags):
     return saved["STRIDE"], saved["RELATIVE_STRIDE"], [row.get("total_loss") for row in rows]
 
 
+@pytest.mark.slow
 def test_a_run_writes_the_number_and_repeats_from_it(student, tmp_path):
     stride, relative, losses = train(student, tmp_path / "first")
     assert stride == measured(student).MODEL.QMIMIC.QUANTIZER.STRIDE and relative == 0.0
@@ -157,6 +158,7 @@ def test_a_run_writes_the_number_and_repeats_from_it(student, tmp_path):
     assert evaluated.MODEL.QMIMIC.QUANTIZER.STRIDE == stride
 
 
+@pytest.mark.slow
 def test_two_processes_have_one_stride(student, tmp_path):
     stride = measured(student).MODEL.QMIMIC.QUANTIZER.STRIDE
     assert train(student, tmp_path / "two", "--num-processes", "2")[0] == stride

@@ -86,6 +86,7 @@ def test_it_holds_what_was_found(elements):
         assert part in text, part
 
 
+@pytest.mark.slow
 def test_whatever_is_a_name_is_escaped(page, elements):
     assert NASTY not in page and "<script>alert" not in page
     assert f"Title {NASTY}" in elements.text and NASTY in elements.text

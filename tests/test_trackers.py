@@ -175,6 +175,7 @@ FAILURES = [("wandb", name) for name in ("init", "define_metric", "log", "finish
 FAILURES += [("mlflow", name) for name in ("client", "create_run", "log_batch", "set_terminated")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package, call", FAILURES)
 def test_a_failure_is_one_warning(tmp_path, data, wandb, mlflow, caplog, package, call):
     broken, whole = (wandb, mlflow) if package == "wandb" else (mlflow, wandb)
