@@ -18,7 +18,7 @@ from helpers import write_teacher
 from qmimic_d2.config_files import changed
 from qmimic_d2.engine import load_config, with_measured_stride
 from qmimic_d2.engine.mimic_evaluator import annotated_mapper, has_box
-from qmimic_d2.engine.relative_stride import mean_square_inside
+from qmimic_d2.engine.relative_stride import squares_inside
 from qmimic_d2.modeling.attach import quantizer_arguments
 from qmimic_d2.modeling.mimic.teacher import FrozenTeacher
 
@@ -30,13 +30,13 @@ RELATIVE = f"{QUANTIZER}.RELATIVE_STRIDE"
 def test_squares_inside_boxes_by_hand():
     feature = torch.arange(12.0).view(1, 3, 4)  # cells of 10 pixels
     one_cell = Boxes([[10.0, 0.0, 20.0, 10.0]])
-    assert mean_square_inside(feature, one_cell, 10.0) == (1.0, 1)
+    assert squares_inside(feature, one_cell, 10.0) == (1.0, 1)
     # centers count: 5 and 15 of x, 15 of y; cells in two boxes count once
     two = Boxes([[4.0, 14.0, 16.0, 16.0], [0.0, 10.0, 10.0, 20.0]])
-    assert mean_square_inside(feature, two, 10.0) == (16.0 + 25.0, 2)
-    assert mean_square_inside(feature.repeat(2, 1, 1), one_cell, 10.0) == (2.0, 2)
+    assert squares_inside(feature, two, 10.0) == (16.0 + 25.0, 2)
+    assert squares_inside(feature.repeat(2, 1, 1), one_cell, 10.0) == (2.0, 2)
     for none in (Boxes(torch.zeros(0, 4)), Boxes([[1.0, 1.0, 3.0, 3.0]])):
-        assert mean_square_inside(feature, none, 10.0) == (0.0, 0)
+        assert squares_inside(feature, none, 10.0) == (0.0, 0)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_the_regions_are_those_of_the_students_image(student, scale):
         inputs = mapper(each)
         (feature,) = teacher.features([inputs]).values()
         # a cell of 8 pixels of the teacher's own image
-        squares, count = mean_square_inside(feature[0], inputs["instances"].gt_boxes, 8.0 / scale)
+        squares, count = squares_inside(feature[0], inputs["instances"].gt_boxes, 8.0 / scale)
         total, number = total + squares, number + count
     expected = 0.5 * math.sqrt(total / number)
     assert with_measured_stride(cfg).MODEL.QMIMIC.QUANTIZER.STRIDE == pytest.approx(expected, rel=0.005)

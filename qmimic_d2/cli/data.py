@@ -30,7 +30,7 @@ from qmimic_d2.config_files import changed
 from qmimic_d2.data.download import VOC_PARTS, DownloadError, download_pascal_voc, download_wider_face
 from qmimic_d2.data.figures import measure_dataset
 from qmimic_d2.data.loading import load_dataset
-from qmimic_d2.data.sources import Source, complete_sources, guess_sources, register_sources
+from qmimic_d2.data.sources import Source, guess_sources, sources_config
 from qmimic_d2.data.wider_face.registration import FOLDER, GROUND_TRUTH
 from qmimic_d2.engine import describe_error, load_config
 from qmimic_d2.engine.checks.data import ModelClasses, inspect_datasets, model_classes
@@ -177,15 +177,8 @@ def _with_free_names(sources: Sequence[Source]) -> List[Source]:
 
 
 def _config_of(train: Sequence[Source], test: Sequence[Source]) -> CfgNode:
-    cfg = get_cfg()
-    add_qmimic_config(cfg)
     sources = _with_free_names([*train, *test])
-    cfg.DATASETS.SOURCES = [each.to_entry() for each in sources]
-    cfg.DATASETS.TRAIN = tuple(each.name for each in sources[: len(train)])
-    cfg.DATASETS.TEST = tuple(each.name for each in sources[len(train) :])
-    complete_sources(cfg)
-    register_sources(cfg)
-    return changed(cfg)
+    return changed(sources_config(sources[: len(train)], sources[len(train) :]))
 
 
 def _parts(cfg: CfgNode, name: str) -> str:

@@ -26,7 +26,7 @@ from qmimic_d2.cli.printable import printable, say
 from qmimic_d2.cli.task_runner import Task, run_tasks
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.data.loading import load_dataset
-from qmimic_d2.data.sources import Source, complete_sources, guess_sources, register_sources
+from qmimic_d2.data.sources import Source, guess_sources, sources_config
 from qmimic_d2.distill.choices import STUDENTS, Settings, choose_settings
 from qmimic_d2.distill.data_statistics import DataStatistics, measure_data
 from qmimic_d2.distill.outcome import collect_rows, model_card, table_text, write_model_card
@@ -74,16 +74,13 @@ def run(args: argparse.Namespace) -> int:
         statistics = _look_at(sources)
         teacher = _teacher(given)
         device = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-        if known:
-            settings = choose_settings(statistics, given["student"], device, 1)
-            texts: Dict[str, str] = {}
-        else:
+        steps = plan_steps(output, teacher, sources[1].name, given["compare"])
+        texts: Dict[str, str] = {}
+        if not known:
             if not args.dry_run:
                 check_output_dir(output)
             settings, seconds = _settings(given, statistics, sources, teacher, device)
             texts = config_texts(sources, settings, output, teacher, device, given["seed"])
-        steps = plan_steps(output, teacher, sources[1].name, given["compare"])
-        if not known:
             _say_plan(statistics, settings, steps, seconds, device)
     if args.dry_run:
         return 0
@@ -169,12 +166,7 @@ def _sources(given: Dict[str, Any]) -> Tuple[Source, Source]:
         train, test = (
             Source(f"{name}_{part}", "coco", given[part][0], "", given[part][1]) for part in ("train", "val")
         )
-    cfg = get_cfg()
-    add_qmimic_config(cfg)
-    cfg.DATASETS.SOURCES = [train.to_entry(), test.to_entry()]
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (train.name,), (test.name,)
-    complete_sources(cfg)
-    register_sources(cfg)
+    cfg = sources_config([train], [test])
     check_datasets(cfg)
     train, test = (Source.from_entry(entry) for entry in cfg.DATASETS.SOURCES)
     return train, test

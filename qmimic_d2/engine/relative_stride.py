@@ -18,7 +18,7 @@ from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, teacher_shapes
 from qmimic_d2.randomness import own_randomness
 from qmimic_d2.run_folder import CONFIG
 
-__all__ = ["mean_square_inside", "with_measured_stride"]
+__all__ = ["squares_inside", "with_measured_stride"]
 
 _KEY = "MODEL.QMIMIC.QUANTIZER.RELATIVE_STRIDE"
 _NUM_IMAGES = 100
@@ -58,7 +58,7 @@ def with_measured_stride(cfg: CfgNode, *, resume: bool = False, eval_only: bool 
     return changed(cfg, "MODEL.QMIMIC.QUANTIZER.STRIDE", stride, _KEY, 0.0)
 
 
-def mean_square_inside(feature: Tensor, boxes: Boxes, stride: float) -> Tuple[float, int]:
+def squares_inside(feature: Tensor, boxes: Boxes, stride: float) -> Tuple[float, int]:
     """
     The sum of squares of a map's entries in the cells whose center lies in a box, and the number of these entries.
 
@@ -117,7 +117,7 @@ def _squares(
         boxes = each["instances"].gt_boxes
         num_boxes += len(boxes)
         for feature, stride in zip(teacher.features([each]).values(), strides):
-            squares, count = mean_square_inside(feature[0], boxes, stride)
+            squares, count = squares_inside(feature[0], boxes, stride)
             total, number = total + squares, number + count
     return total, number, num_boxes
 

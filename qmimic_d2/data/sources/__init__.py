@@ -10,7 +10,15 @@ An entry is a dict. ``NAME`` is what ``DATASETS.TRAIN`` and ``TEST`` call the se
 ``CLASSES`` gives names and order of the classes; without it they come from the data.
 """
 
-from qmimic_d2.data.sources.registration import complete_sources, register_sources
+from qmimic_d2.data.sources.registration import complete_sources, register_sources, sources_config
 from qmimic_d2.data.sources.source import FORMATS, Source, SourceLoader, guess_sources
 
-__all__ = ["FORMATS", "Source", "SourceLoader", "complete_sources", "guess_sources", "register_sources"]
+__all__ = [
+    "FORMATS",
+    "Source",
+    "SourceLoader",
+    "complete_sources",
+    "guess_sources",
+    "register_sources",
+    "sources_config",
+]

@@ -1,14 +1,15 @@
 """Registers the sources of a config with Detectron2's catalogs."""
 
-from typing import Dict, Tuple
+from typing import Dict, Sequence, Tuple
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.data.sources.source import KEY, Source, SourceLoader
 
-__all__ = ["complete_sources", "register_sources"]
+__all__ = ["complete_sources", "register_sources", "sources_config"]
 
 # What this process has registered, by name.
 _registered: Dict[str, Source] = {}
@@ -44,6 +45,23 @@ def complete_sources(cfg: CfgNode, beside: str = "") -> None:
         classes = trained if is_free and set(found[source.name]) <= set(trained) else found[source.name]
         entries.append({**source.to_entry(), "CLASSES": list(classes)})
     cfg.DATASETS.SOURCES = entries
+
+
+def sources_config(train: Sequence[Source], test: Sequence[Source]) -> CfgNode:
+    """
+    A config of Detectron2's defaults with these data sets, complete and registered. It is not frozen.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`complete_sources` and :func:`register_sources`.
+    """
+    cfg = get_cfg()
+    add_qmimic_config(cfg)
+    cfg.DATASETS.SOURCES = [each.to_entry() for each in (*train, *test)]
+    cfg.DATASETS.TRAIN = tuple(each.name for each in train)
+    cfg.DATASETS.TEST = tuple(each.name for each in test)
+    complete_sources(cfg)
+    register_sources(cfg)
+    return cfg
 
 
 def register_sources(cfg: CfgNode) -> None:
