@@ -276,6 +276,11 @@ def _in_group(rank: int, work: Callable[..., None], folder: str, args: Tuple[Any
     distributed.destroy_process_group()
 
 
+def maps_of_teacher(model):
+    """The maps that the teacher of a model in training gives of two fixed images."""
+    return model.mimic.teacher.features(batch(seed=90))
+
+
 def calls_of_mimic_loss(model):
     """A list that fills with the arguments of every comparison, as a dict."""
     calls, pairs = [], model.mimic.pairs

@@ -21,12 +21,19 @@ def student(teacher, *options):
     return seeded_model(tiny_cfg(*teacher.options, *options, meta_architecture="QuantMimicRCNN")).train()
 
 
-def branch(backbone, is_branched=lambda: True):
+def branch(backbone, is_branched=lambda backbone: True):
     """As TridentNet's backbone: three branches, whose maps stand one after the other along the images."""
     forward = backbone.forward
     backbone.forward = lambda x: {
-        name: torch.cat([each] * 3) if is_branched() else each for name, each in forward(x).items()
+        name: torch.cat([each] * 3) if is_branched(backbone) else each for name, each in forward(x).items()
     }
+
+
+def branched_teacher(written, *is_branched):
+    """The teacher and its backbone."""
+    arguments = FrozenTeacher.from_config(tiny_cfg(*written.options))
+    branch(arguments["backbone"], *is_branched)
+    return FrozenTeacher(**arguments), arguments["backbone"]
 
 
 def boxes_of(inputs):
@@ -64,7 +71,10 @@ def test_regions_of_every_branch_are_refused_by_name(teacher):
 @pytest.mark.parametrize("whose", ["student", "teacher"])
 def test_a_comparison_is_refused_as_a_step_is(teacher, whose):
     model = student(teacher)
-    branch(model.backbone if whose == "student" else model.mimic.teacher._backbone)
+    if whose == "student":
+        branch(model.backbone)
+    else:
+        model.mimic.teacher, _ = branched_teacher(teacher)
     message = message_of(lambda: model.mimic.compare_on(batch(), boxes_of(batch())))
     assert f"the {whose}'s map 'conv5' covers 6" in message
 
@@ -79,8 +89,7 @@ def test_a_comparison_at_boxes_of_other_images_is_refused(teacher):
 
 @pytest.mark.parametrize("sizes", [((64, 64), (64, 64)), ((64, 64), (64, 64), (48, 80))], ids=["one size", "two"])
 def test_a_teacher_with_branches_is_refused_by_name(teacher, sizes):
-    frozen = FrozenTeacher(tiny_cfg(*teacher.options))
-    branch(frozen._backbone)
+    frozen, _ = branched_teacher(teacher)
     message = message_of(lambda: frozen.features(batch(*sizes)))
     assert "of 2 images" in message and "the teacher's map 'conv5' covers 6" in message
     assert "MODEL.TRIDENT.TEST_BRANCH_IDX 1 in MODEL.QMIMIC.TEACHER.OPTS" in message
@@ -88,8 +97,8 @@ def test_a_teacher_with_branches_is_refused_by_name(teacher, sizes):
 
 def test_a_teacher_that_takes_one_branch_in_inference_teaches(teacher):
     model, plain = student(teacher, ROI_SOURCE, ["ground_truth"]), student(teacher, ROI_SOURCE, ["ground_truth"])
-    backbone = model.mimic.teacher._backbone
-    branch(backbone, lambda: backbone.training)
+    model.mimic.teacher, backbone = branched_teacher(teacher, lambda backbone: backbone.training)
+    assert not backbone.training
     assert training_step(model, batch()).losses == training_step(plain, batch()).losses
 
 

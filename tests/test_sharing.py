@@ -1,6 +1,7 @@
 """Students of one run share their teacher, and only what fits is shared."""
 
-from helpers import tiny_cfg, write_teacher
+import torch
+from helpers import batch, tiny_cfg, write_teacher
 
 from qmimic_d2.modeling.mimic.sharing import forget_teacher, one_teacher, shared
 from qmimic_d2.modeling.mimic.teacher import build_teacher, teacher_shapes
@@ -34,9 +35,11 @@ def test_students_with_the_same_settings(tmp_path):
         assert teacher_shapes(cfg)["conv5"].channels == 32
         teacher = build_teacher(cfg)
         assert build_teacher(cfg.clone()) is teacher
+        codes = teacher.features(batch())["conv5"]
         assert build_teacher(other) is not teacher
         # a teacher of its own, whose backbone has its own quantizer alone
-        assert build_teacher(other)._backbone is not teacher._backbone
+        assert not torch.equal(build_teacher(other).features(batch())["conv5"], codes)
+        assert torch.equal(teacher.features(batch())["conv5"], codes)
         assert teacher_shapes(cfg)["conv5"].channels == 32
     assert build_teacher(cfg) is not build_teacher(cfg)
 
