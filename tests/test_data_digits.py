@@ -39,20 +39,19 @@ def catalogs(monkeypatch):
     monkeypatch.setattr(digits, "_registered_roots", {})
     for name, spec in DIGITS_SPECS.items():
         monkeypatch.setitem(DIGITS_SPECS, name, replace(spec, num_images=3))
-        monkeypatch.setitem(digits._ANNOTATIONS_SHA256, name, None)
 
 
 @pytest.fixture
 def generations(monkeypatch):
     """Names of the data sets made during a test."""
     made = []
-    write = digits_files._write
 
-    def counting(spec, *args):
-        made.append(spec.name)
-        return write(spec, *args)
+    class Counting(DigitsPainter):
+        def __init__(self, spec):
+            made.append(spec.name)
+            super().__init__(spec)
 
-    monkeypatch.setattr(digits_files, "_write", counting)
+    monkeypatch.setattr(digits_files, "DigitsPainter", Counting)
     return made
 
 
@@ -69,7 +68,6 @@ def test_published_annotations(name, tmp_path, caplog):
     spec = DIGITS_SPECS[name]
     directory = Path(prepare_digits(name, str(tmp_path)))
     marker = json.loads((directory / "complete.json").read_text())
-    assert marker["annotations_sha256"] == digits._ANNOTATIONS_SHA256[name]
     assert set(marker["versions"]) == {"cv2", "numpy", "sklearn"}
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
@@ -88,9 +86,9 @@ def test_published_annotations(name, tmp_path, caplog):
 
 
 def test_warns_of_other_annotations(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(DIGITS_SPECS, "easy", EASY)
-    monkeypatch.setitem(digits._ANNOTATIONS_SHA256, "easy", "0" * 64)
-    prepare_digits("easy", str(tmp_path))
+    name = "digits_det_val"
+    monkeypatch.setitem(DIGITS_SPECS, name, replace(DIGITS_SPECS[name], num_images=3))
+    prepare_digits(name, str(tmp_path))
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert "cannot be compared" in warning and "cv2" in warning
 
@@ -166,7 +164,7 @@ def test_damaged_marker_is_not_taken_for_complete(text, tmp_path, generations):
     assert generations == ["easy", "easy"]
 
 
-def test_other_settings_are_made_again(tmp_path, generations, monkeypatch):
+def test_other_settings_are_made_again(tmp_path, generations):
     prepare_digits(EASY, str(tmp_path))
     before = verify_digits(EASY, str(tmp_path))
     smaller = replace(EASY, size=(18, 20))
@@ -174,7 +172,10 @@ def test_other_settings_are_made_again(tmp_path, generations, monkeypatch):
         verify_digits(smaller, str(tmp_path))
     prepare_digits(smaller, str(tmp_path))
     assert verify_digits(smaller, str(tmp_path)) != before
-    monkeypatch.setattr(digits_files, "_GENERATOR_VERSION", digits_files._GENERATOR_VERSION + 1)
+    marker = tmp_path / "easy" / "complete.json"
+    content = json.loads(marker.read_text())
+    content["settings"]["generator"] -= 1  # made by an earlier version
+    marker.write_text(json.dumps(content))
     prepare_digits(smaller, str(tmp_path))
     assert len(generations) == 3
 

@@ -42,15 +42,17 @@ def write_font(path, characters):
 def machine_with(monkeypatch, tmp_path):
     """A machine that has certain fonts and no other."""
 
-    def install(**characters):
+    def install(damaged=(), **characters):
         paths = [write_font(tmp_path / f"{name}.ttf", each) for name, each in characters.items()]
-        monkeypatch.setattr(fonts, "_search", lambda: iter(paths))
+        monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: [*map(str, damaged), *paths])
+        monkeypatch.setattr("matplotlib.get_data_path", lambda: str(tmp_path / "nowhere"))
         clear()
         return paths
 
     def clear():
-        for cached in (fonts.find_font, fonts._font_paths, fonts._has):
-            cached.cache_clear()
+        for each in vars(fonts).values():
+            if hasattr(each, "cache_clear"):
+                each.cache_clear()
 
     yield install
     monkeypatch.undo()
@@ -86,11 +88,9 @@ def test_a_machine_without_fonts_has_pillows(machine_with):
     assert fonts.load_font(("", 0), 20).getbbox("cat")[2] > 0
 
 
-def test_a_damaged_font_is_passed_over(machine_with, tmp_path, monkeypatch):
-    good, = machine_with(z_good=LATIN)
+def test_a_damaged_font_is_passed_over(machine_with, tmp_path):
     (tmp_path / "a_bad.ttf").write_bytes(b"no font")
-    monkeypatch.setattr(fonts, "_search", lambda: iter([str(tmp_path / "a_bad.ttf"), good]))
-    fonts._font_paths.cache_clear()
+    good, = machine_with(damaged=[tmp_path / "a_bad.ttf"], z_good=LATIN)
     assert fonts.find_font("cat") == (good, 0)
 
 

@@ -19,7 +19,7 @@ from qmimic_d2.export.preprocessing import Detections
 from qmimic_d2.image_file import UnusableImageError, read_bgr_image
 from qmimic_d2.inference.detectors import open_detector
 from qmimic_d2.inference.prediction import Predictor
-from qmimic_d2.inference.video import read_frames
+from qmimic_d2.inference.video import VideoFrames
 
 pytestmark = pytest.mark.export
 
@@ -319,9 +319,9 @@ def test_predict_on_a_video(forms, tmp_path, capsys):
     content = predictions(out)
     assert [each["file_name"] for each in content["images"]] == [f"{path}#{index}" for index in range(3)]
     assert "frames: 3" in capsys.readouterr().out and len(content["annotations"]) > 0
-    frames, rate = read_frames(str(out / "film.mp4"))
-    assert rate == pytest.approx(5.0) and [frame.shape for frame in frames] == [(672 - 192, 640, 3)] * 3
-    expected = open_detector(forms.files["detectron2"]).detect(next(read_frames(path)[0]))
+    frames = VideoFrames(str(out / "film.mp4"))
+    assert frames.rate == pytest.approx(5.0) and [each.shape for each in frames] == [(672 - 192, 640, 3)] * 3
+    expected = open_detector(forms.files["detectron2"]).detect(next(iter(VideoFrames(path))))
     drawn = [each for each in content["annotations"] if each["image_id"] == 1]
     assert len(drawn) == len(expected.above(0.1))
 
@@ -332,7 +332,7 @@ def test_a_broken_video_is_skipped(forms, tmp_path, capsys):
     assert status_of("predict", "--model", forms.files["onnx"], *arguments) == 1
     assert "OpenCV finds no video" in capsys.readouterr().err
     with pytest.raises(UnusableImageError):
-        read_frames(str(tmp_path / "film.mp4"))
+        VideoFrames(str(tmp_path / "film.mp4"))
 
 
 @pytest.mark.parametrize(

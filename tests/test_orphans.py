@@ -9,6 +9,7 @@ from tiny_training import ROOT, registered_data, training_cfg
 
 from qmimic_d2 import orphans
 from qmimic_d2.analysis.calibration import build_calibration_loader
+from qmimic_d2.engine import average_precision
 from qmimic_d2.engine.average_precision import APEvaluation
 from qmimic_d2.engine.trainer import Trainer
 
@@ -68,12 +69,17 @@ def test_a_process_of_its_own_lives_on():
     orphans.die_with_parent()  # multiprocessing did not start it
 
 
-def test_workers_of_every_loader_end_with_the_process_that_started_them(tmp_path):
+def test_workers_of_every_loader_end_with_the_process_that_started_them(tmp_path, monkeypatch):
+    loaders = []
+    build = average_precision.build_detection_test_loader
+
+    def recording(*args, **options):
+        loaders.append(build(*args, **options))
+        return loaders[-1]
+
+    monkeypatch.setattr(average_precision, "build_detection_test_loader", recording)
     with registered_data(tmp_path) as name:
         cfg = training_cfg(tmp_path, name, evaluate=True)
-        loaders = [
-            Trainer.build_test_loader(cfg, name),
-            APEvaluation(cfg, name)._loader,
-            build_calibration_loader(cfg, [name], 1)[0],
-        ]
+        APEvaluation(cfg, name)
+        loaders += [Trainer.build_test_loader(cfg, name), build_calibration_loader(cfg, [name], 1)[0]]
     assert [each.worker_init_fn for each in loaders] == [orphans.tie_worker] * 3

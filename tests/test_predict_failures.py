@@ -1,5 +1,7 @@
 """``predict`` loses no job to one input: what was found is written, what is missing is named, and the status is 1."""
 
+import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -55,6 +57,27 @@ def run(model, tmp_path):
         return result
 
     return predict
+
+
+@pytest.fixture
+def before_detection(monkeypatch):
+    """Takes a function that is called before each detection of a run, with its number from 1."""
+
+    def install(function):
+        open_detector = command.open_detector
+
+        def opened(*args, **options):
+            detector, numbers = open_detector(*args, **options), itertools.count(1)
+
+            def detect(image):
+                function(next(numbers))
+                return detector.detect(image)
+
+            return dataclasses.replace(detector, detect=detect)
+
+        monkeypatch.setattr(command, "open_detector", opened)
+
+    return install
 
 
 def write_video(path, count=6, size=(48, 64), codec="MJPG", rate=5.0):
@@ -186,17 +209,14 @@ def test_a_bomb_is_not_decoded(run, tmp_path, monkeypatch):
     assert "DecompressionBombError" in result.skipped["bomb.png"] and list(result.drawn) == ["0.jpg"]
 
 
-def test_a_detector_that_fails_on_one_image(run, tmp_path, monkeypatch):
+def test_a_detector_that_fails_on_one_image(run, tmp_path, before_detection):
     images = write_images(tmp_path, 3)
-    real, calls = command._Job._detect, []
 
-    def failing(self, image):
-        calls.append(image)
-        if len(calls) == 2:
+    def failing(number):
+        if number == 2:
             raise IndexError("index 7 is out of range")
-        return real(self, image)
 
-    monkeypatch.setattr(command._Job, "_detect", failing)
+    before_detection(failing)
     result = run(*images)
     assert list(result.drawn) == ["0.jpg", "2.jpg"]
     assert result.skipped == {"1.jpg": "IndexError: index 7 is out of range"}
@@ -224,29 +244,51 @@ def test_a_video_that_is_damaged(run, tmp_path):
     assert " of 20 frames" in run(tmp_path / "film.mp4").incomplete["film.mp4"]
 
 
-def test_a_video_whose_length_is_an_estimate():
-    frames = VideoFrames.__new__(VideoFrames)
-    frames.num_announced, frames.num_read, frames._suffix = 300, 297, ".webm"
-    assert frames.missing == ""
-    frames.num_read = 290
-    assert frames.missing == "290 of 300 frames: the video is cut short or damaged"
-    frames._suffix, frames.num_read = ".mp4", 299
-    assert frames.missing.startswith("299 of 300 frames")
-    frames.num_announced = 0
-    assert frames.missing == ""
+class Capture:
+    """OpenCV's reader of a video that announces another number of frames than it has."""
+
+    def __init__(self, announced, count):
+        self.announced, self.left = announced, count
+
+    def isOpened(self):
+        return True
+
+    def get(self, what):
+        return float(self.announced if what == cv2.CAP_PROP_FRAME_COUNT else 25)
+
+    def read(self):
+        self.left -= 1
+        return self.left >= 0, np.zeros((2, 2, 3), np.uint8)
+
+    def release(self):
+        pass
 
 
-def test_a_frame_that_cannot_be_detected_on(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name, announced, count, is_missing",
+    [
+        ("film.webm", 300, 297, False),
+        ("film.webm", 300, 290, True),
+        ("film.mp4", 300, 299, True),
+        ("film.mp4", 0, 299, False),
+    ],
+)
+def test_a_video_whose_length_is_an_estimate(monkeypatch, name, announced, count, is_missing):
+    monkeypatch.setattr(cv2, "VideoCapture", lambda path: Capture(announced, count))
+    frames = VideoFrames(name)
+    assert sum(1 for _ in frames) == frames.num_read == count
+    message = f"{count} of {announced} frames: the video is cut short or damaged"
+    assert frames.missing == (message if is_missing else "")
+
+
+def test_a_frame_that_cannot_be_detected_on(run, tmp_path, before_detection):
     write_video(tmp_path / "film.avi", 4)
-    real, calls = command._Job._detect, []
 
-    def failing(self, image):
-        calls.append(image)
-        if len(calls) == 2:
+    def failing(number):
+        if number == 2:
             raise ValueError("not finite")
-        return real(self, image)
 
-    monkeypatch.setattr(command._Job, "_detect", failing)
+    before_detection(failing)
     result = run(tmp_path / "film.avi")
     assert list(result.drawn) == ["film.avi#0", "film.avi#2", "film.avi#3"]
     assert result.drawn["film.avi#3"] == "film.mp4#3"
@@ -329,17 +371,9 @@ def test_a_video_of_which_frames_are_lost(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_job_after_the_image(run, tmp_path, monkeypatch, capsys, number):
+def test_a_signal_ends_the_job_after_the_image(run, tmp_path, before_detection, capsys, number):
     images = write_images(tmp_path, 4)
-    real, calls = command._Job._detect, []
-
-    def stopping(self, image):
-        calls.append(image)
-        if len(calls) == 2:
-            os.kill(os.getpid(), number)
-        return real(self, image)
-
-    monkeypatch.setattr(command._Job, "_detect", stopping)
+    before_detection(lambda nth: os.kill(os.getpid(), number) if nth == 2 else None)
     before = signal.getsignal(number)
     result = run(*images)
     assert signal.getsignal(number) == before
@@ -349,17 +383,9 @@ def test_a_signal_ends_the_job_after_the_image(run, tmp_path, monkeypatch, capsy
     assert f"stopped by {number.name}: 2 of 4 inputs are done" in capsys.readouterr().err
 
 
-def test_a_signal_within_a_video(run, tmp_path, monkeypatch):
+def test_a_signal_within_a_video(run, tmp_path, before_detection):
     write_video(tmp_path / "film.avi", 6)
-    real, calls = command._Job._detect, []
-
-    def stopping(self, image):
-        calls.append(image)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, image)
-
-    monkeypatch.setattr(command._Job, "_detect", stopping)
+    before_detection(lambda nth: os.kill(os.getpid(), signal.SIGTERM) if nth == 3 else None)
     result = run(tmp_path / "film.avi")
     assert result.incomplete == {"film.avi": "3 of 6 frames: stopped by SIGTERM"}
     assert sum(1 for _ in VideoFrames(str(result.folder / "film.mp4"))) == 3

@@ -14,6 +14,7 @@ from helpers import ONE_STAGE, RESNET_C4, RESNET_FPN, write_teacher
 from refusals import check, refusal
 from tiny_training import Recorder, registered_data, training_cfg
 
+from qmimic_d2.config_files import changed
 from qmimic_d2.engine import Trainer, check_run, load_config
 from qmimic_d2.engine.checks.rehearsal import Rehearsal, without_a_trace
 
@@ -286,16 +287,12 @@ class TestNoTrace:
         check(student, "INPUT.MIN_SIZE_TRAIN", "(800,)", "SOLVER.IMS_PER_BATCH", 16, "DATALOADER.NUM_WORKERS", 4)
         assert sizes == [(800, 2, 0), (256, 2, 0)]
 
-    def test_an_operator_that_only_a_gpu_has_is_no_mistake(self, student):
-        cfg = load_config(student).clone()
-        cfg.defrost()
-        cfg.MODEL.DEVICE = "cuda"
-        rehearsal = Rehearsal(cfg, 1, Trainer)
-
+    def test_an_operator_that_only_a_gpu_has_is_no_mistake(self, student, monkeypatch):
         def refuse(cfg):
             raise NotImplementedError("Deformable Conv is not supported on CPUs!")
 
-        assert rehearsal._part("the beginning of the training", refuse, ["MODEL."]) is None
-        cfg.MODEL.DEVICE = "cpu"
+        monkeypatch.setattr("qmimic_d2.engine.checks.rehearsal.build_model", refuse)
+        cfg = load_config(student)
+        assert Rehearsal(changed(cfg, "MODEL.DEVICE", "cuda"), 1, Trainer).build() is None
         with pytest.raises(ValueError, match="not supported on CPUs"):
-            rehearsal._part("the beginning of the training", refuse, ["MODEL.VGG."])
+            Rehearsal(changed(cfg, "MODEL.DEVICE", "cpu"), 1, Trainer).build()

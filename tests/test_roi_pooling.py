@@ -128,10 +128,12 @@ def test_matrix_products_serve_small_maps_with_a_gradient(
     monkeypatch.setattr(roi_pooling, "dense_roi_align", lambda *args: calls.append(args) or dense(*args))
     x = torch.randn(1, 2, size, size, dtype=dtype, requires_grad=requires_grad)
     pooler = LevelPooler(shapes(4), pooler_type, 2, 0)
-    (rois,) = pooler.assign(random_boxes(1, 5, size=200.0))
+    boxes = random_boxes(1, 5, size=200.0)
+    (rois,) = pooler.assign(boxes)
     pooled = pooler.pool(0, x, rois)
     assert pooled.dtype == dtype and bool(calls) == is_dense
-    torch.testing.assert_close(pooled, pooler._poolers[0](x, rois.to(dtype)), rtol=1e-4, atol=1e-4)
+    detectron2s = detectron2_pooler((4,), pooler_type, 2, 0)([x], boxes)
+    torch.testing.assert_close(pooled, detectron2s, rtol=1e-4, atol=1e-4)
 
 
 def test_16_bit_maps():

@@ -112,19 +112,41 @@ def test_shown_output_is_the_result_without_warnings(tmp_path, capfd):
     assert (tmp_path / "records" / "logs" / "one.log").read_text() == "a warning\n"
 
 
-def test_progress_of_a_training(tmp_path):
-    task = Task("one", [], output_dir=str(tmp_path), max_iter=100)
-    assert task_runner._progress(task) == ""
-    metrics = tmp_path / "metrics.json"
-    metrics.write_text('{"iteration": 39, "eta_seconds": 12.4}\n')
-    assert task_runner._progress(task) == "40/100, 12 s left"
-    metrics.write_text('{"iteration": 39, "eta_se')  # a line that is being written
-    assert task_runner._progress(task) == "0/100"
-    metrics.write_text('{"iteration": 99}\n')
-    assert task_runner._progress(task) == "evaluating"
-    for damaged in ("{}x\n", "[]\n", '{"iteration": 1e999}\n', '{"iteration": null}\n', "[" * 100_000 + "\n"):
-        metrics.write_text(damaged)
-        assert task_runner._progress(task) == ""
+@pytest.fixture
+def statuses(tmp_path, monkeypatch):
+    """Gives the status lines of a runner, while metrics.json of its first task holds one text after the other."""
+
+    def run(texts, following=(), jobs=1):
+        shown, end = [], tmp_path / "end"
+
+        def say(text):
+            if not text.startswith("["):
+                return
+            if len(shown) < len(texts):
+                (tmp_path / "metrics.json").write_text(texts[len(shown)])
+            else:
+                end.touch()
+            shown.append(text.partition("] ")[2])
+
+        monkeypatch.setattr(task_runner, "say", say)
+        monkeypatch.setattr(task_runner, "_STATUS_SECONDS", 0.0)
+        code = "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)"
+        first = Task("one", [sys.executable, "-c", code, str(end)], output_dir=str(tmp_path), max_iter=100)
+        run_tasks([first, *following], str(tmp_path / "records"), jobs, {})
+        return shown[: 1 + len(texts)]
+
+    return run
+
+
+def test_progress_of_a_training(statuses):
+    progress = {
+        '{"iteration": 39, "eta_seconds": 12.4}\n': " 40/100, 12 s left",
+        '{"iteration": 39, "eta_se': " 0/100",  # a line that is being written
+        '{"iteration": 99}\n': " evaluating",
+    }
+    damaged = ("{}x\n", "[]\n", '{"iteration": 1e999}\n', '{"iteration": null}\n', "[" * 100_000 + "\n")
+    progress.update(dict.fromkeys(damaged, ""))
+    assert statuses(list(progress)) == [f"one{each} | 0 waiting" for each in ("", *progress.values())]
 
 
 @pytest.mark.parametrize("damaged", ["", "{", "[]", '{"seconds": 1e309}', "[" * 100_000, "null"])
@@ -227,10 +249,11 @@ def test_what_its_record_calls_done_and_the_task_does_not_begins_anew(tmp_path):
     assert "--resume" not in (tmp_path / "logs" / "training.log").read_text()
 
 
-def test_status_tells_what_is_left(tmp_path):
-    waiting = [Task("one", [], expected_seconds=90.0), Task("two", [], expected_seconds=150.0)]
-    assert task_runner._status([], waiting, 2, 60.0).endswith("| 2 waiting, about 2 min")
-    assert task_runner._status([], [Task("one", [])], 2, 60.0).endswith("| 1 waiting")
+@pytest.mark.parametrize("seconds, text", [((90.0, 150.0), "2 waiting, about 2 min"), ((0.0,), "1 waiting")])
+def test_status_tells_what_is_left(statuses, seconds, text):
+    quick = [sys.executable, "-c", ""]
+    following = [Task(f"after {each:g}", quick, needs=["one"], expected_seconds=each) for each in seconds]
+    assert statuses([], following, jobs=2) == [f"one | {text}"]
 
 
 def test_an_interruption_stops_what_runs_and_notes_its_time(tmp_path):

@@ -65,13 +65,13 @@ def catalogs(monkeypatch):
 def opened(monkeypatch):
     """Names of the images whose size was read from the file."""
     names = []
-    read = wider_face_index._read_size
+    read = wider_face_index.image_size
 
     def counting(path):
         names.append(os.path.basename(path))
         return read(path)
 
-    monkeypatch.setattr(wider_face_index, "_read_size", counting)
+    monkeypatch.setattr(wider_face_index, "image_size", counting)
     return names
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from qmimic_d2.image_file import UnusableImageError
 
-__all__ = ["VIDEO_SUFFIXES", "VideoFrames", "VideoWriter", "is_video", "read_frames"]
+__all__ = ["VIDEO_SUFFIXES", "VideoFrames", "VideoWriter", "is_video"]
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 
@@ -67,18 +67,6 @@ class VideoFrames:
         if self.num_read >= self.num_announced - counted_alike:
             return ""
         return f"{self.num_read} of {self.num_announced} frames: the video is cut short or damaged"
-
-
-def read_frames(path: str) -> Tuple[Iterator[np.ndarray], float]:
-    """
-    Returns:
-        The frames, shape (H, W, 3), BGR, uint8, and their rate in 1/s.
-
-    Raises:
-        UnusableImageError: OpenCV cannot open it, or it has no frame.
-    """
-    frames = VideoFrames(path)
-    return iter(frames), frames.rate
 
 
 def _open(path: str) -> Tuple[cv2.VideoCapture, np.ndarray]:
