@@ -8,27 +8,28 @@ from setuptools.command.build_py import build_py
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
-# Detectron2 is not among these: under its own name it is not on the package index, and an installed one,
-# however it was built, is used as it is. docs/install.md says how to get it.
-INSTALL_REQUIRES = [
-    "torch>=2.1",
-    "torchvision>=0.16",
-    "numpy",
-    "opencv-python",
-    "Pillow>=7.1",
-    "pycocotools",
-    "fvcore",
-    "iopath",
-    "portalocker>=2.3",  # the lock of a training's OUTPUT_DIR
-    "yacs",
-    "scipy",  # reads WIDER FACE's ground truth, MATLAB files
-    "scikit-learn",  # its 1,797 embedded digits are the images of the Digits configs
-    "tensorboard",
-    # Detectron2's model_zoo imports pkg_resources, which setuptools announced to drop from 81 on.
-    "setuptools<81",
-]
+# What an exported detector needs beside its runtime. An installed Detectron2 project has the rest already.
+INSTALL_REQUIRES = ["numpy", "Pillow>=7.1", "rich"]
 
 EXTRAS_REQUIRE = {
+    # Detectron2 is not among these: under its own name it is not on the package index, and an installed one,
+    # however it was built, is used as it is. docs/install.md says how to get it.
+    "train": [
+        "torch>=2.1",
+        "torchvision>=0.16",
+        "opencv-python",
+        "pycocotools",
+        "fvcore",
+        "iopath",
+        "portalocker>=2.3",  # the lock of a training's OUTPUT_DIR
+        "yacs",
+        "scipy",  # reads WIDER FACE's ground truth, MATLAB files
+        "scikit-learn",  # its 1,797 embedded digits are the images of the Digits configs
+        "tensorboard",
+        # Detectron2's model_zoo imports pkg_resources, which setuptools announced to drop from 81 on.
+        "setuptools<81",
+    ],
+    "inference": ["onnxruntime", "opencv-python"],  # OpenCV reads videos
     "dev": ["pytest", "pytest-cov", "pytest-xdist", "ruff"],
     "export": ["onnx", "onnxruntime"],
     "report": ["matplotlib", "jinja2"],
@@ -37,7 +38,7 @@ EXTRAS_REQUIRE = {
 }
 
 # What the package reads at run time besides its own code, wherever it stands below qmimic_d2/.
-DATA_SUFFIXES = ("css", "csv", "html", "j2", "jinja", "js", "json", "npz", "svg", "txt", "yaml")
+DATA_SUFFIXES = ("css", "csv", "html", "j2", "jinja", "js", "json", "md", "npz", "onnx", "svg", "txt", "yaml")
 
 
 class BuildWithConfigs(build_py):

@@ -21,8 +21,8 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "benchmarks")]
 from miniature_lib.painting import LEAST_IMAGES  # noqa: E402
 from miniature_lib.pascal_voc import make_miniature_voc  # noqa: E402
 from miniature_lib.wider_face import make_miniature_wider_face  # noqa: E402
-from qmimic_d2.cli.model_arguments import usage_errors  # noqa: E402
 from qmimic_d2.cli.printable import printable, say  # noqa: E402
+from qmimic_d2.cli.usage import usage_errors  # noqa: E402
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:

@@ -1,14 +1,16 @@
 """The command line: ``python -m qmimic_d2 COMMAND ...``; see :mod:`qmimic_d2.cli`."""
 
 import argparse
+import ast
 import importlib
+import importlib.util
 import sys
-from typing import Optional, Sequence, TextIO
+from typing import Any, Optional, Sequence, TextIO
 
 from qmimic_d2 import __version__
 from qmimic_d2.cli import COMMANDS
-from qmimic_d2.cli.model_arguments import split_overrides, usage_errors
 from qmimic_d2.cli.printable import say
+from qmimic_d2.cli.usage import split_overrides, usage_errors
 from qmimic_d2.library_noise import hush_libraries
 
 __all__ = ["build_parser", "main"]
@@ -20,6 +22,27 @@ class _Parser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: Optional[TextIO] = None) -> None:
         if message:
             say(message.rstrip("\n"), sys.stderr if file is None else file)
+
+
+class _CommandParser(_Parser):
+    """
+    Imports its command's module when the command is used: ``predict`` needs no torch, and others would load it.
+
+    Args:
+        module: of the command; "" for a parser whose arguments are added by hand.
+    """
+
+    def __init__(self, *args: Any, module: str = "", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._module = module
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self._module and self.get_default("run") is None:
+            with usage_errors():
+                module = importlib.import_module(self._module)
+            module.add_arguments(self)
+            self.set_defaults(run=module.run)
+        return super().parse_known_args(args, namespace)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,18 +61,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="before COMMAND: import a module of yours first, which registers data sets or backbones; its code runs",
     )
     parser.add_argument("--version", action="version", version=f"qmimic_d2 {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_CommandParser)
     for name in COMMANDS:
-        module = importlib.import_module(f"qmimic_d2.cli.{name}")
-        documentation = module.__doc__.strip()
-        command = commands.add_parser(
+        module = f"qmimic_d2.cli.{name}"
+        documentation = _docstring(module)
+        commands.add_parser(
             name.replace("_", "-"),
+            module=module,
             help=documentation.splitlines()[0],
             description=documentation,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
     return parser
 
 
@@ -79,6 +101,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         say("stopped by Ctrl-C", sys.stderr)
         return 130
+
+
+def _docstring(module: str) -> str:
+    """A module's docstring, without importing it."""
+    source = importlib.util.find_spec(module).loader.get_source(module)
+    return ast.get_docstring(ast.parse(source))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ import math
 import os
 import re
 import secrets
+import tempfile
 from typing import Any, Iterator, Optional
 
 __all__ = [
-    *("check_is_file", "check_writable", "parse_json", "read_json", "remove_leftovers", "whole_file", "write_json"),
-    "write_text",
+    *("check_is_file", "check_output_folder", "check_writable", "parse_json", "read_json", "remove_leftovers"),
+    *("whole_file", "write_json", "write_text"),
 ]
 
 # ".partial" is how earlier versions named a checkpoint that was being written.
@@ -80,6 +81,21 @@ def check_writable(path: str, flag: str) -> None:
     if os.path.isdir(path):
         raise ValueError(f"{flag} is {path!r}, which is a folder; give a file")
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+
+
+def check_output_folder(folder: str) -> None:
+    """
+    Makes a folder, and sees that files can be made in it.
+
+    Raises:
+        OSError: that is not so; names the folder.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"--output is {folder!r}, where nothing can be written: {error}") from error
 
 
 def check_is_file(path: str, kind: str) -> None:

@@ -16,7 +16,7 @@ import qmimic_d2
 from qmimic_d2.__main__ import main
 from qmimic_d2.cli import COMMANDS
 from qmimic_d2.cli.calibration_text import measurement_text, recommendation_text
-from qmimic_d2.cli.model_arguments import split_overrides
+from qmimic_d2.cli.usage import split_overrides
 from qmimic_d2.files import check_writable, write_json
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(qmimic_d2.__file__)))

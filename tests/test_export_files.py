@@ -1,5 +1,6 @@
 """TorchScript and ONNX files: what they detect, on what images, and what they need."""
 
+import json
 import logging
 import os
 import sys
@@ -267,6 +268,29 @@ def test_a_device_needs_little(forms, tmp_path, form, name, absent):
     with np.load(results) as found:
         np.testing.assert_allclose(found["boxes"], expected.boxes, atol=1e-2)
         assert found["classes"].tolist() == expected.classes.tolist()
+
+
+def test_predict_needs_no_torch(forms, tmp_path):
+    absent = ["torch", "torchvision", "detectron2", "fvcore", "yacs", "yaml", "matplotlib", "onnx", "cv2"]
+    image = random_image(64, 64)
+    Image.fromarray(image[:, :, ::-1]).save(tmp_path / "photo.png")
+    code = (
+        "from qmimic_d2.__main__ import main\n"
+        "model, image, folder = sys.argv[1:]\n"
+        "print(main(['predict', '--model', model, '--input', image, '--output', folder, '--score-threshold', '0.2']))\n"
+        "for arguments in (['size', 'x.yaml'], ['predict', '--config-file', 'x.yaml', '--input', image]):\n"
+        "    try:\n"
+        "        main(arguments)\n"
+        "    except SystemExit as stopped:\n"
+        "        print(stopped.code)\n"
+    )
+    folder = tmp_path / "drawn"
+    output = run_without(absent, code, forms.files["onnx"], tmp_path / "photo.png", folder)
+    assert [line for line in output.splitlines() if line.isdigit()] == ["0", "2", "2"]
+    found = json.loads((folder / "predictions.json").read_text())["annotations"]
+    expected = open_detector(forms.files["detectron2"]).detect(image).above(0.2)
+    assert len(found) == len(expected) > 0
+    assert (folder / "photo.jpg").is_file()
 
 
 def test_a_traced_model_runs_without_any_of_this_package(forms, tmp_path):

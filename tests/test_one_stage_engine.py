@@ -13,7 +13,7 @@ from qmimic_d2.__main__ import main
 from qmimic_d2.analysis import measure_cost
 from qmimic_d2.engine import Trainer, check_run, load_config
 from qmimic_d2.engine.hooks import ResumableLossNormalizer
-from qmimic_d2.inference.categories import dataset_categories
+from qmimic_d2.inference.dataset_categories import dataset_categories
 from qmimic_d2.inference.prediction import Predictor
 
 FAMILIES = list(ONE_STAGE)

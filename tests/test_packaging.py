@@ -118,7 +118,9 @@ def test_metadata(metadata):
     assert set(metadata["Requires-Python"].split(",")) == {">=3.9", "<3.14"}
     classifiers = metadata.get_all("Classifier")
     assert all(f"Programming Language :: Python :: {python}" in classifiers for python in PYTHONS)
-    assert set(metadata.get_all("Provides-Extra")) == {"dev", "export", "report", "wandb", "mlflow"}
+    assert set(metadata.get_all("Provides-Extra")) == {
+        *("train", "inference", "dev", "export", "report", "wandb", "mlflow")
+    }
     required = {Requirement(text).name for text in metadata.get_all("Requires-Dist")}
     assert {"torch", "torchvision", "setuptools", "onnx", "jinja2"} <= required
     assert not [name for name in required if "detectron2" in name]  # an installed one is used as it is

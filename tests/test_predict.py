@@ -16,8 +16,9 @@ from tiny_coco import write_images
 from qmimic_d2.__main__ import main
 from qmimic_d2.export import Detections
 from qmimic_d2.image_file import UnusableImageError, read_bgr_image
-from qmimic_d2.inference.categories import Category, dataset_categories
+from qmimic_d2.inference.categories import Category
 from qmimic_d2.inference.coco_predictions import CocoPredictions
+from qmimic_d2.inference.dataset_categories import dataset_categories
 from qmimic_d2.inference.drawing import draw_detections
 from qmimic_d2.inference.input_files import find_images, unique_names
 from qmimic_d2.inference.prediction import Predictor

@@ -22,7 +22,8 @@ from qmimic_d2.engine.verification import Difference, Verification, VerifiedMode
 from qmimic_d2.export import InputSpec, ModelDescription
 from qmimic_d2.export.network import drop_quantizer
 from qmimic_d2.image_file import UnusableImageError
-from qmimic_d2.inference.categories import Category, dataset_categories, unknown_names_note
+from qmimic_d2.inference.categories import Category, unknown_names_note
+from qmimic_d2.inference.dataset_categories import dataset_categories
 
 
 def cfg_of(detector, *options):

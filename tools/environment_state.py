@@ -34,6 +34,7 @@ REQUIREMENTS = (
     ("pkg_resources", "setuptools<81", ""),
     # Detectron2's own: its wheel is installed with --no-deps, because it says numpy<2 without needing it.
     ("PIL", "Pillow>=7.1", ""),
+    ("rich", "rich", ""),
     ("matplotlib", "matplotlib", ""),
     ("termcolor", "termcolor>=1.1", ""),
     ("tabulate", "tabulate", ""),

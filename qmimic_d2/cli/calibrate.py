@@ -19,8 +19,9 @@ from torch import nn
 from qmimic_d2 import analysis
 from qmimic_d2.cli.argument_types import non_negative, num_codes, positive, positive_number
 from qmimic_d2.cli.calibration_text import measurement_text, recommendation_text
-from qmimic_d2.cli.model_arguments import add_model_arguments, load_model_config, usage_errors, weights_key
+from qmimic_d2.cli.model_arguments import add_model_arguments, load_model_config, weights_key
 from qmimic_d2.cli.printable import printable, say
+from qmimic_d2.cli.usage import usage_errors
 from qmimic_d2.engine import build_checkpointer
 from qmimic_d2.engine.average_precision import APEvaluation
 from qmimic_d2.files import check_writable, write_json

@@ -23,8 +23,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from qmimic_d2.analysis.model_cost import build_for_measurement
 from qmimic_d2.cli.data_text import figures_text, wrapped
-from qmimic_d2.cli.model_arguments import key_value_pairs, usage_errors
+from qmimic_d2.cli.model_arguments import key_value_pairs
 from qmimic_d2.cli.printable import printable, say
+from qmimic_d2.cli.usage import usage_errors
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.config_files import changed
 from qmimic_d2.data.download import VOC_PARTS, DownloadError, download_pascal_voc, download_wider_face
@@ -32,8 +33,9 @@ from qmimic_d2.data.figures import measure_dataset
 from qmimic_d2.data.loading import load_dataset
 from qmimic_d2.data.sources import Source, guess_sources, sources_config
 from qmimic_d2.data.wider_face.registration import FOLDER, GROUND_TRUTH
-from qmimic_d2.engine import describe_error, load_config
+from qmimic_d2.engine import load_config
 from qmimic_d2.engine.checks.data import ModelClasses, inspect_datasets, model_classes
+from qmimic_d2.error_text import describe_error
 from qmimic_d2.evaluation import load_ground_truth
 from qmimic_d2.folder_lock import alone_in
 from qmimic_d2.near_names import check_registered

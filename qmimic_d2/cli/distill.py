@@ -21,9 +21,9 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 
 from qmimic_d2.cli.argument_types import positive, positive_number
-from qmimic_d2.cli.model_arguments import usage_errors
 from qmimic_d2.cli.printable import printable, say
 from qmimic_d2.cli.task_runner import Task, run_tasks
+from qmimic_d2.cli.usage import usage_errors
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.data.loading import load_dataset
 from qmimic_d2.data.sources import Source, guess_sources, sources_config

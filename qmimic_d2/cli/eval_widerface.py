@@ -8,8 +8,8 @@ as numbers from 0 to 1. Exit status: 0, or 2 for a mistake in the arguments or t
 
 import argparse
 
-from qmimic_d2.cli.model_arguments import usage_errors
 from qmimic_d2.cli.printable import printable, say
+from qmimic_d2.cli.usage import usage_errors
 from qmimic_d2.evaluation import evaluate_predictions, load_ground_truth, read_predictions
 from qmimic_d2.files import check_writable, write_json
 

@@ -18,18 +18,14 @@ from detectron2.config import CfgNode
 
 from qmimic_d2.cli.argument_types import count, image_size, non_negative, positive, side, threads
 from qmimic_d2.cli.export_text import export_text, verdict_text, verification_text
-from qmimic_d2.cli.model_arguments import (
-    add_model_arguments,
-    key_value_pairs,
-    load_model_config,
-    usage_errors,
-    weights_key,
-)
+from qmimic_d2.cli.model_arguments import add_model_arguments, key_value_pairs, load_model_config, weights_key
 from qmimic_d2.cli.printable import say
-from qmimic_d2.engine.exporting import FORMATS, Exported, Exporter, Int8Settings, check_output_folder, check_packages
-from qmimic_d2.engine.setup import describe_error, load_config
+from qmimic_d2.cli.usage import usage_errors
+from qmimic_d2.engine.exporting import FORMATS, Exported, Exporter, Int8Settings, check_packages
+from qmimic_d2.engine.setup import load_config
 from qmimic_d2.engine.verification import Verification, VerifiedModel
-from qmimic_d2.files import write_json
+from qmimic_d2.error_text import describe_error
+from qmimic_d2.files import check_output_folder, write_json
 from qmimic_d2.inference.detectors import open_detector
 
 VERIFICATION_NAME = "verification.json"

@@ -1,29 +1,12 @@
-"""Arguments, and errors, of the sub-commands that take a model: its config, its weights, its device."""
+"""Arguments of the sub-commands that take a model: its config, its weights, its device."""
 
 import argparse
-import re
-import sys
-from contextlib import contextmanager
-from typing import Iterator, List, Sequence, Tuple
+from typing import TYPE_CHECKING, List
 
-import torch
-import yaml
-from detectron2.config import CfgNode, get_cfg
+if TYPE_CHECKING:  # a device with an exported detector has no Detectron2
+    from detectron2.config import CfgNode
 
-from qmimic_d2.cli.printable import say
-from qmimic_d2.config import add_qmimic_config
-from qmimic_d2.engine import describe_error, load_config
-
-__all__ = [
-    "add_model_arguments",
-    "key_value_pairs",
-    "load_model_config",
-    "split_overrides",
-    "usage_errors",
-    "weights_key",
-]
-
-_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*")
+__all__ = ["add_model_arguments", "key_value_pairs", "load_model_config", "weights_key"]
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -60,13 +43,15 @@ def key_value_pairs(args: argparse.Namespace) -> List[str]:
     return opts
 
 
-def load_model_config(args: argparse.Namespace) -> CfgNode:
+def load_model_config(args: argparse.Namespace) -> "CfgNode":
     """
     The config that the arguments name, for a use that needs no file of a teacher.
 
     Raises:
         KeyError, ValueError, FileNotFoundError: as :func:`load_config` and :func:`key_value_pairs`.
     """
+    from qmimic_d2.engine import load_config
+
     weights = ["MODEL.WEIGHTS", args.weights] if args.weights else []
     return load_config(args.config_file, key_value_pairs(args) + weights, eval_only=True, device=args.device)
 
@@ -76,34 +61,11 @@ def weights_key(args: argparse.Namespace) -> str:
     return "--weights" if args.weights else "MODEL.WEIGHTS (or --weights)"
 
 
-@contextmanager
-def usage_errors() -> Iterator[None]:
-    """Within the block, a user's mistake is one line on stderr and exit status 2, without a traceback."""
-    try:
-        yield
-    except (KeyError, ValueError, OSError, ImportError, yaml.YAMLError) as error:
-        say(describe_error(error), sys.stderr)
-        raise SystemExit(2) from None
-
-
-def split_overrides(argv: Sequence[str]) -> Tuple[List[str], List[str]]:
-    """
-    Splits KEY VALUE pairs off the end of the arguments.
-
-    argparse alone takes them for further values of a flag before them that takes several.
-
-    Returns:
-        The arguments before the pairs, and the pairs.
-    """
-    cfg = get_cfg()
-    add_qmimic_config(cfg)
-    end = len(argv)
-    while end >= 2 and _KEY.fullmatch(argv[end - 2]) and argv[end - 2].partition(".")[0] in cfg:
-        end -= 2
-    return list(argv[:end]), list(argv[end:])
-
-
 def _device(text: str) -> str:
+    try:
+        import torch
+    except ImportError:  # then only what runs without it can be opened
+        return text
     try:
         torch.device(text or "cpu")  # "" leaves it to the config
     except RuntimeError:

@@ -21,24 +21,19 @@ from PIL import Image
 
 from qmimic_d2.cli.argument_types import score, threads_or_default
 from qmimic_d2.cli.interruption import Interruption, noted_interruption
-from qmimic_d2.cli.model_arguments import (
-    add_model_arguments,
-    key_value_pairs,
-    load_model_config,
-    usage_errors,
-    weights_key,
-)
+from qmimic_d2.cli.model_arguments import add_model_arguments, key_value_pairs, load_model_config, weights_key
 from qmimic_d2.cli.printable import printable, say
-from qmimic_d2.engine.exporting import check_output_folder
-from qmimic_d2.engine.setup import describe_error
+from qmimic_d2.cli.usage import usage_errors
+from qmimic_d2.error_text import describe_error
 from qmimic_d2.export import Detections
-from qmimic_d2.files import whole_file
+from qmimic_d2.files import check_output_folder, whole_file
 from qmimic_d2.image_file import UnusableImageError, read_bgr_image
 from qmimic_d2.inference.coco_predictions import CocoPredictions
-from qmimic_d2.inference.detectors import OpenDetector, open_config, open_detector
+from qmimic_d2.inference.detectors import open_detector
 from qmimic_d2.inference.drawing import draw_detections, label_names, missing_characters_note
-from qmimic_d2.inference.input_files import check_regular_file, find_images, unique_names
-from qmimic_d2.inference.video import VideoFrames, VideoWriter, is_video
+from qmimic_d2.inference.input_files import check_regular_file, find_images, is_video, unique_names
+from qmimic_d2.inference.open_detector import OpenDetector
+from qmimic_d2.inference.zoo import ZOO, zoo_models
 
 PREDICTIONS = "predictions.json"
 
@@ -50,12 +45,14 @@ _NOTHING = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input",
-        required=True,
+        default=[],
         nargs="+",
         metavar="PATH",
         help="images, videos, and folders that are searched for images with their subfolders",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the results; made if need be")
+    parser.add_argument(
+        "--output", default="output/predict", metavar="DIR", help="folder of the results (default: %(default)s)"
+    )
     parser.add_argument(
         "--score-threshold",
         type=score,
@@ -64,7 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out detections below it, in the drawings and in the JSON (default: %(default)s)",
     )
     parser.add_argument(
-        "--model", default="", metavar="FILE", help="an exported .onnx, .ts or .yaml file, instead of a config"
+        "--model",
+        default="",
+        metavar="FILE",
+        help="an exported .onnx, .ts or .yaml file, or zoo:NAME, instead of a config; zoo: lists the zoo",
     )
     parser.add_argument(
         "--threads",
@@ -77,7 +77,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.model == ZOO:
+        for name, title in zoo_models().items():
+            say(f"{ZOO}{name}  {title}")
+        say("Behind a name, -int8 gives the model in 8 bits.")
+        return 0
     with usage_errors():
+        if not args.input:
+            raise ValueError("--input is missing; give images, videos or folders")
         inputs = find_images(args.input, excluded_folder=args.output)
         _check_output(args.output, inputs)
         detector = _open(args)
@@ -145,6 +152,8 @@ class _Job:
         say(f"{printable(path)} -> {printable(drawn_file)}, detections: {len(found)}")
 
     def _do_video(self, path: str, name: str) -> None:
+        from qmimic_d2.inference.video import VideoFrames  # which needs OpenCV
+
         frames, records, num_found = VideoFrames(path), [], 0
         failure = bare = ""
 
@@ -242,6 +251,8 @@ def _open(args: argparse.Namespace) -> OpenDetector:
     if bool(args.model) == bool(args.config_file):
         raise ValueError("give the detector: either --model FILE, or --config-file FILE with --weights FILE")
     if not args.model:
+        from qmimic_d2.inference.config_detector import open_config  # which needs torch
+
         return open_config(load_model_config(args), weights_key(args), args.config_file, args.score_threshold)
     if args.weights:
         raise ValueError("--weights goes with --config-file; a --model has its weights")
@@ -276,6 +287,8 @@ def _save(image: np.ndarray, path: str) -> None:
 
 
 def _save_video(frames: Iterator[np.ndarray], path: str, rate: float) -> None:
+    from qmimic_d2.inference.video import VideoWriter
+
     with whole_file(path) as partial:
         writer = VideoWriter(partial, rate)
         try:

@@ -12,8 +12,8 @@ import os
 
 from qmimic_d2 import __version__
 from qmimic_d2.cli.argument_types import count, positive, score
-from qmimic_d2.cli.model_arguments import usage_errors
 from qmimic_d2.cli.printable import printable, say
+from qmimic_d2.cli.usage import usage_errors
 from qmimic_d2.files import check_writable
 from qmimic_d2.report import collect_runs
 

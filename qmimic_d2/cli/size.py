@@ -15,8 +15,9 @@ from qmimic_d2.analysis.activation_memory import TOTAL
 from qmimic_d2.analysis.model_cost import build_for_measurement
 from qmimic_d2.cli.argument_types import image_size
 from qmimic_d2.cli.export_text import human_bytes
-from qmimic_d2.cli.model_arguments import key_value_pairs, usage_errors
+from qmimic_d2.cli.model_arguments import key_value_pairs
 from qmimic_d2.cli.printable import printable, say
+from qmimic_d2.cli.usage import usage_errors
 from qmimic_d2.engine.setup import load_config
 from qmimic_d2.export import build_student
 from qmimic_d2.files import check_writable, write_json

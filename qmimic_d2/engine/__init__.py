@@ -6,13 +6,13 @@ from qmimic_d2.engine.mimic_evaluator import MimicEvaluator, add_mimic_hook
 from qmimic_d2.engine.relative_stride import with_measured_stride
 from qmimic_d2.engine.setup import (
     argument_parser,
-    describe_error,
     launch_processes,
     load_config,
     num_processes,
     set_up_process,
 )
 from qmimic_d2.engine.trainer import Trainer, build_evaluator, load_evaluated_weights
+from qmimic_d2.error_text import describe_error
 from qmimic_d2.modeling.checkpointer import build_checkpointer
 from qmimic_d2.modeling.mimic.sharing import one_teacher
 

@@ -20,8 +20,9 @@ from qmimic_d2.export.onnx.file import export_onnx, import_onnx
 from qmimic_d2.export.onnx.int8 import Int8Trial, import_quantization, quantize_onnx
 from qmimic_d2.export.student import CONFIG_NAME, WEIGHTS_NAME, StudentExport, export_student
 from qmimic_d2.export.torchscript.file import export_torchscript
-from qmimic_d2.files import write_text
-from qmimic_d2.inference.categories import dataset_categories, load_class_names, unknown_names_note
+from qmimic_d2.files import check_output_folder, write_text
+from qmimic_d2.inference.categories import unknown_names_note
+from qmimic_d2.inference.dataset_categories import dataset_categories, load_class_names
 from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.modeling.quantizer import UniformQuantizer
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
@@ -34,7 +35,6 @@ __all__ = [
     "Exported",
     "Exporter",
     "Int8Settings",
-    "check_output_folder",
     "check_packages",
 ]
 
@@ -247,21 +247,6 @@ FORMATS: Dict[str, ExportFormat] = {
     "onnx": ExportFormat("model.onnx", _write_onnx, import_onnx),
     "onnx-int8": ExportFormat("model_int8.onnx", _write_int8, _import_int8),
 }
-
-
-def check_output_folder(folder: str) -> None:
-    """
-    Makes a folder, and sees that files can be made in it.
-
-    Raises:
-        OSError: that is not so; names the folder.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"--output is {folder!r}, where nothing can be written: {error}") from error
 
 
 def check_packages(form: str) -> None:

@@ -27,6 +27,7 @@ from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.config_files import changed, find_config_file
 from qmimic_d2.data.sources import complete_sources, register_sources
 from qmimic_d2.engine.resuming import earlier_seed
+from qmimic_d2.error_text import describe_error
 from qmimic_d2.files import remove_leftovers
 from qmimic_d2.folder_lock import FolderInUseError, hold_folder
 from qmimic_d2.modeling.mimic.sharing import forget_teacher, one_teacher
@@ -39,7 +40,6 @@ from qmimic_d2.yaml.config import describe_mismatch, flat_keys, merge_config
 
 __all__ = [
     "argument_parser",
-    "describe_error",
     "launch_processes",
     "load_config",
     "num_processes",
@@ -84,12 +84,6 @@ class _Import(argparse.Action):
         except ImportError as error:
             parser.error(f"{option_string} {values}: {error}")
         namespace.modules = [*namespace.modules, values]
-
-
-def describe_error(error: Exception) -> str:
-    """One message for a person; a KeyError's own text would be quoted."""
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return f"{type(error).__name__}: {text}"
 
 
 def num_processes(args: argparse.Namespace) -> int:

@@ -6,17 +6,12 @@ from typing import Any, List, Sequence
 
 import numpy as np
 
+from qmimic_d2.error_text import one_line
 from qmimic_d2.export.description import ModelDescription
 from qmimic_d2.export.preprocessing import NOT_FINITE, Detections, InputSpec
 from qmimic_d2.image_file import as_bgr_image
 
-__all__ = ["ExportedDetector", "one_line"]
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error, which a runtime may follow up with many."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
+__all__ = ["ExportedDetector"]
 
 
 class ExportedDetector(abc.ABC):

@@ -6,10 +6,12 @@ from typing import Dict, List, Optional, Sequence, Set
 
 from qmimic_d2.image_file import UnusableImageError
 
-__all__ = ["check_regular_file", "find_images", "unique_names"]
+__all__ = ["check_regular_file", "find_images", "is_video", "unique_names"]
 
 # Endings of the files that count as images in a folder; a file that is named itself may have any.
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 
 # Longest stem of a result's name, in bytes of UTF-8; file systems take 255 with ending and temporary parts.
 _LONGEST_STEM = 180
@@ -72,6 +74,11 @@ def find_images(paths: Sequence[str], excluded_folder: str = "") -> List[str]:
         for image in images:
             found.setdefault(os.path.realpath(image), image)
     return list(found.values())
+
+
+def is_video(path: str) -> bool:
+    """Whether a file's ending is a video's."""
+    return path.lower().endswith(VIDEO_SUFFIXES)
 
 
 def _images_below(folder: str, excluded: Optional[str]) -> List[str]:

@@ -10,9 +10,7 @@ import numpy as np
 
 from qmimic_d2.image_file import UnusableImageError
 
-__all__ = ["VIDEO_SUFFIXES", "VideoFrames", "VideoWriter", "is_video"]
-
-VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
+__all__ = ["VideoFrames", "VideoWriter"]
 
 _DEFAULT_RATE = 25.0
 # Codecs that the wheels of OpenCV bring, by the ending that holds them.
@@ -20,11 +18,6 @@ _CODECS = {".mp4": "mp4v", ".avi": "MJPG"}
 # The number of frames of these is written in the file; of others it is the duration times the rate.
 _COUNTED = (".avi", ".m4v", ".mov", ".mp4")
 _MOST_FRAMES = 1 << 40
-
-
-def is_video(path: str) -> bool:
-    """Whether a file's ending is a video's."""
-    return path.lower().endswith(VIDEO_SUFFIXES)
 
 
 class VideoFrames:

@@ -8,7 +8,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from qmimic_d2.engine import describe_error
+from qmimic_d2.error_text import describe_error
 from qmimic_d2.modeling.family import detector_name, head_section, imitates
 from qmimic_d2.report.held_out import HeldOut, finite_figures, read_held_out
 from qmimic_d2.report.metrics import Metrics, read_metrics

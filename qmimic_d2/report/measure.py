@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from qmimic_d2.engine import describe_error
+from qmimic_d2.error_text import describe_error
 from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.report.collect import Run
 from qmimic_d2.report.cost import Cost, image_seconds, run_cost

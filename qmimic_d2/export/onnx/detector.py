@@ -5,8 +5,9 @@ from typing import Optional, Sequence
 
 import numpy as np
 
+from qmimic_d2.error_text import one_line
 from qmimic_d2.export.description import METADATA_KEY
-from qmimic_d2.export.exported_detector import ExportedDetector, one_line
+from qmimic_d2.export.exported_detector import ExportedDetector
 
 __all__ = ["OnnxDetector"]
 
