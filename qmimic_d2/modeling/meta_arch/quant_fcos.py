@@ -1,11 +1,12 @@
 """An FCOS whose backbone features are quantized. Detectron2 itself builds an FCOS from a LazyConfig only."""
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 
-from qmimic_d2.modeling.attach import attach_parts, quantizer_arguments
+from qmimic_d2.modeling.attach import quantizer_arguments
 from qmimic_d2.modeling.backbone.build import resolve_norm
+from qmimic_d2.modeling.meta_arch.attached import WithParts
 from qmimic_d2.modeling.quantizer_hook import check_features
 from qmimic_d2.modeling.trunk_adapter import build_trunk_adapter, is_in_trunk
 
@@ -13,18 +14,12 @@ __all__ = ["QuantFCOS"]
 
 
 @META_ARCH_REGISTRY.register()
-class QuantFCOS(FCOS):
+class QuantFCOS(WithParts, FCOS):
     """
     Detectron2's FCOS with a quantizer on its backbone's features, as :class:`~qmimic_d2.modeling.QuantRCNN`.
 
     A config describes it in ``MODEL.FCOS``. FCOS is Tian et al., ICCV 2019 (https://arxiv.org/abs/1904.01355).
     """
-
-    @configurable
-    def __init__(self, *, quantizer=None, quantized_features=(), mimic=None, **kwargs):
-        """``kwargs`` are those of :class:`FCOS`; the others see :func:`qmimic_d2.modeling.attach.attach_parts`."""
-        super().__init__(**kwargs)
-        attach_parts(self, quantizer=quantizer, quantized_features=quantized_features, mimic=mimic)
 
     @classmethod
     def from_config(cls, cfg: CfgNode):

@@ -7,6 +7,7 @@ from torch import nn
 from qmimic_d2.config_files import changed
 from qmimic_d2.modeling.attach import attach_parts, mimic_arguments, quantizer_arguments
 from qmimic_d2.modeling.family import QUANT_MIMIC, detector_name
+from qmimic_d2.modeling.meta_arch.attached import WithMimic
 from qmimic_d2.modeling.meta_arch.quant_fcos import QuantFCOS
 from qmimic_d2.modeling.meta_arch.quant_rcnn import QuantRCNN
 from qmimic_d2.modeling.meta_arch.quant_retinanet import QuantRetinaNet
@@ -43,31 +44,19 @@ def QuantMimic(cfg: CfgNode) -> nn.Module:
 
 
 @META_ARCH_REGISTRY.register()
-class QuantMimicRCNN(QuantRCNN):
+class QuantMimicRCNN(WithMimic, QuantRCNN):
     """:class:`QuantRCNN` with ``loss_mimic`` among its losses."""
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode):
-        return {**super().from_config(cfg), **mimic_arguments(cfg)}
 
 
 @META_ARCH_REGISTRY.register()
-class QuantMimicRetinaNet(QuantRetinaNet):
+class QuantMimicRetinaNet(WithMimic, QuantRetinaNet):
     """
     :class:`QuantRetinaNet` with ``loss_mimic`` among its losses.
 
     It neither proposes nor samples regions, so ``MODEL.QMIMIC.MIMIC.ROI_SOURCE`` must name other ones.
     """
 
-    @classmethod
-    def from_config(cls, cfg: CfgNode):
-        return {**super().from_config(cfg), **mimic_arguments(cfg)}
-
 
 @META_ARCH_REGISTRY.register()
-class QuantMimicFCOS(QuantFCOS):
+class QuantMimicFCOS(WithMimic, QuantFCOS):
     """:class:`QuantFCOS` with ``loss_mimic`` among its losses; for its regions see :class:`QuantMimicRetinaNet`."""
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode):
-        return {**super().from_config(cfg), **mimic_arguments(cfg)}

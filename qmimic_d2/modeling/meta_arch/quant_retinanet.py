@@ -1,27 +1,20 @@
 """A RetinaNet whose backbone features are quantized."""
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
 
-from qmimic_d2.modeling.attach import attach_parts, quantizer_arguments
+from qmimic_d2.modeling.attach import quantizer_arguments
 from qmimic_d2.modeling.family import named_head_features
+from qmimic_d2.modeling.meta_arch.attached import WithParts
 from qmimic_d2.modeling.trunk_adapter import build_trunk_adapter, is_in_trunk
 
 __all__ = ["QuantRetinaNet"]
 
 
 @META_ARCH_REGISTRY.register()
-class QuantRetinaNet(RetinaNet):
-    """
-    Detectron2's RetinaNet with a quantizer on its backbone's features, as :class:`~qmimic_d2.modeling.QuantRCNN`.
-    """
-
-    @configurable
-    def __init__(self, *, quantizer=None, quantized_features=(), mimic=None, **kwargs):
-        """``kwargs`` are those of :class:`RetinaNet`; the others see :func:`qmimic_d2.modeling.attach.attach_parts`."""
-        super().__init__(**kwargs)
-        attach_parts(self, quantizer=quantizer, quantized_features=quantized_features, mimic=mimic)
+class QuantRetinaNet(WithParts, RetinaNet):
+    """Detectron2's RetinaNet with a quantizer on its backbone's features, as :class:`~qmimic_d2.modeling.QuantRCNN`."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
