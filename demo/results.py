@@ -15,6 +15,7 @@ from tabulate import tabulate
 import qmimic_d2
 from package_versions import package_versions
 from qmimic_d2.analysis import measure_cost
+from qmimic_d2.config_files import changed
 from qmimic_d2.files import write_json
 from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.report import Run, collect_run
@@ -110,7 +111,7 @@ def _draw(models: Sequence[Model], path: str) -> None:
     pictures = [cv2.imread(image["file_name"]) for image in images]
     columns = [_column("ground truth", [_annotated(p, i, classes) for p, i in zip(pictures, images)])]
     for model in models:
-        predictor = Predictor(_with_weights(model))
+        predictor = Predictor(changed(model.cfg, "MODEL.WEIGHTS", model.weights))
         drawn = []
         for picture in pictures:
             found = predictor(picture)
@@ -119,14 +120,6 @@ def _draw(models: Sequence[Model], path: str) -> None:
             drawn.append(_boxes(picture, found.pred_boxes.tensor.numpy(), names, (0, 220, 255)))
         columns.append(_column(model.label.replace("student, ", ""), drawn))
     cv2.imwrite(path, np.hstack(columns))
-
-
-def _with_weights(model: Model) -> CfgNode:
-    cfg = model.cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.WEIGHTS = model.weights
-    cfg.freeze()
-    return cfg
 
 
 def _annotated(picture: np.ndarray, image: Dict[str, Any], classes: Sequence[str]) -> np.ndarray:

@@ -16,6 +16,7 @@ from evidence_lib.records import DONE, FAILED, Record, Records, digest_of_weight
 from evidence_lib.settings import config_digest, settings_of
 from qmimic_d2.analysis import measure_cost
 from qmimic_d2.cli.task_runner import Task
+from qmimic_d2.config_files import changed
 from qmimic_d2.engine import load_config
 from qmimic_d2.run_folder import FINAL_CHECKPOINT, INFERENCE, TAG
 
@@ -57,11 +58,7 @@ class Runs:
 
     def config(self, run: Run) -> CfgNode:
         """The resolved config of a run, without paths."""
-        cfg = self._config(run.variant).clone()
-        cfg.defrost()
-        cfg.SEED = run.seed
-        cfg.freeze()
-        return cfg
+        return changed(self._config(run.variant), "SEED", run.seed)
 
     def digest(self, run: Run) -> str:
         """Of everything in the config that has an effect on the result."""

@@ -21,6 +21,7 @@ from qmimic_d2.cli.export_text import export_text, verdict_text, verification_te
 from qmimic_d2.cli.model_arguments import add_model_arguments, key_value_pairs, load_model_config, weights_key
 from qmimic_d2.cli.printable import say
 from qmimic_d2.cli.usage import usage_errors
+from qmimic_d2.config_files import changed
 from qmimic_d2.engine.exporting import FORMATS, Exported, Exporter, Int8Settings, check_packages
 from qmimic_d2.engine.setup import load_config
 from qmimic_d2.engine.verification import Verification, VerifiedModel
@@ -125,12 +126,12 @@ def _verdict(args: argparse.Namespace, form: str, reference: VerifiedModel, row:
 def _config(args: argparse.Namespace) -> CfgNode:
     if args.fixed_size and (args.min_size or args.max_size):
         raise ValueError("--fixed-size goes without --min-size and --max-size: it is the size")
-    cfg = load_model_config(args).clone()
-    cfg.defrost()
-    cfg.INPUT.MIN_SIZE_TEST = args.min_size or cfg.INPUT.MIN_SIZE_TEST
-    cfg.INPUT.MAX_SIZE_TEST = args.max_size or cfg.INPUT.MAX_SIZE_TEST
-    cfg.freeze()
-    return cfg
+    cfg = load_model_config(args)
+    return changed(
+        cfg,
+        *("INPUT.MIN_SIZE_TEST", args.min_size or cfg.INPUT.MIN_SIZE_TEST),
+        *("INPUT.MAX_SIZE_TEST", args.max_size or cfg.INPUT.MAX_SIZE_TEST),
+    )
 
 
 def _verification(args: argparse.Namespace, cfg: CfgNode) -> Verification:

@@ -11,6 +11,7 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, inference_on_
 from torch import nn
 
 from qmimic_d2.analysis import evenly_spaced
+from qmimic_d2.config_files import changed
 from qmimic_d2.data.loading import load_dataset_dicts
 from qmimic_d2.data.mapper import FileNamingMapper, ImageMapper
 from qmimic_d2.engine.checks.data import check_evaluated_classes
@@ -59,11 +60,7 @@ class APEvaluation:
         self.num_images = len(chosen)
         self.num_images_in_dataset = len(dicts)
         self._folder = tempfile.TemporaryDirectory(prefix="qmimic_d2_")
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.OUTPUT_DIR = self._folder.name
-        cfg.freeze()
-        self._evaluator = build_evaluator(cfg, dataset_name)
+        self._evaluator = build_evaluator(changed(cfg, "OUTPUT_DIR", self._folder.name), dataset_name)
         if self.is_subset:
             self._evaluator = _part_of(self._evaluator, dataset_name, [each["image_id"] for each in chosen])
         self._loader = build_detection_test_loader(

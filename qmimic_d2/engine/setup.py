@@ -346,17 +346,15 @@ def _trained_widths(cfg: CfgNode, resume: bool) -> List[int]:
 
 
 def _write_configs(cfg: CfgNode) -> None:
-    saved, teacher_dump = cfg.clone(), ""
-    saved.defrost()
-    if cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE:
+    pairs, teacher_dump = ["MODEL.WEIGHTS", _absolute(cfg.MODEL.WEIGHTS)], ""
+    node, key = cfg.MODEL.QMIMIC.TEACHER, "MODEL.QMIMIC.TEACHER"
+    if node.CONFIG_FILE:
         teacher = load_teacher_config(cfg)
-        node = saved.MODEL.QMIMIC.TEACHER
-        node.WEIGHTS = _absolute(node.WEIGHTS or teacher.weights)
+        pairs += [f"{key}.WEIGHTS", _absolute(node.WEIGHTS or teacher.weights)]
         teacher_dump = teacher.dump
         if teacher_dump:
-            node.CONFIG_FILE, node.OPTS = TEACHER_CONFIG, []
-    saved.MODEL.WEIGHTS = _absolute(saved.MODEL.WEIGHTS)
-    write_configs(cfg.OUTPUT_DIR, saved.dump(), teacher_dump)
+            pairs += [f"{key}.CONFIG_FILE", TEACHER_CONFIG, f"{key}.OPTS", []]
+    write_configs(cfg.OUTPUT_DIR, changed(cfg, *pairs).dump(), teacher_dump)
 
 
 def _absolute(path: str) -> str:

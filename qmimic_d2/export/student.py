@@ -106,8 +106,7 @@ def export_student(cfg: CfgNode, model: nn.Module, folder: str) -> StudentExport
     """
     student = student_config(cfg, model)
     weights = os.path.join(folder, WEIGHTS_NAME)
-    written = student.cfg.clone()
-    written.MODEL.WEIGHTS = os.path.abspath(weights)
+    written = changed(student.cfg, "MODEL.WEIGHTS", os.path.abspath(weights))
     with whole_file(weights) as partial:
         torch.save({"model": model.state_dict(), "__author__": "qmimic_d2"}, partial)
     write_text(os.path.join(folder, CONFIG_NAME), written.dump())
@@ -189,11 +188,9 @@ def _registered_ancestor(model: nn.Module) -> str:
 
 def _difference_from_stock(candidate: CfgNode, model: nn.Module) -> Optional[str]:
     """Why the stock model of a config is not this one; None where they are the same to the last bit."""
-    stock_cfg = candidate.clone()
-    stock_cfg.MODEL.DEVICE = "cpu"
     try:
         with torch.random.fork_rng(devices=[]):
-            stock = build_model(stock_cfg).eval()
+            stock = build_model(changed(candidate, "MODEL.DEVICE", "cpu")).eval()
     except (AssertionError, KeyError, ValueError, TypeError) as error:
         depth = candidate.MODEL.RESNETS.DEPTH
         if depth in _BASIC_DEPTHS and candidate.MODEL.RESNETS.RES2_OUT_CHANNELS != 64:

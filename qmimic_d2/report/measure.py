@@ -9,6 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
+from qmimic_d2.config_files import changed
 from qmimic_d2.error_text import describe_error
 from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.report.collect import Run
@@ -76,12 +77,9 @@ def _check_extent(run: Run) -> None:
 
 def _num_parameters(cfg: CfgNode) -> int:
     """Counted without memory for them; 0 where the model cannot be built, which is noted when it is."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "meta"
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return sum(each.numel() for each in build_model(cfg).parameters())
+            return sum(each.numel() for each in build_model(changed(cfg, "MODEL.DEVICE", "meta")).parameters())
     except Exception:  # a config may name anything
         return 0
 

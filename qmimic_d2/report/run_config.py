@@ -6,6 +6,7 @@ from typing import Any, Dict
 from detectron2.config import CfgNode, get_cfg
 
 from qmimic_d2.config import add_qmimic_config
+from qmimic_d2.config_files import changed
 from qmimic_d2.modeling.trunk_adapter import without_teacher
 from qmimic_d2.run_folder import CONFIG, read_config
 from qmimic_d2.yaml.config import BASE_KEY, merge_content
@@ -46,8 +47,4 @@ def model_config(content: Dict[str, Any], weights: str) -> CfgNode:
 
 def on_cpu(cfg: CfgNode, weights: str) -> CfgNode:
     """A frozen copy for the CPU: no teacher, and no weights but the folder's checkpoint ("" = none)."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.WEIGHTS = weights
-    return without_teacher(cfg)
+    return without_teacher(changed(cfg, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", weights))
