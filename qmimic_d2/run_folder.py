@@ -61,6 +61,8 @@ _SIGNS = (CONFIG, METRICS, EVALUATION)
 
 # Characters of a line of metrics.json and of a tag, and the iteration that a training can have.
 _LONGEST_LINE = 1_000_000
+# Bytes at the end of a file in which its last row is looked for.
+_TAIL = 65_536
 _LONGEST_TAG = 4096
 _LAST_ITERATION = 10**12
 
@@ -167,6 +169,20 @@ def read_metrics_rows(path: str) -> Iterator[Optional[Dict[str, Any]]]:
             row = _row(line)
             if row is not None or (line.strip() and (line.endswith("\n") or len(line) == _LONGEST_LINE)):
                 yield row
+
+
+def last_metrics_row(path: str) -> Optional[Dict[str, Any]]:
+    """
+    The last whole row of a ``metrics.json`` that a training may be writing; None where it has none, or is damaged.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - _TAIL))
+        tail = file.read()
+    last_whole_line = tail.rpartition(b"\n")[0].rpartition(b"\n")[2]
+    return _row(last_whole_line.decode(errors="replace"))
 
 
 def has_metric(folder: str, iteration: int, key: str) -> bool:

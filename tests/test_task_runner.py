@@ -142,11 +142,12 @@ def test_progress_of_a_training(statuses):
     progress = {
         '{"iteration": 39, "eta_seconds": 12.4}\n': " 40/100, 12 s left",
         '{"iteration": 39, "eta_se': " 0/100",  # a line that is being written
-        '{"iteration": 99}\n': " evaluating",
+        '{"iteration": 39, "total_loss": 1.234, "eta_seconds": 600}\n': " 40/100, loss 1.23, 10 min left",
+        '{"iteration": 99}\n': " 100/100, evaluating",
     }
     damaged = ("{}x\n", "[]\n", '{"iteration": 1e999}\n', '{"iteration": null}\n', "[" * 100_000 + "\n")
-    progress.update(dict.fromkeys(damaged, ""))
-    assert statuses(list(progress)) == [f"one{each} | 0 waiting" for each in ("", *progress.values())]
+    progress.update(dict.fromkeys(damaged, " 0/100"))
+    assert statuses(list(progress)) == [f"one{each} | 0 waiting" for each in (" 0/100", *progress.values())]
 
 
 @pytest.mark.parametrize("damaged", ["", "{", "[]", '{"seconds": 1e309}', "[" * 100_000, "null"])
@@ -253,7 +254,7 @@ def test_what_its_record_calls_done_and_the_task_does_not_begins_anew(tmp_path):
 def test_status_tells_what_is_left(statuses, seconds, text):
     quick = [sys.executable, "-c", ""]
     following = [Task(f"after {each:g}", quick, needs=["one"], expected_seconds=each) for each in seconds]
-    assert statuses([], following, jobs=2) == [f"one | {text}"]
+    assert statuses([], following, jobs=2) == [f"one 0/100 | {text}"]
 
 
 def test_an_interruption_stops_what_runs_and_notes_its_time(tmp_path):

@@ -28,6 +28,7 @@ from qmimic_d2.data.mapper import FileNamingMapper, ImageMapper
 from qmimic_d2.modeling.quantizer import CodeQuantizer, Quantizer
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer, attached_quantizer, check_features
 from qmimic_d2.orphans import tie_worker
+from qmimic_d2.progress import track
 
 __all__ = [
     "LEAST_AP",
@@ -242,7 +243,7 @@ def _maps(
     check_features(features, shapes, "features")
     num_images = 0
     with inference_context(model), torch.no_grad(), _quantized_by(model.backbone, None, features):
-        for batch in loader:
+        for batch in track(loader, "measuring features"):
             images = model.preprocess_image(batch)
             maps = model.backbone(images.tensor)
             for index, size in enumerate(images.image_sizes):

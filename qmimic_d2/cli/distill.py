@@ -38,6 +38,7 @@ from qmimic_d2.engine.checks.output_folder import check_output_dir
 from qmimic_d2.files import read_json, write_json, write_text
 from qmimic_d2.image_file import read_bgr_image
 from qmimic_d2.modeling.mimic.teacher_config import load_teacher_config
+from qmimic_d2.progress import seconds_text, track
 
 # The arguments of the folder's first run.
 _RECORD = "distill.json"
@@ -220,14 +221,14 @@ def _step_seconds(texts: Dict[str, str], teacher: Optional[GivenTeacher]) -> Dic
     with tempfile.TemporaryDirectory() as folder:
         for name, text in texts.items():
             write_text(os.path.join(folder, name), text)
-        student = load_config(os.path.join(folder, "scratch.yaml"))
-        seconds = {"scratch": measure_step_seconds(student)}
+        measured = [("scratch", "scratch", True)]
         if teacher is None:
-            cfg = load_config(os.path.join(folder, "teacher.yaml"))
-            seconds["teacher"] = measure_step_seconds(cfg)
-            features = measure_step_seconds(cfg, backward=False)
-        else:
-            features = 0.0  # the images of a teacher of another make are not known here
+            measured += [("teacher", "teacher", True), ("features", "teacher", False)]
+        seconds = {
+            name: measure_step_seconds(load_config(os.path.join(folder, f"{config}.yaml")), backward=backward)
+            for name, config, backward in track(measured, "timing a step of each training")
+        }
+    features = seconds.pop("features", 0.0)  # the images of a teacher of another make are not known here
     seconds["student"] = 1.1 * (seconds["scratch"] + features)
     return seconds
 
@@ -243,14 +244,10 @@ def _say_plan(
     say(f"data: {data.num_images:,} images, {sum(data.num_boxes):,} boxes ({counts})")
     say(f"input: {width} x {height} pixels; {settings.iterations:,} iterations of {settings.batch} images on {device}")
     for step in steps:
-        about = f"  # about {_minutes(seconds[step.name])}" if step.name in seconds else ""
+        about = f"  # about {seconds_text(seconds[step.name])}" if step.name in seconds else ""
         say(f"  {step.name}: {_shown(step.command)}{about}")
     if device == "cpu":
         say("A GPU would allow a larger input and a wider teacher; there is none here, or --device says so.")
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60.0:.0f} min" if seconds >= 90.0 else f"{seconds:.0f} s"
 
 
 def _shown(command: Tuple[str, ...]) -> str:

@@ -34,6 +34,7 @@ from qmimic_d2.inference.drawing import draw_detections, label_names, missing_ch
 from qmimic_d2.inference.input_files import check_regular_file, find_images, is_video, unique_names
 from qmimic_d2.inference.open_detector import OpenDetector
 from qmimic_d2.inference.zoo import ZOO, zoo_models
+from qmimic_d2.progress import track
 
 PREDICTIONS = "predictions.json"
 
@@ -95,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
     with noted_interruption() as interruption:
         job = _Job(args, detector, interruption)
         try:
-            for path, name in zip(inputs, unique_names(inputs, ".jpg")):
+            named = list(zip(inputs, unique_names(inputs, ".jpg")))
+            for path, name in track(named, "detecting"):
                 if interruption.reason:
                     break
                 job.do(path, name)

@@ -19,12 +19,15 @@ from qmimic_d2.cli.printable import say
 from qmimic_d2.files import read_json, write_json
 from qmimic_d2.folder_lock import FolderInUseError, alone_in
 from qmimic_d2.orphans import start_tied
-from qmimic_d2.run_folder import METRICS
+from qmimic_d2.progress import Row, is_live, seconds_text
+from qmimic_d2.run_folder import METRICS, last_metrics_row, read_evaluation
 
 __all__ = ["Task", "run_tasks"]
 
 _POLL_SECONDS = 0.5
 _STATUS_SECONDS = 15.0
+# Characters of a log's last line that stand behind a bar.
+_LONGEST_TEXT = 60
 # Statuses of a training that a signal stopped, after it had saved.
 _INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
@@ -81,7 +84,18 @@ class _Running:
     process: subprocess.Popen
     log_path: str
     output_path: str
+    bar: Optional[Row] = None
     started: float = field(default_factory=time.time)
+
+    def show(self) -> None:
+        """Brings the bar up to date, where there is one."""
+        if self.bar is not None:
+            progress = _Progress(self)
+            self.bar.update(progress.done, progress.text)
+
+    def close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
 def run_tasks(
@@ -129,14 +143,18 @@ def _run(
             if running:
                 time.sleep(_POLL_SECONDS)
             for each in list(running):
+                each.show()
                 if each.process.poll() is not None:
                     running.remove(each)
+                    each.close_bar()
                     if not _finish(each, records[each.task.name], keeps_going):
                         failed.add(each.task.name)
-            if running and time.time() - last_status > _STATUS_SECONDS:
+            if running and not is_live() and time.time() - last_status > _STATUS_SECONDS:
                 last_status = time.time()
                 say(_status(running, waiting, jobs, time.time() - begun))
     except BaseException:
+        for each in running:
+            each.close_bar()
         _stop(running, records)
         raise
     return {name: record.seconds for name, record in records.items()}
@@ -214,7 +232,8 @@ def _start(task: Task, record: _Record, logs: str, environment: Dict[str, str]) 
     output_path = os.path.join(logs, f"{task.name}.txt") if task.shows_output else log_path
     with open(log_path, "a", encoding="utf-8") as log, open(output_path, "a", encoding="utf-8") as output:
         process = start_tied(command, stdout=output, stderr=log, env={**os.environ, **environment})
-    return _Running(task, process, log_path, output_path)
+    bar = Row(task.name, task.max_iter, delay=0.0) if is_live() else None
+    return _Running(task, process, log_path, output_path, bar)
 
 
 def _finish(each: _Running, record: _Record, keeps_going: bool) -> bool:
@@ -277,23 +296,41 @@ def _shown(command: Sequence[str]) -> List[str]:
 
 
 def _status(running: Sequence[_Running], waiting: Sequence[Task], jobs: int, seconds: float) -> str:
-    parts = [f"{each.task.name} {_progress(each.task)}".strip() for each in running]
+    parts = [_running_text(each) for each in running]
     left = sum(task.expected_seconds for task in waiting) / jobs
     about = f", about {left / 60:.0f} min" if left else ""
     return f"[{seconds / 60:4.1f} min] {' | '.join(parts)} | {len(waiting)} waiting{about}"
 
 
-def _progress(task: Task) -> str:
-    path = os.path.join(task.output_dir, METRICS) if task.output_dir else ""
-    if not task.max_iter or not os.path.isfile(path):
-        return ""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines = file.readlines()
-    try:
-        row = json.loads(lines[-1]) if lines and lines[-1].endswith("\n") else {}
-        iteration, left = int(row.get("iteration", -1)) + 1, float(row.get("eta_seconds", 0.0))
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):  # a damaged line
-        return ""
-    if iteration >= task.max_iter:
-        return "evaluating"
-    return f"{iteration}/{task.max_iter}" + (f", {left:.0f} s left" if left else "")
+def _running_text(running: _Running) -> str:
+    progress, total = _Progress(running), running.task.max_iter
+    texts = [f"{progress.done}/{total}" if total else "", progress.text]
+    return f"{running.task.name} {', '.join(filter(None, texts))}".strip()
+
+
+class _Progress:
+    """
+    How far a running command is: a training by what it wrote, another command by the last line of its log.
+
+    Attributes:
+        done: iterations.
+        text: AP of the last evaluation, loss, and the time left.
+    """
+
+    def __init__(self, running: _Running):
+        task, self.done, self.text = running.task, 0, ""
+        if not task.max_iter:
+            self.text = _last_line(running.log_path)[:_LONGEST_TEXT] if os.path.getsize(running.log_path) else ""
+            return
+        texts = []
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # not written yet, or damaged
+            texts.append(f"AP {float(read_evaluation(task.output_dir)['bbox']['AP']):.1f}")
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            last = last_metrics_row(os.path.join(task.output_dir, METRICS)) or {}
+            self.done = last.get("iteration", -1) + 1
+            if self.done >= task.max_iter:
+                texts.append("evaluating")
+            else:
+                texts += [f"loss {float(last[key]):.3g}" for key in ("total_loss",) if key in last]
+                texts += [f"{seconds_text(float(last[key]))} left" for key in ("eta_seconds",) if key in last]
+        self.text = ", ".join(texts)

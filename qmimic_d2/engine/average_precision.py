@@ -17,6 +17,7 @@ from qmimic_d2.data.mapper import FileNamingMapper, ImageMapper
 from qmimic_d2.engine.checks.data import check_evaluated_classes
 from qmimic_d2.engine.trainer import build_evaluator
 from qmimic_d2.orphans import tie_worker
+from qmimic_d2.progress import track
 
 __all__ = ["APEvaluation"]
 
@@ -75,8 +76,12 @@ class APEvaluation:
         """Whether a part of the test set stands for it."""
         return self.num_images < self.num_images_in_dataset
 
-    def __call__(self, model: nn.Module) -> float:
+    def __call__(self, model: nn.Module, title: str = "") -> float:
         """
+        Args:
+            model: in evaluation mode.
+            title: of its progress.
+
         Returns:
             AP in points, 0 to 100; NaN where the model detects nothing at all.
 
@@ -84,7 +89,8 @@ class APEvaluation:
             ValueError: the evaluator reports no box AP.
         """
         with contextlib.redirect_stdout(io.StringIO()):
-            results = inference_on_dataset(model, self._loader, self._evaluator)
+            loader = track(self._loader, title or f"evaluating on {self.dataset_name}")
+            results = inference_on_dataset(model, loader, self._evaluator)
         try:
             return float(results["bbox"]["AP"])
         except KeyError:

@@ -26,6 +26,7 @@ from qmimic_d2.inference.dataset_categories import dataset_categories, load_clas
 from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.modeling.quantizer import UniformQuantizer
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
+from qmimic_d2.progress import track
 
 __all__ = [
     "FORMATS",
@@ -207,7 +208,8 @@ def _write_int8(exporter: Exporter, job: ExportJob) -> Exported:
         raise ValueError("DATASETS.TRAIN is empty; int8 is calibrated on training images")
     dicts = evenly_spaced(load_dataset_dicts(names), settings.calibration_images)
     prepare = exporter.description.input_spec.prepare
-    images: List[np.ndarray] = [prepare(read_named_image(each["file_name"]))[0] for each in dicts]
+    files = [each["file_name"] for each in dicts]
+    images: List[np.ndarray] = [prepare(read_named_image(each))[0] for each in track(files, "reading images for int8")]
     evaluate = None
     if settings.search_images:
         search = APEvaluation(exporter.cfg, names[0], settings.search_images, mapper=dict)

@@ -23,6 +23,7 @@ from qmimic_d2.export.finite import watch_outputs
 from qmimic_d2.export.preprocessing import NOT_FINITE, Detections
 from qmimic_d2.image_file import UnusableImageError, read_bgr_image
 from qmimic_d2.inference.prediction import as_instances
+from qmimic_d2.progress import track
 
 __all__ = [
     "Difference",
@@ -169,10 +170,10 @@ class Verification:
         """
         if model is None:
             adapter = EvaluatorAdapter(detect)
-            ap = self._files_evaluation(adapter)
+            ap = self._files_evaluation(adapter, name)
         else:
             adapter = ModelRecorder(model)
-            ap = self._model_evaluation(adapter)
+            ap = self._model_evaluation(adapter, name)
         apart = None
         if self._detects and is_compared:
             apart = Difference()
@@ -196,7 +197,7 @@ class Verification:
         threads = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            for first in range(0, self._runs, _RUNS_IN_A_ROW):
+            for first in track(range(0, self._runs, _RUNS_IN_A_ROW), "measuring times"):
                 for detect, own in zip(self._detects, times):
                     for run in range(first - _WARM_UP_RUNS, min(first + _RUNS_IN_A_ROW, self._runs)):
                         start = time.perf_counter()

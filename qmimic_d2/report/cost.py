@@ -14,6 +14,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from qmimic_d2.analysis import measure_cost
 from qmimic_d2.checkpoint.training_entries import TRAINING_ONLY
 from qmimic_d2.inference.prediction import Predictor
+from qmimic_d2.progress import track
 
 __all__ = ["Cost", "alternating_medians", "image_seconds", "run_cost"]
 
@@ -103,7 +104,7 @@ def alternating_medians(calls: Sequence[Callable[[int], Any]], clock: Callable[[
     """
     times: List[List[float]] = [[] for _ in calls]
     begun = clock()
-    for round_number in range(-_WARM_UP, _MOST_ROUNDS):
+    for round_number in track(range(-_WARM_UP, _MOST_ROUNDS), "measuring times"):
         if round_number >= _LEAST_ROUNDS and clock() - begun >= _MOST_SECONDS * len(calls):
             break
         for place in range(len(calls)):

@@ -12,6 +12,7 @@ from detectron2.modeling import build_model
 from qmimic_d2.config_files import changed
 from qmimic_d2.error_text import describe_error
 from qmimic_d2.inference.prediction import Predictor
+from qmimic_d2.progress import track
 from qmimic_d2.report.collect import Run
 from qmimic_d2.report.cost import Cost, image_seconds, run_cost
 from qmimic_d2.report.samples import Box, Sample, load_samples, predicted_boxes, read_detections
@@ -50,7 +51,7 @@ def measure(runs: Sequence[Run], *, num_images: int, threads: int, score_thresho
     for run in runs:
         _check_extent(run)
     samples, sizes = _load_samples(runs, num_images)
-    measured = [_Measured(run, samples.get(run.dataset, [])) for run in runs]
+    measured = [_Measured(run, samples.get(run.dataset, [])) for run in track(runs, "measuring detectors")]
     timed = [each for each in measured if threads and each.cost and each.predictor and each.pixels]
     times = image_seconds([each.predictor for each in timed], [each.pixels for each in timed], threads) if timed else []
     for each, seconds in zip(timed, times):

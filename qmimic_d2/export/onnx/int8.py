@@ -19,6 +19,7 @@ import numpy as np
 from qmimic_d2.export.onnx.file import check_onnx, import_onnx, prune_opsets
 from qmimic_d2.export.onnx.layers import Layer, code_tensors, quantizable_layers
 from qmimic_d2.files import whole_file
+from qmimic_d2.progress import track
 
 __all__ = ["Int8Trial", "quantize_onnx"]
 
@@ -224,7 +225,7 @@ class _Reader:
     """Calibration images, one after the other, as onnxruntime asks for them."""
 
     def __init__(self, images: Sequence[np.ndarray]):
-        self._images = iter(images)
+        self._images = iter(track(images, "calibrating int8"))
 
     def get_next(self) -> Optional[Dict[str, np.ndarray]]:
         image = next(self._images, None)
