@@ -13,13 +13,14 @@ import yaml
 from data_sources import catalogs_as_before, write_yolo  # noqa: F401
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes
-from helpers import write_teacher
+from helpers import batch, write_teacher
 
 from qmimic_d2.config_files import changed
-from qmimic_d2.engine import load_config, with_measured_stride
+from qmimic_d2.engine import load_config, one_teacher, with_measured_stride
 from qmimic_d2.engine.mimic_evaluator import annotated_mapper, has_box
 from qmimic_d2.engine.relative_stride import squares_inside
 from qmimic_d2.modeling.attach import quantizer_arguments
+from qmimic_d2.modeling.mimic import teacher
 from qmimic_d2.modeling.mimic.teacher import FrozenTeacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +80,17 @@ def test_the_stride_follows_the_teacher(student, caplog):
     assert half.MODEL.QMIMIC.QUANTIZER.RELATIVE_STRIDE == 0.0 and half.is_frozen()
     assert "inside the 3 boxes of 2 training images" in caplog.text
     assert with_measured_stride(half) is half
+
+
+def test_the_measured_teacher_teaches(student, monkeypatch):
+    """Its weights are read once."""
+    read, stock = [], teacher.read_checkpoint
+    monkeypatch.setattr(teacher, "read_checkpoint", lambda *args, **more: read.append(args) or stock(*args, **more))
+    with one_teacher():
+        assert measured(student) == measured(student)
+        maps = FrozenTeacher(measured(student)).features(batch())
+    assert len(read) == 1
+    assert torch.equal(maps["conv5"], FrozenTeacher(measured(student)).features(batch())["conv5"])
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])

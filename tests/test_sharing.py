@@ -3,8 +3,9 @@
 import torch
 from helpers import batch, tiny_cfg, write_teacher
 
+from qmimic_d2.modeling.mimic import teacher
 from qmimic_d2.modeling.mimic.sharing import forget_teacher, one_teacher, shared
-from qmimic_d2.modeling.mimic.teacher import build_teacher, teacher_shapes
+from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, teacher_shapes
 from qmimic_d2.modeling.mimic.teacher_config import load_teacher_config
 
 
@@ -27,21 +28,21 @@ def test_the_last_of_each_kind_and_settings():
     forget_teacher()
 
 
-def test_students_with_the_same_settings(tmp_path):
-    written = write_teacher(tmp_path)
+def test_students_of_one_teacher(tmp_path, monkeypatch):
+    written, read = write_teacher(tmp_path), []
+    stock = teacher.read_checkpoint
+    monkeypatch.setattr(teacher, "read_checkpoint", lambda *args, **more: read.append(args) or stock(*args, **more))
     cfg, other = tiny_cfg(*written.options), tiny_cfg(*written.options, "MODEL.QMIMIC.QUANTIZER.STRIDE", 0.5)
+    alone = [FrozenTeacher(each).features(batch())["conv5"] for each in (cfg, other)]
+    assert not torch.equal(*alone) and len(read) == 2
     with one_teacher():
         assert load_teacher_config(cfg) is load_teacher_config(other)
         assert teacher_shapes(cfg)["conv5"].channels == 32
-        teacher = build_teacher(cfg)
-        assert build_teacher(cfg.clone()) is teacher
-        codes = teacher.features(batch())["conv5"]
-        assert build_teacher(other) is not teacher
-        # a teacher of its own, whose backbone has its own quantizer alone
-        assert not torch.equal(build_teacher(other).features(batch())["conv5"], codes)
-        assert torch.equal(teacher.features(batch())["conv5"], codes)
+        teachers = [FrozenTeacher(each) for each in (cfg, other)]
+        # each quantizes as its own student says
+        assert all(torch.equal(each.features(batch())["conv5"], own) for each, own in zip(teachers, alone))
         assert teacher_shapes(cfg)["conv5"].channels == 32
-    assert build_teacher(cfg) is not build_teacher(cfg)
+    assert len(read) == 3
 
 
 def test_another_teacher_is_read(tmp_path):

@@ -32,7 +32,6 @@ from qmimic_d2.files import whole_file
 from qmimic_d2.modeling import ClampQuantizer, FrozenTeacher, PowerOfTwoQuantizer, UniformQuantizer
 from qmimic_d2.modeling.attach import attached_mimic
 from qmimic_d2.modeling.mimic.teacher import stack_maps
-from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 from qmimic_d2.modeling.roi_pooling import LevelPooler
 
 __all__ = ["CachedMapper", "FastTrainer", "SharedTeacherMaps", "TrainingBoxPooler", "check_images_repeat"]
@@ -167,9 +166,8 @@ class SharedTeacherMaps(FrozenTeacher):
 
     def _key(self, names: List[str], mapping: str) -> str:
         """Of everything that the maps depend on, the bytes of the image files included."""
-        hook = attached_quantizer(self._backbone)
         preprocessing = (self._input_scale, self._flip_channels, self._pixel_mean.tolist(), self._pixel_std.tolist())
-        codes = repr(hook.quantizer if hook else None)
+        codes = repr(self.quantizer)
         content = hashlib.sha256(repr((self.digest, codes, self._features, preprocessing, mapping)).encode())
         for name in names:
             with open(name, "rb") as file:
@@ -187,8 +185,7 @@ class SharedTeacherMaps(FrozenTeacher):
 
 def _build_shared_teacher(cfg: CfgNode) -> FrozenTeacher:
     teacher = SharedTeacherMaps(cfg)
-    hook = attached_quantizer(teacher._backbone)
-    if hook is None or type(hook.quantizer) in _CONSTANT_QUANTIZERS:
+    if teacher.quantizer is None or type(teacher.quantizer) in _CONSTANT_QUANTIZERS:
         images = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         )

@@ -81,12 +81,7 @@ def attach_quantizer(
         ValueError: a name is not among the backbone's features.
     """
     check_features(features, backbone.output_shape(), key)
-    if isinstance(backbone, FPN) and not quantizer.signed:
-        logging.getLogger(__name__).warning(
-            "The maps %s come from an FPN, which ends in no ReLU: a dictionary without negative codes erases half of "
-            "them. Set MODEL.QMIMIC.QUANTIZER.SIGNED True",
-            list(features),
-        )
+    warn_of_lost_signs(backbone, quantizer, features)
     hook = QuantizerHook(quantizer, features)
     previous = attached_quantizer(backbone)
     if previous is None:
@@ -95,6 +90,16 @@ def attach_quantizer(
         hook._handle, previous._handle = previous._handle, None
         backbone._forward_hooks[hook._handle.id] = hook
     return hook
+
+
+def warn_of_lost_signs(backbone: nn.Module, quantizer: Quantizer, features: Sequence[str]) -> None:
+    """Warns if an unsigned dictionary meets the maps of an FPN."""
+    if isinstance(backbone, FPN) and not quantizer.signed:
+        logging.getLogger(__name__).warning(
+            "The maps %s come from an FPN, which ends in no ReLU: a dictionary without negative codes erases half of "
+            "them. Set MODEL.QMIMIC.QUANTIZER.SIGNED True",
+            list(features),
+        )
 
 
 def check_features(

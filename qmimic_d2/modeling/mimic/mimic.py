@@ -21,7 +21,7 @@ from qmimic_d2.modeling.mimic.attachment import Attachment
 from qmimic_d2.modeling.mimic.loss import Pair, RoIMimicLoss
 from qmimic_d2.modeling.mimic.region_sources import WHOLE_MAP, check_roi_source, roi_source_names, select_rois
 from qmimic_d2.modeling.mimic.step_record import StepRecord, named
-from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, build_teacher, load_teacher_modules
+from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, load_teacher_modules
 from qmimic_d2.modeling.mimic.weight import BalancedWeight, MimicWeight, build_mimic_weight
 
 __all__ = ["Mimic", "MimicSettings", "check_detector"]
@@ -127,7 +127,7 @@ class Mimic(Attachment, RoIMimicLoss):
         initializes = cfg.MODEL.QMIMIC.MIMIC.INIT_HEADS_FROM_TEACHER
         return {
             **super().from_config(cfg, student_shapes, teacher_shapes),
-            "build_teacher": functools.partial(build_teacher, cfg),
+            "build_teacher": functools.partial(FrozenTeacher, cfg),
             "load_heads": functools.partial(load_teacher_modules, cfg) if initializes else None,
             "weight": build_mimic_weight(cfg),
             "settings": MimicSettings.from_config(cfg),

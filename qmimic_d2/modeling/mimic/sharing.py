@@ -1,4 +1,4 @@
-"""One teacher for all students of a run: the training uses the one of its rehearsal."""
+"""One teacher for all students of a run: the training uses the weights that its rehearsal loaded."""
 
 import contextlib
 from typing import Any, Callable, Dict, Hashable, Iterator, Optional, Tuple
@@ -12,9 +12,10 @@ _shared: Optional[Dict[str, Tuple[Hashable, Any]]] = None
 @contextlib.contextmanager
 def one_teacher() -> Iterator[None]:
     """
-    In the block, students with the same settings share their teacher, which never changes.
+    In the block, students of one teacher share its backbone, which never changes; each has its own quantizer.
 
-    Its config is read once, its backbone is built once, and its weights are audited once. Blocks may be nested.
+    The teacher's config is read once, its backbone is built once, and its weights are audited once. Blocks may be
+    nested.
     """
     global _shared
     before = _shared

@@ -9,7 +9,7 @@ Shape letters:
 
 import logging
 import math
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +25,10 @@ from qmimic_d2.modeling.mimic.sharing import shared
 from qmimic_d2.modeling.mimic.step_record import check_maps
 from qmimic_d2.modeling.mimic.teacher_config import TeacherConfig, load_teacher_config
 from qmimic_d2.modeling.quantizer import Quantizer, build_quantizer
-from qmimic_d2.modeling.quantizer_hook import attach_quantizer, check_features
+from qmimic_d2.modeling.quantizer_hook import check_features, warn_of_lost_signs
 
 __all__ = [
     "FrozenTeacher",
-    "build_teacher",
     "load_teacher_modules",
     "stack_maps",
     "teacher_feature_names",
@@ -50,8 +49,9 @@ class FrozenTeacher:
     student, for example) shares the teacher. ``torch.save(model)`` writes None in its place: the next training builds
     the teacher again.
 
-    ``FrozenTeacher(cfg)``, with a student's config, loads the weights and audits them. The explicit arguments are for a
-    backbone that is loaded already.
+    ``FrozenTeacher(cfg)``, with a student's config, loads the weights and audits them; in
+    :func:`qmimic_d2.modeling.mimic.sharing.one_teacher` once. The explicit arguments are for a backbone that is loaded
+    already.
     """
 
     @configurable
@@ -89,16 +89,17 @@ class FrozenTeacher:
         _check_input_scale(input_scale)
         key = "MODEL.QMIMIC.MIMIC.TEACHER_IN_FEATURES"
         check_features(features, backbone.output_shape(), key)
+        if quantizer is not None:
+            warn_of_lost_signs(backbone, quantizer, features)
         self._flip_channels = _needs_flip(student_input_format, input_format)
         self._backbone = backbone.eval().requires_grad_(False)
         self._features = tuple(features)
+        self.quantizer = quantizer
         self._proposal_generator = proposal_generator
         if proposal_generator is not None:
             proposal_generator.eval().requires_grad_(False)
         self._input_scale = float(input_scale)
         self.digest, self.source = digest, source
-        if quantizer is not None:
-            attach_quantizer(backbone, quantizer, features, key)
         self._device = next(backbone.parameters()).device
         column = (-1, 1, 1)
         numbers = {"dtype": torch.float32, "device": self._device}
@@ -107,21 +108,18 @@ class FrozenTeacher:
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
-        config = load_teacher_config(cfg)
-        node = cfg.MODEL.QMIMIC
-        weights, key = _weights_and_key(cfg, config)
-        state = read_checkpoint(weights, key=key)
-        backbone = config.take_backbone()
-        source = f"{weights} (teacher of {config.path})"
-        digest = load_audited(backbone, state, prefix="backbone.", source=source, key=key)
-        proposal_generator = None
-        if "teacher_proposals" in node.MIMIC.ROI_SOURCE:
-            proposal_generator = _build_proposal_generator(config, backbone)
-            source = f"{weights} (teacher of {config.path}, whose proposals ROI_SOURCE asks for)"
-            load_audited(proposal_generator, state, prefix="proposal_generator.", source=source, key=key)
-            proposal_generator.to(cfg.MODEL.DEVICE)
+        config, node = load_teacher_config(cfg), cfg.MODEL.QMIMIC
+        proposes = "teacher_proposals" in node.MIMIC.ROI_SOURCE
+        is_new = []
+        loaded = shared(
+            "teacher",
+            (node.TEACHER.dump(), cfg.MODEL.DEVICE, proposes),
+            lambda: is_new.append(True) or _load(cfg, config, proposes),
+        )
+        if not is_new:
+            logger.info("The weights of %s, digest %s, were audited before the run", loaded["source"], loaded["digest"])
         return {
-            "backbone": backbone.to(cfg.MODEL.DEVICE),
+            **loaded,
             "features": teacher_feature_names(cfg),
             "pixel_mean": config.pixel_mean,
             "pixel_std": config.pixel_std,
@@ -129,9 +127,6 @@ class FrozenTeacher:
             "student_input_format": cfg.INPUT.FORMAT,
             "input_scale": node.TEACHER.INPUT_SCALE,
             "quantizer": build_quantizer(cfg) if node.MIMIC.QUANTIZE_TEACHER else None,
-            "proposal_generator": proposal_generator,
-            "digest": digest,
-            "source": source,
         }
 
     def __deepcopy__(self, memo) -> "FrozenTeacher":
@@ -211,6 +206,8 @@ class FrozenTeacher:
         for shape, members in groups.items():
             batch = torch.stack([images[index] for index in members])
             maps = self._backbone(batch)
+            if self.quantizer is not None:
+                maps = {**maps, **{name: self.quantizer(maps[name]) for name in self._features}}
             named = {name: maps[name] for name in self._features}
             check_maps({"teacher": named}, len(members))
             if proposes:
@@ -237,16 +234,6 @@ class FrozenTeacher:
             self._backbone.size_divisibility,
             padding_constraints=self._backbone.padding_constraints,
         ).tensor[0]
-
-
-def build_teacher(cfg: CfgNode) -> FrozenTeacher:
-    """``FrozenTeacher(cfg)``; in :func:`qmimic_d2.modeling.mimic.sharing.one_teacher` an earlier one that fits."""
-    is_new = []
-    settings = (cfg.MODEL.QMIMIC.dump(), cfg.INPUT.FORMAT, teacher_feature_names(cfg))
-    teacher = shared("teacher", settings, lambda: is_new.append(True) or FrozenTeacher(cfg))
-    if not is_new:
-        logger.info("The weights of %s, digest %s, were audited before the run", teacher.source, teacher.digest)
-    return teacher
 
 
 def load_teacher_modules(cfg: CfgNode, modules: Dict[str, nn.Module]) -> None:
@@ -293,6 +280,27 @@ def teacher_shapes(cfg: CfgNode) -> Dict[str, ShapeSpec]:
         key += " is [], for the student's own names, so it"
     check_features(names, shapes, key, of="the teacher's backbone")
     return {name: ShapeSpec(channels=shapes[name].channels, stride=shapes[name].stride / scale) for name in names}
+
+
+def _load(cfg: CfgNode, config: TeacherConfig, proposes: bool) -> Dict[str, Any]:
+    """Arguments of :class:`FrozenTeacher`: its modules with their weights, and where these are from."""
+    weights, key = _weights_and_key(cfg, config)
+    state = read_checkpoint(weights, key=key)
+    backbone = config.take_backbone()
+    source = f"{weights} (teacher of {config.path})"
+    digest = load_audited(backbone, state, prefix="backbone.", source=source, key=key)
+    proposal_generator = None
+    if proposes:
+        proposal_generator = _build_proposal_generator(config, backbone)
+        source = f"{weights} (teacher of {config.path}, whose proposals ROI_SOURCE asks for)"
+        load_audited(proposal_generator, state, prefix="proposal_generator.", source=source, key=key)
+        proposal_generator.to(cfg.MODEL.DEVICE)
+    return {
+        "backbone": backbone.to(cfg.MODEL.DEVICE),
+        "proposal_generator": proposal_generator,
+        "digest": digest,
+        "source": source,
+    }
 
 
 def _weights_and_key(cfg: CfgNode, config: TeacherConfig) -> Tuple[str, str]:
