@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 from data_sources import IMAGES, catalogs_as_before, write_coco, write_voc, write_yolo  # noqa: F401
-from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
 from detectron2.structures import BoxMode
 from helpers import RESNET_FPN, write_teacher
 
@@ -142,9 +142,21 @@ def test_text_of_a_config():
     assert text == '# Title.\n_BASE_: "base.yaml"\nA:\n  B: 2.0  # later\n  C: ["x"]\nD: True\n'
 
 
+class Maps(Backbone):
+    """A backbone of which nothing but the shapes is known."""
+
+    def __init__(self, **strides):
+        super().__init__()
+        self._out_features = list(strides)
+        self._out_feature_strides = strides
+        self._out_feature_channels = dict.fromkeys(strides, 8)
+
+    def forward(self, images):
+        raise AssertionError("only its shapes are asked for")
+
+
 def teacher_of(**strides):
-    maps = {name: ShapeSpec(channels=8, stride=stride) for name, stride in strides.items()}
-    return GivenTeacher("/t/teacher.yaml", "/t/teacher.pth", maps)
+    return GivenTeacher("/t/teacher.yaml", "/t/teacher.pth", Maps(**strides))
 
 
 def test_the_maps_that_meet_a_given_teacher():
@@ -160,7 +172,7 @@ def test_a_student_of_an_fpn_is_an_fpn_with_signed_codes(tmp_path, sources):
     settings = choose_settings(data_of(80.0, classes=("cat", "dog")))
     (tmp_path / "t").mkdir()
     teacher = write_teacher(tmp_path / "t", *RESNET_FPN)
-    given = GivenTeacher(teacher.config_file, teacher.weights, teacher_of(p2=4, p3=8, p4=16, p5=32).maps)
+    given = GivenTeacher(teacher.config_file, teacher.weights, Maps(p2=4, p3=8, p4=16, p5=32))
     texts = config_texts(sources, settings, str(tmp_path), given, "cpu", 1)
     assert "teacher.yaml" not in texts
     written(texts, tmp_path)
@@ -205,6 +217,7 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     assert main(["distill", "--data", str(path), "--output", str(output), "--dry-run", "--iterations", "5"]) == 0
     shown = capsys.readouterr().out
     assert "data: 3 images, 3 boxes (cat 2, dog 1)" in shown and "5 iterations" in shown and "student:" in shown
+    assert "all of it, with evaluation  # about" in shown
     assert not output.exists()
 
 

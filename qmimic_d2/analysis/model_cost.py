@@ -117,6 +117,8 @@ def measure_cost(cfg_or_model: Union[CfgNode, nn.Module], height: int, width: in
 
 def build_for_measurement(cfg: CfgNode) -> nn.Module:
     cfg = changed(without_teacher(cfg), "MODEL.DEVICE", "cpu")
+    if "QMIMIC" in cfg.MODEL:  # which a training measures; a stride changes no size
+        cfg = changed(cfg, "MODEL.QMIMIC.QUANTIZER.RELATIVE_STRIDE", 0.0)
     with torch.random.fork_rng(devices=[]):
         return build_model(cfg).eval()
 

@@ -19,9 +19,10 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_backbone
 
 from qmimic_d2.cli.argument_types import positive, positive_number
-from qmimic_d2.cli.printable import printable, say
+from qmimic_d2.cli.printable import command_text, printable, say
 from qmimic_d2.cli.task_runner import Task, run_tasks
 from qmimic_d2.cli.usage import usage_errors
 from qmimic_d2.config import add_qmimic_config
@@ -31,7 +32,7 @@ from qmimic_d2.distill.choices import STUDENTS, Settings, choose_settings
 from qmimic_d2.distill.data_statistics import DataStatistics, measure_data
 from qmimic_d2.distill.outcome import collect_rows, model_card, table_text, write_model_card
 from qmimic_d2.distill.plan import GivenTeacher, Step, config_texts, plan_steps, student_maps
-from qmimic_d2.distill.step_seconds import measure_step_seconds
+from qmimic_d2.distill.step_seconds import measure_features_seconds, measure_step_seconds
 from qmimic_d2.engine import load_config
 from qmimic_d2.engine.checks.data import check_datasets
 from qmimic_d2.engine.checks.output_folder import check_output_dir
@@ -186,7 +187,7 @@ def _teacher(given: Dict[str, Any]) -> Optional[GivenTeacher]:
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE, cfg.MODEL.QMIMIC.TEACHER.WEIGHTS = config_file, weights
     config = load_teacher_config(cfg)
-    teacher = GivenTeacher(config.path, weights, dict(config.build_backbone().output_shape()))
+    teacher = GivenTeacher(config.path, weights, config.build_backbone())
     student_maps(teacher)  # which refuses what no student meets
     return teacher
 
@@ -221,15 +222,15 @@ def _step_seconds(texts: Dict[str, str], teacher: Optional[GivenTeacher]) -> Dic
     with tempfile.TemporaryDirectory() as folder:
         for name, text in texts.items():
             write_text(os.path.join(folder, name), text)
-        measured = [("scratch", "scratch", True)]
-        if teacher is None:
-            measured += [("teacher", "teacher", True), ("features", "teacher", False)]
-        seconds = {
-            name: measure_step_seconds(load_config(os.path.join(folder, f"{config}.yaml")), backward=backward)
-            for name, config, backward in track(measured, "timing a step of each training")
-        }
-    features = seconds.pop("features", 0.0)  # the images of a teacher of another make are not known here
-    seconds["student"] = 1.1 * (seconds["scratch"] + features)
+        names = ["scratch"] if teacher else ["scratch", "teacher"]
+        configs = {name: load_config(os.path.join(folder, f"{name}.yaml")) for name in names}
+    backbone = teacher.backbone if teacher else build_backbone(configs["teacher"])
+    backbone.to(configs["scratch"].MODEL.DEVICE)
+    seconds = {
+        name: measure_step_seconds(configs[name])
+        for name in track(names, "timing a step of each training")
+    }
+    seconds["student"] = 1.1 * (seconds["scratch"] + measure_features_seconds(configs["scratch"], backbone))
     return seconds
 
 
@@ -245,13 +246,11 @@ def _say_plan(
     say(f"input: {width} x {height} pixels; {settings.iterations:,} iterations of {settings.batch} images on {device}")
     for step in steps:
         about = f"  # about {seconds_text(seconds[step.name])}" if step.name in seconds else ""
-        say(f"  {step.name}: {_shown(step.command)}{about}")
+        say(f"  {step.name}: {command_text(step.command)}{about}")
+    total = seconds_text(sum(seconds.values()) / _SHARE_OF_STEPS)
+    say(f"  all of it, with evaluation  # about {total}")
     if device == "cpu":
         say("A GPU would allow a larger input and a wider teacher; there is none here, or --device says so.")
-
-
-def _shown(command: Tuple[str, ...]) -> str:
-    return shlex.join("python" if each == sys.executable else each for each in command)
 
 
 def _tasks(steps: List[Step], output: str) -> List[Task]:

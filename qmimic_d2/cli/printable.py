@@ -2,11 +2,12 @@
 
 import contextlib
 import os
+import shlex
 import sys
 import unicodedata
-from typing import Optional, TextIO
+from typing import Optional, Sequence, TextIO
 
-__all__ = ["printable", "say"]
+__all__ = ["command_text", "printable", "say"]
 
 
 def printable(name: object) -> str:
@@ -36,6 +37,12 @@ def say(text: str, file: Optional[TextIO] = None) -> None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
+
+
+def command_text(command: Sequence[str]) -> str:
+    """A command as a person would type it in the working directory."""
+    below = os.path.join(os.getcwd(), "")
+    return shlex.join("python" if each == sys.executable else each.replace(below, "") for each in command)
 
 
 def _shown(character: str) -> str:

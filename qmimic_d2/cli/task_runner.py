@@ -4,10 +4,8 @@ import contextlib
 import hashlib
 import json
 import os
-import shlex
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 from dataclasses import dataclass, field
@@ -15,7 +13,7 @@ from typing import Callable, Dict, List, Optional, Sequence, Set, Union
 
 from detectron2.config import CfgNode
 
-from qmimic_d2.cli.printable import say
+from qmimic_d2.cli.printable import command_text, say
 from qmimic_d2.files import read_json, write_json
 from qmimic_d2.folder_lock import FolderInUseError, alone_in
 from qmimic_d2.orphans import start_tied
@@ -226,7 +224,7 @@ def _start(task: Task, record: _Record, logs: str, environment: Dict[str, str]) 
     if task.on_start:
         task.on_start(continues)
     record.write(done=False, seconds=0.0)
-    say("$ " + shlex.join(_shown(command)))
+    say("$ " + command_text(command))
     log_path = os.path.join(logs, f"{task.name}.log")
     # what is shown should be the result alone, without other packages' warnings
     output_path = os.path.join(logs, f"{task.name}.txt") if task.shows_output else log_path
@@ -289,10 +287,6 @@ def _stop(running: List[_Running], records: Dict[str, _Record]) -> None:
         except subprocess.TimeoutExpired:
             each.process.kill()
         records[each.task.name].write(done=False, seconds=time.time() - each.started)
-
-
-def _shown(command: Sequence[str]) -> List[str]:
-    return ["python" if part == sys.executable else part for part in command]
 
 
 def _status(running: Sequence[_Running], waiting: Sequence[Task], jobs: int, seconds: float) -> str:

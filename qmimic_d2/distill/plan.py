@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
 
 from qmimic_d2.config_files import train_net_script
 from qmimic_d2.data.sources import Source
@@ -28,12 +29,17 @@ class GivenTeacher:
 
     Attributes:
         config_file, weights: absolute paths, or addresses of weights.
-        maps: of its backbone that its heads read, by name.
+        backbone: with random weights.
     """
 
     config_file: str
     weights: str
-    maps: Dict[str, ShapeSpec]
+    backbone: Backbone
+
+    @property
+    def maps(self) -> Dict[str, ShapeSpec]:
+        """Of its backbone, by name."""
+        return dict(self.backbone.output_shape())
 
 
 @dataclass(frozen=True)

@@ -2,43 +2,55 @@
 
 import statistics
 import time
-from typing import Dict, List
+from typing import Any, Callable, Dict, List
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
+from detectron2.modeling import Backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-__all__ = ["measure_step_seconds"]
+__all__ = ["measure_features_seconds", "measure_step_seconds"]
 
 _STEPS = 3
 
 
-def measure_step_seconds(cfg: CfgNode, *, backward: bool = True) -> float:
+def measure_step_seconds(cfg: CfgNode) -> float:
     """
-    Seconds of one step, the median of three after a first one, on images of noise.
+    Seconds of one training step, the median of three after a first one, on images of noise.
 
     Args:
         cfg: of a detector without a mimic; its input sizes and batch count.
-        backward: False measures the backbone's forward pass alone, as a teacher runs it.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), EventStorage():
         torch.manual_seed(0)
-        model = build_model(cfg).train(backward)
-        inputs = _images(cfg)
-        seconds = []
-        with EventStorage():
-            for _ in range(1 + _STEPS):
-                begun = time.perf_counter()
-                if backward:
-                    sum(model(inputs).values()).backward()
-                else:
-                    with torch.no_grad():
-                        model.backbone(model.preprocess_image(inputs).tensor)
-                if model.device.type == "cuda":
-                    torch.cuda.synchronize(model.device)
-                seconds.append(time.perf_counter() - begun)
+        model, inputs = build_model(cfg).train(), _images(cfg)
+        return _median_seconds(lambda: sum(model(inputs).values()).backward(), model.device)
+
+
+def measure_features_seconds(cfg: CfgNode, backbone: Backbone) -> float:
+    """
+    Seconds that a teacher's backbone takes for one batch of its student.
+
+    Args:
+        cfg: of the student; its input sizes and batch count.
+        backbone: on the config's device.
+    """
+    multiple = max(backbone.size_divisibility, 1)
+    sides = (-(-side // multiple) * multiple for side in (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST))
+    images = torch.rand(cfg.SOLVER.IMS_PER_BATCH, 3, *sides, device=cfg.MODEL.DEVICE)
+    with torch.no_grad():
+        return _median_seconds(lambda: backbone(images), images.device)
+
+
+def _median_seconds(step: Callable[[], Any], device: torch.device) -> float:
+    seconds = []
+    for _ in range(1 + _STEPS):
+        begun = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begun)
     return statistics.median(seconds[1:])
 
 
