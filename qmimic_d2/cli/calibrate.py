@@ -13,7 +13,6 @@ import sys
 from dataclasses import asdict
 from typing import Any, Dict, List, Sequence
 
-from detectron2.modeling import build_model
 from torch import nn
 
 from qmimic_d2 import analysis
@@ -22,8 +21,8 @@ from qmimic_d2.cli.calibration_text import measurement_text, recommendation_text
 from qmimic_d2.cli.model_arguments import add_model_arguments, load_model_config, weights_key
 from qmimic_d2.cli.printable import printable, say
 from qmimic_d2.cli.usage import usage_errors
-from qmimic_d2.engine import build_checkpointer
 from qmimic_d2.engine.average_precision import APEvaluation
+from qmimic_d2.export import build_student
 from qmimic_d2.files import check_writable, write_json
 from qmimic_d2.modeling import QUANTIZER_REGISTRY
 from qmimic_d2.modeling.family import head_features
@@ -108,9 +107,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError("DATASETS.TRAIN is empty; name a registered data set with --dataset")
         check_registered("--dataset" if args.dataset else "DATASETS.TRAIN", datasets, _ADVICE)
         features = args.features or head_features(cfg)
-        model = build_model(cfg)
+        model = build_student(cfg, weights_key=weights_key(args))
         check_features(features, model.backbone.output_shape(), "--features")
-        build_checkpointer(model, "").load_for_evaluation(cfg.MODEL.WEIGHTS, weights_key(args))
         evaluation = None
         if args.eval:
             if not cfg.DATASETS.TEST:

@@ -157,15 +157,14 @@ def _verified(
 ) -> List[VerifiedModel]:
     """The reference first, then the files, then what they may be compared with."""
     keeps = args.quantizer == "keep"
-    had = _exporter(args, cfg, keep_quantizer=True).description.quantizer != ""
-    treated = ("quantizer kept" if keeps else "quantizer dropped") if had else "no quantizer"
+    treated = ("quantizer kept" if keeps else "quantizer dropped") if exporter.was_quantized else "no quantizer"
     # A fixed size has no counterpart in Detectron2's loader, so the model sees what the file sees.
     is_as_trained = not args.fixed_size
     rows = [_eager(verification, f"eager student, {treated}", exporter, is_as_trained=is_as_trained)]
     for form, each in exported.items():
         opened = open_detector(each.path, threads=args.threads, device="cpu")
         rows.append(verification(f"{form}, {treated}", opened.detect, each.file_bytes))
-    if had:
+    if exporter.was_quantized:
         other = _exporter(args, cfg, keep_quantizer=not keeps)
         treated = "quantizer dropped" if keeps else "quantizer kept"
         rows.append(_eager(verification, f"eager student, {treated}", other, is_as_trained=is_as_trained))

@@ -16,6 +16,7 @@ from qmimic_d2.engine.average_precision import APEvaluation
 from qmimic_d2.engine.verification import EvaluatorAdapter, read_named_image
 from qmimic_d2.export import ModelDescription, OnnxDetector, build_student, describe_model
 from qmimic_d2.export.description import LABELS_NAME
+from qmimic_d2.export.network import drop_quantizer
 from qmimic_d2.export.onnx.file import export_onnx, import_onnx
 from qmimic_d2.export.onnx.int8 import Int8Trial, import_quantization, quantize_onnx
 from qmimic_d2.export.student import CONFIG_NAME, WEIGHTS_NAME, StudentExport, export_student
@@ -113,6 +114,7 @@ class Exporter:
     Attributes:
         cfg: of the training, with the sizes to ship.
         model: the detector with its weights, its quantizer kept or dropped.
+        was_quantized: whether it had a quantizer in training.
         description: what the files will tell about themselves.
         note: what the user should know about them; "" for nothing.
     """
@@ -138,7 +140,10 @@ class Exporter:
             FileNotFoundError, ValueError: the checkpoint is missing, cut short, or of another config.
         """
         self.cfg = cfg
-        self.model = build_student(cfg, keep_quantizer=keep_quantizer, weights_key=weights_key, device="cpu")
+        self.model = build_student(cfg, weights_key=weights_key, device="cpu")
+        self.was_quantized = attached_quantizer(self.model.backbone) is not None
+        if not keep_quantizer:
+            drop_quantizer(self.model)
         load_class_names(cfg)
         categories = dataset_categories(cfg)
         self.note = unknown_names_note(categories, cfg)

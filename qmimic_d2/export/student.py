@@ -19,7 +19,7 @@ from torch import nn
 from qmimic_d2.checkpoint.training_entries import TRAINING_ONLY
 from qmimic_d2.config import add_qmimic_config
 from qmimic_d2.config_files import changed
-from qmimic_d2.export.network import detect, drop_quantizer
+from qmimic_d2.export.network import detect
 from qmimic_d2.files import whole_file, write_text
 from qmimic_d2.modeling.checkpointer import build_checkpointer
 from qmimic_d2.modeling.family import QUANT_MIMIC, quantized_name
@@ -65,15 +65,12 @@ class StudentExport:
         return not self.needs_package
 
 
-def build_student(
-    cfg: CfgNode, *, keep_quantizer: bool = True, weights_key: str = "MODEL.WEIGHTS", device: str = ""
-) -> nn.Module:
+def build_student(cfg: CfgNode, *, weights_key: str = "MODEL.WEIGHTS", device: str = "") -> nn.Module:
     """
     Builds the detector of a training's config alone, in evaluation mode, with its weights.
 
     Args:
         cfg: of the training; no file of a teacher is needed.
-        keep_quantizer: whether the features stay quantized, as they were in training.
         weights_key: where the user gave ``cfg.MODEL.WEIGHTS``, for error messages.
         device: in place of MODEL.DEVICE; "" leaves it.
 
@@ -83,8 +80,6 @@ def build_student(
     cfg = changed(without_teacher(cfg), *(("MODEL.DEVICE", device) if device else ()))
     model = build_model(cfg).eval()
     build_checkpointer(model, "").load_for_evaluation(cfg.MODEL.WEIGHTS, weights_key)
-    if not keep_quantizer:
-        drop_quantizer(model)
     return model
 
 
