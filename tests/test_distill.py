@@ -15,7 +15,7 @@ from qmimic_d2.__main__ import main
 from qmimic_d2.data.sources import Source
 from qmimic_d2.distill.choices import Choice, choose_settings
 from qmimic_d2.distill.data_statistics import measure_data
-from qmimic_d2.distill.outcome import Row, model_card, table_text
+from qmimic_d2.distill.outcome import Row, ShippedFile, model_card, table_text
 from qmimic_d2.distill.plan import GivenTeacher, config_texts, plan_steps, student_maps
 from qmimic_d2.distill.yaml_text import config_text
 from qmimic_d2.engine import load_config
@@ -197,8 +197,14 @@ def test_the_steps_and_their_order():
 def test_table_and_card():
     rows = [Row("teacher", 50.0, 80.04, 600_000, 88_000_000, 2_400_000, 0.0201)]
     assert "| teacher    | 50.0 |   80.0 |        600 k |    88 M | 20.1 | 2.40 |" in table_text(rows)
-    card = model_card(rows, ["cat"], "Trained on x.", {"model.onnx": 1_090_000}, "python -m qmimic_d2 distill --data x")
-    for word in ("# Detector of cat", "`model.onnx`: 1,090 kB", "OnnxDetector", "    python -m qmimic_d2 distill"):
+    files = [ShippedFile("model.onnx", 49.97, 1_090_000, 8.12)]
+    card = model_card(rows, files, ["cat"], "Trained on x.", "it with seed 1", "python -m qmimic_d2 distill --data x")
+    for word in (
+        "# Detector of cat",
+        "| `model.onnx` | 50.0 |  8.1 | 1.09 |",
+        'OnnxDetector("model.onnx")',
+        "Made by it with seed 1:\n\n    python -m qmimic_d2 distill",
+    ):
         assert word in card
 
 

@@ -12,7 +12,6 @@ file is made anew. Exit status: 0 when all went well, 1 when a command failed, 2
 import argparse
 import functools
 import os
-import shlex
 import sys
 import tempfile
 from typing import Any, Dict, List, Optional, Tuple
@@ -21,6 +20,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_backbone
 
+from qmimic_d2 import __version__
 from qmimic_d2.cli.argument_types import positive, positive_number
 from qmimic_d2.cli.printable import command_text, printable, say
 from qmimic_d2.cli.task_runner import Task, run_tasks
@@ -30,7 +30,7 @@ from qmimic_d2.data.loading import load_dataset
 from qmimic_d2.data.sources import Source, guess_sources, sources_config
 from qmimic_d2.distill.choices import STUDENTS, Settings, choose_settings
 from qmimic_d2.distill.data_statistics import DataStatistics, measure_data
-from qmimic_d2.distill.outcome import collect_rows, model_card, table_text, write_model_card
+from qmimic_d2.distill.outcome import collect_rows, model_card, shipped_files, table_text, write_model_card
 from qmimic_d2.distill.plan import GivenTeacher, Step, config_texts, plan_steps, student_maps
 from qmimic_d2.distill.step_seconds import measure_features_seconds, measure_step_seconds
 from qmimic_d2.engine import load_config
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         say("stopped; the same command continues from here", sys.stderr)
         return 130
     if not set(failed) & {step.name for step in steps if step.folder}:
-        _say_outcome(output, steps, statistics, sources)
+        _say_outcome(output, steps, statistics, sources, given["seed"])
     return 1 if failed else 0
 
 
@@ -279,21 +279,21 @@ def _note_failure(failed: List[str], name: str, reason: str) -> None:
     failed.append(name)
 
 
-def _say_outcome(output: str, steps: List[Step], data: DataStatistics, sources: Tuple[Source, Source]) -> None:
+def _say_outcome(
+    output: str, steps: List[Step], data: DataStatistics, sources: Tuple[Source, Source], seed: int
+) -> None:
     images = [read_bgr_image(each["file_name"]) for each in load_dataset(sources[1].name)[:10]]
     rows = collect_rows(output, [step.name for step in steps if step.folder], images)
     device = os.path.join(output, "device")
-    files = {name: os.path.getsize(os.path.join(device, name)) for name in sorted(os.listdir(device))}
-    files.pop("README.md", None)
     train, test = sources
-    text = (
-        f"Trained on {data.num_images:,} images of {train.path} {train.split}, evaluated on {test.path} {test.split}. "
-        "AP is COCO's, in percent."
-    )
-    command = "python -m qmimic_d2 distill " + shlex.join(sys.argv[2:])
-    write_model_card(device, model_card(rows, data.classes, text, files, command))
+    images_text = f"{data.num_images:,} images of {train.path} {train.split}"
+    text = f"Trained on {images_text}, evaluated on {test.path} {test.split}."
+    made_by = f"qmimic_d2 {__version__} with seed {seed}"
+    command = command_text([sys.executable, "-m", "qmimic_d2", *sys.argv[1:]])
+    card = model_card(rows, shipped_files(device), data.classes, text, made_by, command)
+    write_model_card(device, card)
     say("")
     say(table_text(rows))
     say("")
-    say(f"to ship: {printable(device)} ({', '.join(files)}, README.md)")
+    say(f"to ship: {printable(device)} ({', '.join(sorted(os.listdir(device)))})")
     say(f"page:    {printable(os.path.join(output, 'report.html'))}")

@@ -24,12 +24,10 @@ from qmimic_d2.cli.usage import usage_errors
 from qmimic_d2.config_files import changed
 from qmimic_d2.engine.exporting import FORMATS, Exported, Exporter, Int8Settings, check_packages
 from qmimic_d2.engine.setup import load_config
-from qmimic_d2.engine.verification import Verification, VerifiedModel
+from qmimic_d2.engine.verification import VERIFICATION_NAME, Verification, VerifiedModel
 from qmimic_d2.error_text import describe_error
 from qmimic_d2.files import check_output_folder, write_json
 from qmimic_d2.inference.detectors import open_detector
-
-VERIFICATION_NAME = "verification.json"
 
 # Points of AP that a form may differ from the eager student by.
 _TOLERANCES = {"onnx-int8": 1.0}

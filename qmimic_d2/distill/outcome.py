@@ -2,18 +2,20 @@
 
 import os
 from dataclasses import dataclass
-from typing import Dict, List, Sequence
+from typing import List, Sequence
 
 import numpy as np
 from tabulate import tabulate
 
 from qmimic_d2.engine import load_config
-from qmimic_d2.files import write_text
+from qmimic_d2.engine.exporting import FORMATS
+from qmimic_d2.engine.verification import VERIFICATION_NAME
+from qmimic_d2.files import read_json, write_text
 from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.report.cost import image_seconds, run_cost
 from qmimic_d2.run_folder import CONFIG, FINAL_CHECKPOINT, read_evaluation
 
-__all__ = ["Row", "collect_rows", "model_card", "table_text", "write_model_card"]
+__all__ = ["Row", "ShippedFile", "collect_rows", "model_card", "shipped_files", "table_text", "write_model_card"]
 
 _LABELS = {"teacher": "teacher", "student": "student, quantization mimic", "scratch": "student, from scratch"}
 
@@ -82,21 +84,62 @@ def table_text(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     titles = ["detector", "AP", "AP50", "parameters", "FLOPs", "ms", "MB"]
-    return tabulate(lines, titles, "github", disable_numparse=True, colalign=("left", *["right"] * 6))
+    return _table(lines, titles)
 
 
-def model_card(rows: Sequence[Row], classes: Sequence[str], data: str, files: Dict[str, int], command: str) -> str:
+@dataclass(frozen=True)
+class ShippedFile:
+    """
+    An exported detector.
+
+    Attributes:
+        name: of the file.
+        ap: in percent, as the export verified it on the test set.
+        num_bytes: of the file.
+        milliseconds: of an image, one thread.
+    """
+
+    name: str
+    ap: float
+    num_bytes: int
+    milliseconds: float
+
+
+def shipped_files(folder: str) -> List[ShippedFile]:
+    """
+    The files that an export wrote into a folder and verified there.
+
+    Raises:
+        OSError, ValueError: the export's figures cannot be read.
+    """
+    content = read_json(os.path.join(folder, VERIFICATION_NAME))
+    verified = {each["name"].partition(",")[0]: each for each in content}
+    return [
+        ShippedFile(export.file, verified[form]["AP"], verified[form]["file_bytes"], verified[form]["milliseconds"])
+        for form, export in FORMATS.items()
+        if form in verified
+    ]
+
+
+def model_card(
+    rows: Sequence[Row], files: Sequence[ShippedFile], classes: Sequence[str], data: str, made_by: str, command: str
+) -> str:
     """
     The README of the folder that ships.
 
     Args:
         rows: of the trainings.
+        files: of the folder.
         classes: of the detector.
         data: what it was trained and evaluated on.
-        files: bytes by name.
+        made_by: version of the package, and seed.
         command: that made it.
     """
-    listed = "\n".join(f"- `{name}`: {size / 1e3:,.0f} kB" for name, size in files.items())
+    lines = [
+        [f"`{each.name}`", f"{each.ap:.1f}", f"{each.milliseconds:.1f}", f"{each.num_bytes / 1e6:.2f}"]
+        for each in files
+    ]
+    listed = _table(lines, ["file", "AP", "ms", "MB"])
     return f"""# Detector of {", ".join(classes)}
 
 {data}
@@ -105,18 +148,23 @@ def model_card(rows: Sequence[Row], classes: Sequence[str], data: str, files: Di
 
 {listed}
 
-Run it, with numpy, Pillow and onnxruntime alone:
+AP is COCO's, in percent; ms is the time of an image on one thread. Run it, with numpy, Pillow and onnxruntime alone:
 
 ```python
 from qmimic_d2.export import OnnxDetector
-detector = OnnxDetector("model.onnx")
+detector = OnnxDetector("{files[0].name}")
 found = detector(image)  # (H, W, 3), BGR, uint8; found.boxes, found.scores, found.classes
 ```
 
-Made by
+Made by {made_by}:
 
     {command}
 """
+
+
+def _table(lines: Sequence[Sequence[str]], titles: Sequence[str]) -> str:
+    colalign = ("left", *["right"] * (len(titles) - 1))
+    return tabulate(lines, titles, "github", disable_numparse=True, colalign=colalign)
 
 
 def write_model_card(folder: str, text: str) -> None:

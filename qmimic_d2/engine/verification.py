@@ -26,6 +26,7 @@ from qmimic_d2.inference.prediction import as_instances
 from qmimic_d2.progress import track
 
 __all__ = [
+    "VERIFICATION_NAME",
     "Difference",
     "EvaluatorAdapter",
     "ModelRecorder",
@@ -42,6 +43,9 @@ _SAME_OBJECT_IOU = 0.5
 # Times are taken in a row, so that each detector finds its own data in the caches.
 _RUNS_IN_A_ROW = 10
 _WARM_UP_RUNS = 2
+
+# What the figures of an export are written to, beside its files.
+VERIFICATION_NAME = "verification.json"
 
 
 @dataclass(frozen=True)
