@@ -1,8 +1,16 @@
 """Every config key of this package. ``docs/config.md`` is generated from the comments here."""
 
 from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
 
-__all__ = ["add_qmimic_config"]
+__all__ = ["add_qmimic_config", "default_config"]
+
+
+def default_config() -> CN:
+    """Detectron2's defaults with the keys of this package; not frozen."""
+    cfg = get_cfg()
+    add_qmimic_config(cfg)
+    return cfg
 
 
 def add_qmimic_config(cfg: CN) -> None:

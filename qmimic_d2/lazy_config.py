@@ -7,13 +7,13 @@ The settings are those of a YAML, under the same names, so that docs/config.md h
 import copy
 from typing import Any, Mapping
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import Backbone
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qmimic_d2.config import add_qmimic_config
+from qmimic_d2.config import default_config
 from qmimic_d2.modeling.attach import attach_parts, mimic_arguments, quantizer_arguments
 from qmimic_d2.modeling.family import family_of, features_read_by, head_node
 from qmimic_d2.modeling.trunk_adapter import TrunkAdapter, is_in_trunk
@@ -111,8 +111,7 @@ def _extended(model: DictConfig, qmimic: Mapping[str, Any], **further) -> DictCo
 
 def _yacs_config(meta_architecture: str, qmimic: Mapping[str, Any]) -> CfgNode:
     keys = OmegaConf.to_container(qmimic, resolve=True) if isinstance(qmimic, DictConfig) else dict(qmimic)
-    cfg = get_cfg()
-    add_qmimic_config(cfg)
+    cfg = default_config()
     try:
         cfg.merge_from_other_cfg(CfgNode({"MODEL": {"META_ARCHITECTURE": meta_architecture, "QMIMIC": keys}}))
     except ValueError as error:

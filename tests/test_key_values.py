@@ -6,8 +6,9 @@ import pytest
 import yaml
 from helpers import tiny_cfg
 
+from qmimic_d2.config import default_config
 from qmimic_d2.engine import load_config
-from qmimic_d2.engine.checks.key_values import check_values, default_config
+from qmimic_d2.engine.checks.key_values import check_values
 from qmimic_d2.yaml.config import flat_keys
 
 CONFIGS = sorted(Path(__file__).resolve().parent.parent.glob("configs/**/*.yaml"))

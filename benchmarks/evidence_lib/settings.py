@@ -4,10 +4,11 @@ import hashlib
 import json
 from typing import Any, Dict
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
-from qmimic_d2.config import add_qmimic_config
+from qmimic_d2.config import default_config
 from qmimic_d2.engine import load_config
+from qmimic_d2.yaml.config import flat_keys
 
 __all__ = ["config_digest", "settings_of"]
 
@@ -53,9 +54,7 @@ def config_digest(settings: Dict[str, Any], revision: int) -> str:
 
 
 def _differences(cfg: CfgNode) -> Dict[str, Any]:
-    defaults = get_cfg()
-    add_qmimic_config(defaults)
-    known = _earlier_names(_flat(defaults))
+    known = _earlier_names(_flat(default_config()))
     absent = object()
     return {
         key: value
@@ -77,11 +76,5 @@ def _earlier_names(flat: Dict[str, Any]) -> Dict[str, Any]:
     return flat
 
 
-def _flat(node: CfgNode, prefix: str = "") -> Dict[str, Any]:
-    flat: Dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
+def _flat(cfg: CfgNode) -> Dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in flat_keys(cfg).items()}

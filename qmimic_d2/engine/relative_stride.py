@@ -2,7 +2,7 @@
 
 import logging
 import math
-from typing import Any, Dict, Iterable, List, Mapping, Tuple
+from typing import Any, Dict, Iterable, List, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -17,10 +17,12 @@ from qmimic_d2.engine.resuming import saved_config
 from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, teacher_shapes
 from qmimic_d2.randomness import own_randomness
 from qmimic_d2.run_folder import CONFIG
+from qmimic_d2.yaml.config import value_of
 
 __all__ = ["squares_inside", "with_measured_stride"]
 
 _KEY = "MODEL.QMIMIC.QUANTIZER.RELATIVE_STRIDE"
+_STRIDE = "MODEL.QMIMIC.QUANTIZER.STRIDE"
 _NUM_IMAGES = 100
 
 
@@ -55,7 +57,7 @@ def with_measured_stride(cfg: CfgNode, *, resume: bool = False, eval_only: bool 
         )
     if not stride:
         stride = _measure(cfg)
-    return changed(cfg, "MODEL.QMIMIC.QUANTIZER.STRIDE", stride, _KEY, 0.0)
+    return changed(cfg, _STRIDE, stride, _KEY, 0.0)
 
 
 def squares_inside(feature: Tensor, boxes: Boxes, stride: float) -> Tuple[float, int]:
@@ -124,9 +126,6 @@ def _squares(
 
 def _earlier_stride(output_dir: str) -> float:
     """The stride that the run in a folder was trained with; 0.0 where there is none, or it was never measured."""
-    saved: Any = saved_config(output_dir)
-    for key in ("MODEL", "QMIMIC", "QUANTIZER"):
-        saved = saved.get(key) if isinstance(saved, Mapping) else None
-    saved = saved if isinstance(saved, Mapping) else {}
-    stride = None if saved.get("RELATIVE_STRIDE") else saved.get("STRIDE")
+    saved = saved_config(output_dir)
+    stride = None if value_of(saved, _KEY) else value_of(saved, _STRIDE)
     return float(stride) if isinstance(stride, (int, float)) and stride > 0.0 else 0.0

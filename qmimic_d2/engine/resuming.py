@@ -16,6 +16,7 @@ from torch import nn
 from qmimic_d2.checkpoint.checkpointer import SafeCheckpointer, check_resumed_state, tensors_in
 from qmimic_d2.checkpoint.reader import local_path, read_mapping, subject
 from qmimic_d2.run_folder import CONFIG, TAG, read_config
+from qmimic_d2.yaml.config import as_lists, flat_keys, value_of
 
 __all__ = ["check_resuming", "check_trainer_state", "earlier_seed", "saved_config"]
 
@@ -76,7 +77,7 @@ def check_resuming(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> None:
     check_resumed_state(content, ["trainer"], last, tag)
     source = subject(tag, last)
     check_trainer_state(content["trainer"], optimizer, cfg.SOLVER.MAX_ITER, source)
-    changes = _changes(saved_config(cfg.OUTPUT_DIR).get("SOLVER"), cfg.SOLVER)
+    changes = _changes(saved_config(cfg.OUTPUT_DIR), cfg)
     if changes:
         iteration = content["trainer"]["iteration"] + 1
         logger.warning("From iteration %d on, SOLVER is another than so far: %s", iteration, "; ".join(changes))
@@ -90,15 +91,15 @@ def check_trainer_state(
         ValueError: a Detectron2 trainer's state is damaged, does not belong to an optimizer, or is longer than
             ``max_iter``. Names its ``source`` and the fix.
     """
-    iteration, last_epoch = state.get("iteration"), _entry(state, "hooks", "LRScheduler", "last_epoch")
-    saved, groups = (_entry(state, "_trainer", "optimizer", name) for name in ("state", "param_groups"))
+    iteration, last_epoch = state.get("iteration"), value_of(state, "hooks.LRScheduler.last_epoch")
+    saved, groups = (value_of(state, f"_trainer.optimizer.{name}") for name in ("state", "param_groups"))
     if (
         type(iteration) is not int
         or iteration < 0
         or last_epoch not in (iteration, iteration + 1)
         or not isinstance(saved, Mapping)
         or not (isinstance(groups, list) and groups)
-        or not all(isinstance(_entry(each, "params"), list) for each in groups)
+        or not all(isinstance(value_of(each, "params"), list) for each in groups)
     ):
         raise ValueError(
             f"{source} has a damaged state of the training (optimizer, schedule or iteration). Write the name of an "
@@ -110,13 +111,6 @@ def check_trainer_state(
             f"done. Set SOLVER.MAX_ITER to {iteration + 1} or more, or begin another training without --resume"
         )
     _check_optimizer(groups, saved, optimizer, source)
-
-
-def _entry(content: Any, *keys: str) -> Any:
-    """Of nested mappings; None where there is none."""
-    for key in keys:
-        content = content.get(key) if isinstance(content, Mapping) else None
-    return content
 
 
 def _check_optimizer(
@@ -152,16 +146,11 @@ def _check_optimizer(
         )
 
 
-def _changes(before: Any, after: CfgNode, prefix: str = "SOLVER.") -> List[str]:
-    """Keys whose value is another, as "KEY before -> after"."""
-    if not isinstance(before, Mapping):
-        return []
-    changes: List[str] = []
-    for key, value in after.items():
-        if key not in before:
-            continue
-        if isinstance(value, CfgNode):
-            changes += _changes(before[key], value, f"{prefix}{key}.")
-        elif before[key] != (list(value) if isinstance(value, tuple) else value):  # YAML has no tuples
-            changes.append(f"{prefix}{key} {reprlib.repr(before[key])} -> {reprlib.repr(value)}")
-    return changes
+def _changes(saved: Mapping[str, Any], cfg: CfgNode) -> List[str]:
+    """Keys of SOLVER whose value is another, as "KEY before -> after"."""
+    before = flat_keys(saved)
+    return [
+        f"{key} {reprlib.repr(before[key])} -> {reprlib.repr(value)}"
+        for key, value in flat_keys(cfg.SOLVER, "SOLVER.").items()
+        if key in before and before[key] != as_lists(value)
+    ]

@@ -13,7 +13,7 @@ from typing import Callable, Iterator, List, Sequence, Tuple
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
@@ -23,7 +23,7 @@ from detectron2.utils.logger import log_first_n, setup_logger
 from torch import nn
 
 from qmimic_d2.checkpoint.checkpointer import DivergedError
-from qmimic_d2.config import add_qmimic_config
+from qmimic_d2.config import default_config
 from qmimic_d2.config_files import changed, find_config_file
 from qmimic_d2.data.sources import complete_sources, register_sources
 from qmimic_d2.engine.resuming import earlier_seed
@@ -123,9 +123,7 @@ def load_config(
             run code; see :func:`qmimic_d2.yaml.config.merge_config`.
         FileNotFoundError: the config, one that it builds on, or the teacher's is not there.
     """
-    cfg = get_cfg()
-    add_qmimic_config(cfg)
-    defaults = cfg.clone()
+    cfg = default_config()
     if config_file:
         config_file = find_config_file(config_file, "--config-file")
         if config_file.endswith(".py"):
@@ -138,7 +136,7 @@ def load_config(
     complete_sources(cfg, os.path.dirname(config_file) if config_file else "")
     register_sources(cfg)
     if not eval_only:
-        _check_given(cfg, defaults)
+        _check_given(cfg)
     if device:
         cfg.MODEL.DEVICE = device
     _complete_teacher(cfg, os.path.dirname(config_file) if config_file else "", eval_only, resume)
@@ -184,13 +182,12 @@ def _hint(cfg: CfgNode, opts: Sequence[str]) -> str:
     return f". Near keys are {near}" if near else ""
 
 
-def _check_given(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
+def _check_given(cfg: CfgNode) -> None:
     """yacs lets every key become None, which a YAML writes as nothing after the colon."""
-    for key, default in defaults.items():
-        if isinstance(default, CfgNode):
-            _check_given(cfg[key], default, f"{prefix}{key}.")
-        elif cfg[key] is None and default is not None:
-            raise ValueError(f"{prefix}{key} is None; give it a value (its default is {default!r}), or leave it out")
+    defaults = flat_keys(default_config())
+    for key, value in flat_keys(cfg).items():
+        if value is None and defaults.get(key) is not None:
+            raise ValueError(f"{key} is None; give it a value (its default is {defaults[key]!r}), or leave it out")
 
 
 def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:

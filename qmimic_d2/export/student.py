@@ -17,7 +17,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
 from qmimic_d2.checkpoint.training_entries import TRAINING_ONLY
-from qmimic_d2.config import add_qmimic_config
+from qmimic_d2.config import default_config
 from qmimic_d2.config_files import changed
 from qmimic_d2.export.network import detect
 from qmimic_d2.files import whole_file, write_text
@@ -225,8 +225,7 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _package_config(cfg: CfgNode, model: nn.Module) -> CfgNode:
     """The config with the detector's meta-architecture of this package, and nothing about a teacher."""
-    fresh = get_cfg()
-    add_qmimic_config(fresh)
+    fresh = default_config()
     student = cfg.clone()
     student.defrost()
     node = student.MODEL.QMIMIC

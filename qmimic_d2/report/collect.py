@@ -25,6 +25,7 @@ from qmimic_d2.run_folder import (
     last_checkpoint,
     read_evaluation,
 )
+from qmimic_d2.yaml.config import value_of
 
 __all__ = ["Run", "collect_run", "collect_runs"]
 
@@ -62,10 +63,7 @@ class Run:
 
     def setting(self, key: str) -> Any:
         """The config's value of a key such as "SOLVER.MAX_ITER"; None where it has none."""
-        value: Any = self.config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return value
+        return value_of(self.config, key)
 
     def _names(self, key: str) -> List[str]:
         value = self.setting(key)

@@ -3,9 +3,9 @@
 import os
 from typing import Any, Dict
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
-from qmimic_d2.config import add_qmimic_config
+from qmimic_d2.config import default_config
 from qmimic_d2.config_files import changed
 from qmimic_d2.modeling.trunk_adapter import without_teacher
 from qmimic_d2.run_folder import CONFIG, read_config
@@ -39,8 +39,7 @@ def model_config(content: Dict[str, Any], weights: str) -> CfgNode:
     """
     if BASE_KEY in content:
         raise ValueError(f"it builds on another file by {BASE_KEY}, which a report does not read")
-    cfg = get_cfg()
-    add_qmimic_config(cfg)
+    cfg = default_config()
     merge_content(cfg, content, CONFIG)
     return on_cpu(cfg, weights)
 

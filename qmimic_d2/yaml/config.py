@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from typing import Any, Dict, Iterable, List, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple
 
 from detectron2.config import CfgNode, downgrade_config, upgrade_config
 from detectron2.config.compat import guess_version
@@ -11,7 +11,10 @@ from detectron2.config.compat import guess_version
 from qmimic_d2.near_names import near_names
 from qmimic_d2.yaml.file import read_yaml
 
-__all__ = ["BASE_KEY", "describe_mismatch", "flat_keys", "merge_config", "merge_content", "read_config"]
+__all__ = [
+    *("BASE_KEY", "as_lists", "describe_mismatch", "flat_keys", "merge_config", "merge_content", "read_config"),
+    "value_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +74,24 @@ def merge_content(cfg: CfgNode, content: Dict[str, Any], path: str, *, allow_new
         raise ValueError(f"{path!r} is no Detectron2 config: {type(error).__name__}: {error}") from error
 
 
-def flat_keys(node: CfgNode, prefix: str = "") -> Dict[str, Any]:
-    """Every value of a config by its full key, such as "SOLVER.BASE_LR"."""
+def flat_keys(node: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
+    """Every value of a config, or of nested dicts, by its full key, such as "SOLVER.BASE_LR"."""
     found: Dict[str, Any] = {}
     for key, value in node.items():
-        found.update(flat_keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {prefix + key: value})
+        found.update(flat_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return found
+
+
+def value_of(content: Any, key: str) -> Any:
+    """The value of a full key in nested mappings, which may be anybody's; None where there is none."""
+    for part in key.split("."):
+        content = content.get(part) if isinstance(content, Mapping) else None
+    return content
+
+
+def as_lists(value: Any) -> Any:
+    """A saved config has lists where Detectron2's defaults have tuples."""
+    return list(map(as_lists, value)) if isinstance(value, (list, tuple)) else value
 
 
 def describe_mismatch(error: ValueError) -> str:

@@ -8,9 +8,9 @@ from typing import Any, Callable, Dict, List
 
 from detectron2.config import CfgNode
 
+from qmimic_d2.config import default_config
 from qmimic_d2.config_files import changed
-from qmimic_d2.engine.checks.key_values import default_config
-from qmimic_d2.yaml.config import flat_keys
+from qmimic_d2.yaml.config import as_lists, flat_keys
 
 __all__ = ["explained"]
 
@@ -81,12 +81,7 @@ def _suspects(values: Dict[str, Any], defaults: Dict[str, Any], text: str, nodes
         return (key in _LAST, not _is_quoted(values[key], text), not _is_odd(values[key]), not is_named, key)
 
     read = (key for key in values if key in defaults and key.startswith(tuple(nodes)) and key not in _NEVER_RESET)
-    return sorted((key for key in read if _as_lists(values[key]) != _as_lists(defaults[key])), key=rank)
-
-
-def _as_lists(value: Any) -> Any:
-    """A saved config has lists where Detectron2's defaults have tuples."""
-    return list(map(_as_lists, value)) if isinstance(value, (list, tuple)) else value
+    return sorted((key for key in read if as_lists(values[key]) != as_lists(defaults[key])), key=rank)
 
 
 def _is_quoted(value: Any, text: str) -> bool:

@@ -3,12 +3,12 @@
 import math
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
-from qmimic_d2.config import add_qmimic_config
+from qmimic_d2.config import default_config
 from qmimic_d2.yaml.config import flat_keys
 
-__all__ = ["check_values", "default_config"]
+__all__ = ["check_values"]
 
 
 class _Interval(NamedTuple):
@@ -107,13 +107,6 @@ _MATCHERS = ("MODEL.RPN", "MODEL.ROI_HEADS", "MODEL.RETINANET")
 
 # NumPy's generator takes seeds below; every process adds its rank.
 _SEED_END = 2**32
-
-
-def default_config() -> CfgNode:
-    """Detectron2's defaults with the keys of this package."""
-    cfg = get_cfg()
-    add_qmimic_config(cfg)
-    return cfg
 
 
 def check_values(cfg: CfgNode, num_processes: int = 1) -> None:

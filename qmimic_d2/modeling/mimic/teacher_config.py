@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
-from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone, build_backbone, build_proposal_generator
 from detectron2.utils.logger import log_first_n
 from torch import nn
 
-from qmimic_d2.config import add_qmimic_config
+from qmimic_d2.config import default_config
 from qmimic_d2.config_files import find_config_file
 from qmimic_d2.modeling.family import detector_name, family_of, has_quantizer_keys
 from qmimic_d2.modeling.mimic.sharing import shared
@@ -163,8 +163,7 @@ def _key_adder(name: str) -> Optional[Callable[[CfgNode], None]]:
 
 
 def _read_yaml(path: str, student_cfg: CfgNode, add_keys: Optional[Callable[[CfgNode], None]]) -> TeacherConfig:
-    teacher = get_cfg()
-    add_qmimic_config(teacher)
+    teacher = default_config()
     if add_keys is not None:
         add_keys(teacher)
     before = teacher.clone()
