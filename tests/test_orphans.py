@@ -71,13 +71,13 @@ def test_a_process_of_its_own_lives_on():
 
 def test_workers_of_every_loader_end_with_the_process_that_started_them(tmp_path, monkeypatch):
     loaders = []
-    build = average_precision.build_detection_test_loader
+    build = average_precision.build_image_loader
 
     def recording(*args, **options):
         loaders.append(build(*args, **options))
         return loaders[-1]
 
-    monkeypatch.setattr(average_precision, "build_detection_test_loader", recording)
+    monkeypatch.setattr(average_precision, "build_image_loader", recording)
     with registered_data(tmp_path) as name:
         cfg = training_cfg(tmp_path, name, evaluate=True)
         APEvaluation(cfg, name)

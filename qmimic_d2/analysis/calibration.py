@@ -7,7 +7,7 @@ magnitude between a network with BatchNorm and one without.
 
 import math
 from contextlib import contextmanager
-from typing import Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, TypeVar
 
 import torch
 from detectron2.config import CfgNode
@@ -34,6 +34,7 @@ __all__ = [
     "LEAST_AP",
     "MAX_RELATIVE_STRIDE",
     "build_calibration_loader",
+    "build_image_loader",
     "default_strides",
     "evenly_spaced",
     "is_signed",
@@ -83,13 +84,27 @@ def build_calibration_loader(
     dicts = load_dataset_dicts(list(dataset_names), filter_empty=False)
     if not dicts:
         raise ValueError(f"the data sets {list(dataset_names)} hold no image to calibrate on")
+    return build_image_loader(cfg, evenly_spaced(dicts, num_images)), len(dicts)
+
+
+def build_image_loader(
+    cfg: CfgNode, dicts: List[Dict[str, Any]], mapper: Optional[Callable[[Dict[str, Any]], Dict[str, Any]]] = None
+) -> DataLoader:
+    """
+    Images of a data set, one at a time.
+
+    Args:
+        cfg: of the model, for its preprocessing.
+        dicts: of the data set.
+        mapper: from such a dict to a model's input; that of an evaluation when left out.
+    """
     loader = build_detection_test_loader(
-        dataset=evenly_spaced(dicts, num_images),
-        mapper=FileNamingMapper(ImageMapper(cfg, is_train=False)),
+        dataset=dicts,
+        mapper=FileNamingMapper(mapper or ImageMapper(cfg, is_train=False)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     loader.worker_init_fn = tie_worker
-    return loader, len(dicts)
+    return loader
 
 
 def measure_features(

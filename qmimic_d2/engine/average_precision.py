@@ -1,22 +1,20 @@
 """The AP of a model on a test set, or on a part of it, as one number."""
 
 import contextlib
+import functools
 import io
 import tempfile
 from typing import Any, Callable, Dict, List, Optional
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, inference_on_dataset
 from torch import nn
 
-from qmimic_d2.analysis import evenly_spaced
+from qmimic_d2.analysis.calibration import build_image_loader, evenly_spaced
 from qmimic_d2.config_files import changed
 from qmimic_d2.data.loading import load_dataset_dicts
-from qmimic_d2.data.mapper import FileNamingMapper, ImageMapper
 from qmimic_d2.engine.checks.data import check_evaluated_classes
 from qmimic_d2.engine.trainer import build_evaluator
-from qmimic_d2.orphans import tie_worker
 from qmimic_d2.progress import track
 
 __all__ = ["APEvaluation"]
@@ -63,13 +61,8 @@ class APEvaluation:
         self._folder = tempfile.TemporaryDirectory(prefix="qmimic_d2_")
         self._evaluator = build_evaluator(changed(cfg, "OUTPUT_DIR", self._folder.name), dataset_name)
         if self.is_subset:
-            self._evaluator = _part_of(self._evaluator, dataset_name, [each["image_id"] for each in chosen])
-        self._loader = build_detection_test_loader(
-            dataset=chosen,
-            mapper=FileNamingMapper(mapper or ImageMapper(cfg, is_train=False)),
-            num_workers=cfg.DATALOADER.NUM_WORKERS,
-        )
-        self._loader.worker_init_fn = tie_worker
+            _restrict(self._evaluator, dataset_name, [each["image_id"] for each in chosen])
+        self._loader = build_image_loader(cfg, chosen, mapper)
 
     @property
     def is_subset(self) -> bool:
@@ -100,27 +93,11 @@ class APEvaluation:
             ) from None
 
 
-class _PartOfCOCO(DatasetEvaluator):
-    """A COCO evaluator to which the images outside of ``image_ids`` do not exist."""
-
-    def __init__(self, evaluator: COCOEvaluator, image_ids: List[int]):
-        self._evaluator = evaluator
-        self._image_ids = image_ids
-
-    def reset(self):
-        self._evaluator.reset()
-
-    def process(self, inputs, outputs):
-        self._evaluator.process(inputs, outputs)
-
-    def evaluate(self):
-        return self._evaluator.evaluate(img_ids=self._image_ids)
-
-
-def _part_of(evaluator: DatasetEvaluator, dataset_name: str, image_ids: List[int]) -> DatasetEvaluator:
-    if isinstance(evaluator, COCOEvaluator):
-        return _PartOfCOCO(evaluator, image_ids)
-    raise ValueError(
-        f"{type(evaluator).__name__}, the evaluator of {dataset_name!r}, takes the whole test set only; "
-        "evaluate on all of its images"
-    )
+def _restrict(evaluator: DatasetEvaluator, dataset_name: str, image_ids: List[int]) -> None:
+    """Makes a COCO evaluator take other images than these for none."""
+    if not isinstance(evaluator, COCOEvaluator):
+        raise ValueError(
+            f"{type(evaluator).__name__}, the evaluator of {dataset_name!r}, takes the whole test set only; "
+            "evaluate on all of its images"
+        )
+    evaluator.evaluate = functools.partial(evaluator.evaluate, img_ids=image_ids)

@@ -18,8 +18,6 @@ from qmimic_d2.yaml.config import flat_keys
 
 __all__ = ["MlflowTracker", "Tracker", "WandbTracker", "build_trackers", "check_trackers"]
 
-_PACKAGES = {"WANDB": "wandb", "MLFLOW": "mlflow"}
-
 
 class Tracker(EventWriter):
     """
@@ -179,10 +177,14 @@ class MlflowTracker(Tracker):
         self._client.set_terminated(self._id, "FAILED" if has_failed else "FINISHED")
 
 
+# By their keys of TRACKERS.
+_TRACKERS = {"WANDB": WandbTracker, "MLFLOW": MlflowTracker}
+
+
 def build_trackers(cfg: CfgNode) -> List[Tracker]:
     """The trackers that TRACKERS names; none of them is open yet."""
-    kinds = ((WandbTracker, cfg.TRACKERS.WANDB), (MlflowTracker, cfg.TRACKERS.MLFLOW))
-    return [kind(value, cfg.OUTPUT_DIR, flat_keys(cfg)) for kind, value in kinds if value]
+    named = [(kind, cfg.TRACKERS[key]) for key, kind in _TRACKERS.items() if cfg.TRACKERS[key]]
+    return [kind(destination, cfg.OUTPUT_DIR, flat_keys(cfg)) for kind, destination in named]
 
 
 def check_trackers(cfg: CfgNode) -> None:
@@ -192,8 +194,8 @@ def check_trackers(cfg: CfgNode) -> None:
     Raises:
         ValueError: names the key, its value and the command that installs the package.
     """
-    for key, package in _PACKAGES.items():
-        value = cfg.TRACKERS[key]
+    for key, kind in _TRACKERS.items():
+        value, package = cfg.TRACKERS[key], kind.package
         spec = importlib.util.find_spec(package) if value else None
         # A folder of this name, such as W&B leaves in the working directory, has a spec without an origin.
         if value and (spec is None or spec.origin is None):

@@ -5,7 +5,7 @@ import hashlib
 import platform
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Dict, List, Sequence
 
 import detectron2
 import torch
@@ -84,7 +84,7 @@ def render_page(
         script=Markup(script),
         script_digest=f"sha256-{digest}",  # by which the content security policy knows the script
         as_svg=Markup,  # of plots, which are made here; matplotlib has escaped whatever text is in them
-        looks=[_look(number) for number in range(len(runs))],
+        looks=[plots.look(number) for number in range(len(runs))],
         GROUND_TRUTH=GROUND_TRUTH,
         runs=runs,
         facts=facts,
@@ -104,11 +104,3 @@ def render_page(
         score_threshold=score_threshold,
         missing=missing,
     )
-
-
-def _look(number: int) -> Dict[str, Any]:
-    return {
-        "color": number % plots.NUM_COLORS,
-        "dashes": " ".join(map(str, plots.DASHES[number % len(plots.DASHES)])),
-        "shape": plots.SHAPES[number % len(plots.SHAPES)],
-    }

@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from typing import List, Sequence, Tuple
+from typing import List, NamedTuple, Sequence, Tuple
 
 from qmimic_d2.report.held_out import Histogram
 from qmimic_d2.report.metrics import Series, thinned
@@ -16,18 +16,17 @@ try:
 except ImportError as error:
     raise ImportError("the report's plots need matplotlib: pip install jinja2 matplotlib") from error
 
-__all__ = ["DASHES", "NUM_COLORS", "SHAPES", "histogram", "lines", "scatter"]
+__all__ = ["Look", "histogram", "lines", "look", "scatter"]
 
-# A run's colour, dashes and shape follow from its number, so that each tells it alone; page.css has the colours.
-NUM_COLORS = 7
-DASHES = ((), (6, 2), (2, 2), (7, 2, 2, 2))
-SHAPES = ("circle", "square", "triangle", "diamond", "down")
-_MARKERS = dict(zip(SHAPES, "os^Dv"))
+# By the number of a run; page.css has the colours.
+_NUM_COLORS = 7
+_DASHES = ((), (6, 2), (2, 2), (7, 2, 2, 2))
+_MARKERS = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D", "down": "v"}
 
 # Stand-ins for the page's colours. They must not occur otherwise.
 _INK, _GRID, _TEACHER, _STUDENT = "#010a01", "#010a02", "#010a03", "#010a04"
 _VARIABLES = {_INK: "currentColor", _GRID: "var(--line)", _TEACHER: "var(--s0)", _STUDENT: "var(--s1)"}
-_VARIABLES.update({f"#010b{index:02x}": f"var(--s{index})" for index in range(NUM_COLORS)})
+_VARIABLES.update({f"#010b{index:02x}": f"var(--s{index})" for index in range(_NUM_COLORS)})
 
 _MOST_POINTS = 300
 _INCHES = (5.0, 3.1)
@@ -56,6 +55,20 @@ _STYLE = {
 }
 
 
+class Look(NamedTuple):
+    """Number of a run's colour, lengths of its dashes and gaps ((): a whole line), and its shape."""
+
+    color: int
+    dashes: Tuple[int, ...]
+    shape: str
+
+
+def look(number: int) -> Look:
+    """What tells a run from others, on the whole page."""
+    shapes = list(_MARKERS)
+    return Look(number % _NUM_COLORS, _DASHES[number % len(_DASHES)], shapes[number % len(shapes)])
+
+
 def lines(
     name: str, curves: Sequence[Tuple[int, Series]], y_label: str, *, logarithmic: bool = False, is_share: bool = False
 ) -> str:
@@ -73,7 +86,7 @@ def lines(
         for number, series in curves:
             series = thinned(series, _MOST_POINTS)
             every = max(1, math.ceil(len(series) / 8))
-            axes.plot(list(series), list(series.values()), markevery=every, **_look(number))
+            axes.plot(list(series), list(series.values()), markevery=every, **_style(number))
         axes.xaxis.set_major_formatter(_short)
         if is_share:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
@@ -89,7 +102,7 @@ def scatter(name: str, points: Sequence[Tuple[int, float, float]], x_label: str,
     with matplotlib.rc_context(_STYLE):
         axes = _axes(x_label, y_label)
         for number, x, y in points:
-            axes.plot([x], [y], markersize=10, markeredgewidth=1.5, **_look(number))
+            axes.plot([x], [y], markersize=10, markeredgewidth=1.5, **_style(number))
         places = [x for _, x, _ in points]
         if _spans_much(places):
             axes.set_xscale("log")
@@ -129,12 +142,13 @@ def _axes(x_label: str, y_label: str) -> Axes:
     return axes
 
 
-def _look(number: int) -> dict:
-    dashes = DASHES[number % len(DASHES)]
+def _style(number: int) -> dict:
+    """The look of a run, in matplotlib's words."""
+    color, dashes, shape = look(number)
     return {
-        "color": f"#010b{number % NUM_COLORS:02x}",
+        "color": f"#010b{color:02x}",
         "linestyle": (0, dashes) if dashes else "-",
-        "marker": _MARKERS[SHAPES[number % len(SHAPES)]],
+        "marker": _MARKERS[shape],
     }
 
 
