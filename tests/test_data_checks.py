@@ -195,9 +195,9 @@ WRONG_DICTS = {
     "no bbox_mode": (of_object(bbox_mode=None), "no bbox_mode"),
     "relative": (of_object(bbox_mode=BoxMode.XYXY_REL), "no bbox_mode that Detectron2 can convert"),
     "corners as sizes": (of_object(bbox=[30.0, 40.0, 4.0, 6.0]), "negative width or height"),
-    "a label too high": (of_object(category_id=2), "no label of the classes"),
-    "a label that is a name": (of_object(category_id="a"), "no label of the classes"),
-    "no category_id": (lambda d: d[0]["annotations"][0].pop("category_id"), "no label of the classes"),
+    "a label too high": (of_object(category_id=2), "a class that is not declared"),
+    "a label that is a name": (of_object(category_id="a"), "a class that is not declared"),
+    "no category_id": (lambda d: d[0]["annotations"][0].pop("category_id"), "a class that is not declared"),
     "rotated": (of_object(bbox=[9, 9, 4, 4], bbox_mode=BoxMode.XYWHA_ABS), "five finite numbers"),
 }
 

@@ -78,11 +78,14 @@ def twice(content):
 
 
 REFUSED = {
-    "joined exports": (twice, ["image ids occur more than once", "(4)", "0; 1; 2; 3", "annotation ids occur more"]),
+    "joined exports": (
+        twice,
+        ["image ids occur more than once", "(4)", ": 0 ('", "; 1 ('", "; 2 ('", "; 3 ('", "annotation ids occur more"],
+    ),
     "image id twice": (lambda c: c["images"][1].update(id=0), ["image ids occur more than once", "These: 0"]),
     "annotation id twice": (first("annotations", id=5), ["annotation ids occur more than once", "5 (image"]),
     "category id twice": (first("categories", id=2), ["category ids occur more than once", "2"]),
-    "unknown category": (first("annotations", category_id=77), ["not listed", "annotation 1", "category_id 77"]),
+    "unknown category": (first("annotations", category_id=77), ["not declared", "annotation 1", "category_id 77"]),
     "unknown image": (first("annotations", image_id=99), ["image that is not listed", "image_id 99"]),
     "image without id": (lambda c: c["images"][0].pop("id"), ["neither a whole number nor a text", "image 0"]),
     "id that is a list": (first("images", id=[1]), ["neither a whole number nor a text", "[1]"]),
@@ -94,7 +97,7 @@ REFUSED = {
     "five numbers": (first("annotations", bbox=[1, 2, 3, 4, 5]), ["four finite numbers"]),
     "NaN": (first("annotations", bbox=[1, 2, float("nan"), 4]), ["four finite numbers", "nan"]),
     "infinite": (first("annotations", bbox=[1, 2, 3, float("inf")]), ["four finite numbers", "inf"]),
-    "negative": (first("annotations", bbox=[9, 9, -5, 4]), ["negative width or height", "[9.0, 9.0, -5.0, 4.0]"]),
+    "negative": (first("annotations", bbox=[9, 9, -5, 4]), ["negative width or height", "[9, 9, -5, 4]"]),
     "normalized": (each("annotations", bbox=[0.1, 0.2, 0.3, 0.4]), ["between 0 and 1", "(8)", "[0.1, 0.2, 0.3, 0.4]"]),
     "backslashes": (
         lambda c: [image.update(file_name=f"..\\images\\{image['file_name']}") for image in c["images"]],
@@ -138,8 +141,8 @@ def test_one_summary_with_the_first_ten_of_each_kind(data):
     message = refusal()
     lines = message.splitlines()
     assert len(lines) == 3 and lines[0].endswith("which cannot be used:")
-    assert lines[1].startswith("- annotations have a box") and "(28)" in lines[1] and lines[1].count("[1, 2]") == 10
-    assert lines[2].startswith("- image files are not there (1)")
+    assert lines[1].startswith("- image files are not there (1)")
+    assert lines[2].startswith("- annotations have a box") and "(28)" in lines[2] and lines[2].count("[1, 2]") == 10
 
 
 def test_a_test_set_may_have_no_annotations(data):

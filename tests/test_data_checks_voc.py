@@ -68,8 +68,8 @@ def corners(xmin, xmax):
 
 
 REFUSED = {
-    "undeclared class": (thing("catt"), ["not declared", "a.xml: 'catt'", "class_names of register_pascal_voc"]),
-    "no name": ("<object></object>", ["objects have no name", "a.xml: object 1"]),
+    "undeclared class": (thing("catt"), ["not declared", "a.xml: object 1: 'catt'", "names of register_pascal_voc"]),
+    "no name": ("<object></object>", ["not declared", "a.xml: object 1: ''"]),
     "no box": (thing(box=""), ["four finite numbers", "a.xml: object 1"]),
     "no number": (thing(box=corners("x", 40)), ["four finite numbers", "a.xml: object 1"]),
     "NaN": (thing(box=corners("nan", 40)), ["four finite numbers"]),
@@ -93,7 +93,7 @@ def test_refused_files(voc, tmp_path):
     folder = voc("<annotation>")
     assert "no XML" in refusal() and "a.xml" in refusal()
     voc(lines="a\nb\na\n")
-    assert "listed more than once" in refusal() and "These: a" in refusal()
+    assert "image ids occur more than once" in refusal() and "These: 'a' ('" in refusal()
     voc(annotation(size="<size><width>48</width><height>64</height></size>"))
     assert "is 64 x 48 pixels, annotated as 48 x 64" in refusal()
     voc()

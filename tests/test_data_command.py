@@ -97,7 +97,7 @@ def test_what_is_wrong_and_what_was_repaired(tmp_path, capsys):
     text = " ".join(capsys.readouterr().out.split())
     repaired, refused = text.index("Repaired"), text.index("A training would be refused:")
     assert repaired < text.index("labels are repeated in their file (1)") < refused
-    assert refused < text.index("labels have a class that data.yaml does not name (1)")
+    assert refused < text.index("annotations have a class that is not declared (1)")
     assert "can be used" not in text
     write_image(path.parent / "images" / "train" / "b.png", (8, 8))
     (path.parent / "images" / "train" / "b.png").write_bytes(b"no image")

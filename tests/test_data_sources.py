@@ -14,10 +14,12 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from qmimic_d2.config import add_qmimic_config
+from qmimic_d2.data.checks.dicts import inspect_dicts
 from qmimic_d2.data.checks.findings import DataSetError, Findings
+from qmimic_d2.data.checks.image_files import ImageFiles
 from qmimic_d2.data.loading import load_dataset
 from qmimic_d2.data.sources import Source, SourceLoader, complete_sources, guess_sources, register_sources
-from qmimic_d2.data.sources.yolo import load_yolo, read_data_yaml
+from qmimic_d2.data.sources.yolo import read_data_yaml, read_yolo
 from qmimic_d2.engine import check_run, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,9 +139,11 @@ def yolo_of(tmp_path, *lines, names="[cat, dog]"):
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "a.txt").write_text("\n".join(lines))
     (tmp_path / "data.yaml").write_text(f"train: images\nnames: {names}\n")
-    findings = Findings()
+    findings, files = Findings(), ImageFiles()
     data = read_data_yaml(str(tmp_path / "data.yaml"))
-    return load_yolo(data, "train", data.classes, findings), findings
+    records = read_yolo(data, "train", data.classes, findings, files)
+    inspect_dicts(records, findings, files)
+    return records.dicts, findings
 
 
 def test_boxes_and_polygons(tmp_path):
@@ -157,15 +161,14 @@ def test_boxes_and_polygons(tmp_path):
         ("0 0.5 0.5 0.2 a", "lines are no label (1)"),
         ("0.5 0.5 0.5 0.2 0.2", "lines are no label (1)"),
         ("0 nan 0.5 0.2 0.2", "lines are no label (1)"),
-        ("2 0.5 0.5 0.2 0.2", "a class that data.yaml does not name (1)"),
-        ("-1 0.5 0.5 0.2 0.2", "a class that data.yaml does not name (1)"),
+        ("2 0.5 0.5 0.2 0.2", "a class that is not declared (1)"),
+        ("-1 0.5 0.5 0.2 0.2", "a class that is not declared (1)"),
         ("0 50 25 20 10", "numbers outside of 0 to 1 (1)"),
         ("0 0.5 0.5 -0.2 0.2", "negative width or height (1)"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, line, words):
-    (image,), findings = yolo_of(tmp_path, "1 0.5 0.5 0.2 0.4", line)
-    assert len(image["annotations"]) == 1 + ("negative" in words)
+    _, findings = yolo_of(tmp_path, "1 0.5 0.5 0.2 0.4", line)
     assert words in findings.problems() and f"{tmp_path}/labels/a.txt: line 2" in findings.problems()
 
 
@@ -204,7 +207,7 @@ def test_names_by_number_lists_of_images_and_a_path(tmp_path):
     (tmp_path / "data.yaml").write_text("path: sets\ntrain: [train.txt]\nnames: {0: cat, 1: 7}\n")
     data = read_data_yaml(str(tmp_path / "data.yaml"))
     assert data.classes == ("cat", "7")
-    (image,) = load_yolo(data, "train", data.classes, Findings())
+    (image,) = read_yolo(data, "train", data.classes, Findings(), ImageFiles()).dicts
     assert image["file_name"] == str(tmp_path / "sets" / "images" / "a.png") and image["annotations"] == []
 
 
@@ -270,7 +273,7 @@ def test_a_damaged_source_stops_the_run_with_every_problem(tmp_path):
     cfg = load_config(str(write_config(tmp_path, sources)), ["OUTPUT_DIR", str(tmp_path / "out")])
     with pytest.raises(DataSetError) as caught:
         check_run(cfg, 1)
-    for word in ("'mine_train'", "does not name (1)", "are no label (1)", "a.txt: line 1", "a.txt: line 2"):
+    for word in ("'mine_train'", "is not declared (1)", "are no label (1)", "a.txt: line 1", "a.txt: line 2"):
         assert word in str(caught.value)
     assert not (tmp_path / "out").exists()
 

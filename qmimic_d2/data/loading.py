@@ -19,16 +19,18 @@ from detectron2.data.datasets import pascal_voc as detectron2_pascal_voc
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.file_io import PathManager
 
-from qmimic_d2.data.checks.coco import CocoContent, inspect_coco
-from qmimic_d2.data.checks.findings import DataSetError, Findings
+from qmimic_d2.data.checks.coco import coco_class_names, read_coco
+from qmimic_d2.data.checks.dicts import Counts, Needs, Records, inspect_dicts
+from qmimic_d2.data.checks.findings import Findings
+from qmimic_d2.data.checks.image_files import ImageFiles
 from qmimic_d2.data.pascal_voc import load_pascal_voc
 
 __all__ = [
     "build_coco_evaluator",
     "class_names",
+    "inspect_coco",
     "is_coco",
     "is_pascal_voc",
-    "keep_repaired",
     "load_dataset",
     "load_dataset_dicts",
     "repaired",
@@ -110,7 +112,7 @@ def class_names(name: str) -> Optional[List[str]]:
     if not is_coco(name) or not os.path.isfile(metadata.json_file):
         return None
     try:
-        return inspect_coco(metadata.json_file, "", Findings(), needs_annotations=False).class_names
+        return coco_class_names(metadata.json_file)
     except ValueError:
         return None
 
@@ -127,25 +129,37 @@ def is_pascal_voc(name: str) -> bool:
     return _registered_by(name, detectron2_pascal_voc) and bool(metadata.get("dirname"))
 
 
-def keep_repaired(path: str, image_root: str, inspected: Optional[CocoContent]) -> str:
+def inspect_coco(
+    metadata: Metadata,
+    findings: Findings,
+    files: ImageFiles,
+    needs: Needs = Needs(),
+    title: Optional[str] = None,
+    needs_annotations: bool = False,
+) -> Tuple[Records, Counts]:
     """
-    Remembers, for this process, what to read instead of an annotation file in its present state.
+    Reads and inspects the annotation file of a set. Where it can be used, this process then reads the repaired one.
 
     Args:
-        path: of the file, on this machine.
-        image_root: folder of the images.
-        inspected: repaired content; None where nothing was to be repaired.
+        metadata: of the set.
+        needs_annotations: as in :func:`qmimic_d2.data.checks.coco.read_coco`.
+        findings, files, needs, title: as in :func:`qmimic_d2.data.checks.dicts.inspect_dicts`.
 
-    Returns:
-        The path to read.
+    Raises:
+        FileNotFoundError: there is no such file; says where the data go.
+        ValueError: it is not in COCO's format.
     """
-    usable = path
-    if inspected is not None:
-        usable = _new_file(f"minival_{os.path.basename(path)}" if "minival" in path else os.path.basename(path))
-        with open(usable, "w", encoding="utf-8") as file:
-            json.dump(inspected.content, file)
-    _usable_files[_state(path, image_root)] = usable
-    return usable
+    path, image_root = _annotation_file(metadata)
+    content, records = read_coco(path, image_root, findings, files, needs_annotations)
+    counts = inspect_dicts(records, findings, files, needs, title)
+    if not findings.has_problems:
+        usable = path
+        if findings.is_repaired:
+            usable = _new_file(f"minival_{os.path.basename(path)}" if "minival" in path else os.path.basename(path))
+            with open(usable, "w", encoding="utf-8") as file:
+                file.write(json.dumps(content))  # json.dump encodes in Python, which takes four times as long
+        _usable_files[_state(path, image_root)] = usable
+    return records, counts
 
 
 def _registered_by(name: str, module: Any) -> bool:
@@ -204,18 +218,25 @@ def _json_file(metadata: Metadata, path: str) -> Iterator[None]:
             values["json_file"] = original
 
 
-def _usable_file(metadata: Metadata) -> str:
-    path, image_root = PathManager.get_local_path(metadata.json_file), metadata.get("image_root", "")
+def _annotation_file(metadata: Metadata) -> Tuple[str, str]:
+    """The file, on this machine, and the folder of its images."""
+    path = PathManager.get_local_path(metadata.json_file)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no annotation file {os.path.abspath(path)} of {metadata.name!r}")
-    known = _usable_files.get(_state(path, image_root))
-    if known is not None:
-        return known
-    findings = Findings()
-    inspected = inspect_coco(path, image_root, findings, needs_annotations=False)
-    if findings.has_problems:
-        raise DataSetError(f"the data set {metadata.name!r} cannot be used:\n{findings.problems()}")
-    return keep_repaired(path, image_root, inspected if findings.is_repaired else None)
+        raise FileNotFoundError(
+            f"the annotations of {metadata.name!r} are looked for in {os.path.abspath(path)}, and there is no such "
+            "file. Put the data there; for Detectron2's own data sets, set the environment variable "
+            "DETECTRON2_DATASETS to the folder that holds them"
+        )
+    return path, metadata.get("image_root", "")
+
+
+def _usable_file(metadata: Metadata) -> str:
+    state = _state(*_annotation_file(metadata))
+    if state not in _usable_files:
+        findings = Findings()
+        inspect_coco(metadata, findings, ImageFiles())
+        findings.raise_problems(f"the data set {metadata.name!r}")
+    return _usable_files[state]
 
 
 def _state(path: str, image_root: str) -> Tuple[str, str, int, int]:

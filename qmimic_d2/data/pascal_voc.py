@@ -8,28 +8,17 @@ coordinates that are no whole numbers, and annotations without a usable ``<size>
 
 import os
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from qmimic_d2.data.checks.boxes import BoxCheck, number
-from qmimic_d2.data.checks.findings import DataSetError, Findings, Kind
-from qmimic_d2.data.checks.image_files import header_size
+from qmimic_d2.data.checks.dicts import Records, load_usable
+from qmimic_d2.data.checks.findings import Findings
+from qmimic_d2.data.checks.image_files import ImageFiles
+from qmimic_d2.data.checks.numbers import numbers, whole_size
 
-__all__ = ["VocObject", "check_pascal_voc", "load_pascal_voc", "read_objects", "voc_image_ids"]
-
-MISSING_XML = Kind("annotation files are not there", "Add them, or take the images out of the list")
-NO_XML = Kind("annotation files are no XML", "Replace them, or take the images out of the list")
-UNDECLARED = Kind(
-    "objects have a class that is not declared",
-    "Correct the name, or add it to the class_names of register_pascal_voc",
-)
-NO_NAME = Kind("objects have no name", "Write the class into <name>")
-TWICE = Kind("images are listed more than once", "Take the repeated lines out of the list")
-NO_SIZE = Kind("annotations have no usable <size>", "It is read from the image")
-NO_DIFFICULT = Kind("objects have no usable <difficult>", "0 is taken: they count in the evaluation")
+__all__ = ["check_pascal_voc", "load_pascal_voc", "read_pascal_voc", "voc_class_names", "voc_image_ids"]
 
 # As on http://host.robots.ox.ac.uk/pascal/VOC/, by year and by split ("" for the others).
 _ARCHIVES = {
@@ -39,22 +28,6 @@ _ARCHIVES = {
 }
 # In this order, in lower or upper case; Detectron2's loader takes the first alone.
 _ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-_CORNERS = ("xmin", "ymin", "xmax", "ymax")
-
-
-class VocObject(NamedTuple):
-    """
-    An object as its file has it.
-
-    Attributes:
-        name: of its class.
-        box: xmin, ymin, xmax, ymax in pixels that are counted from 1, the last ones included.
-        is_difficult: not counted in the evaluation.
-    """
-
-    name: str
-    box: Tuple[float, float, float, float]
-    is_difficult: bool
 
 
 def voc_image_ids(folder: str, split: str) -> List[str]:
@@ -69,75 +42,61 @@ def voc_image_ids(folder: str, split: str) -> List[str]:
     return [_without_flag(folder, line) for line in lines if line]
 
 
-def read_objects(path: str, findings: Findings) -> List[VocObject]:
+def voc_class_names(folder: str, split: str) -> List[str]:
+    """The classes in the annotations of a split, sorted."""
+    elements = (each for _, _, root in _annotations(folder, split, Findings()) for each in root.findall("object"))
+    return sorted({_text(each, "name") for each in elements} - {""})
+
+
+def read_pascal_voc(
+    folder: str, split: str, class_names: Sequence[str], findings: Findings, files: ImageFiles
+) -> Records:
     """
-    The objects of one annotation file; for the evaluator, which needs no image.
-
-    Args:
-        path: on this machine.
-        findings: takes the problems; an object that has one is left out.
-    """
-    root = _parse(path, findings)
-    return [] if root is None else _objects(root, path, None, BoxCheck(findings), findings)
-
-
-def load_pascal_voc(
-    folder: str, split: str, class_names: Sequence[str], findings: Optional[Findings] = None
-) -> List[Dict[str, Any]]:
-    """
-    Detectron2's ``load_voc_instances`` for what the module says.
-
     Args:
         folder: holds Annotations, ImageSets and JPEGImages.
         split: name of a list in ImageSets/Main, without ".txt".
         class_names: in the order of the labels.
-        findings: takes problems, repairs and notes. None: problems raise.
+        findings: takes problems and repairs.
+        files: tell sizes that an annotation lacks.
 
     Returns:
-        Detectron2's dataset dicts.
+        What Detectron2's ``load_voc_instances`` gives, for what the module says, and ``difficult`` of each object.
 
     Raises:
-        DataSetError: there are problems, and ``findings`` is None.
-        FileNotFoundError: the list, an annotation or an image is not there.
+        FileNotFoundError: the list is not there.
     """
-    own = Findings() if findings is None else findings
-    folder = PathManager.get_local_path(folder)
-    ids = voc_image_ids(folder, split)
-    for each, count in Counter(ids).items():
-        if count > 1:
-            own.refuse(TWICE, each)
     images = _images_by_id(os.path.join(folder, "JPEGImages"))
     labels = {name: label for label, name in enumerate(class_names)}
-    check_box = BoxCheck(own)
-    dicts = []
-    for each in ids:
-        path = _xml_file(folder, each)
-        image = images.get(each) or os.path.join(folder, "JPEGImages", f"{each}.jpg")
-        root = _parse(path, own)
-        if root is None:
-            continue
-        size = _size(root, image, path, own)
-        annotations = []
-        for item in _objects(root, path, size, check_box, own):
-            if item.name not in labels:
-                own.refuse(UNDECLARED, f"{path}: {item.name!r}")
-                continue
-            x0, y0, x1, y1 = item.box
-            annotations.append(
-                {
-                    "category_id": labels[item.name],
-                    "bbox": [x0 - 1.0, y0 - 1.0, x1, y1],
-                    "bbox_mode": BoxMode.XYXY_ABS,
-                }
-            )
-        record = {"file_name": image, "image_id": each, "annotations": annotations}
-        if size is not None:
-            record["width"], record["height"] = size
-        dicts.append(record)
-    check_box.finish()
-    if findings is None and own.has_problems:
-        raise DataSetError(f"{_list_file(folder, split)!r} lists data that cannot be used:\n{own.problems()}")
-    return dicts
+    dicts, places = [], []
+    for image_id, path, root in _annotations(folder, split, findings):
+        file = images.get(image_id) or os.path.join(folder, "JPEGImages", f"{image_id}.jpg")
+        size = whole_size(_text(root, "size/width"), _text(root, "size/height"), of_text=True)
+        if size is None:
+            size = files.size(file)
+            if size is not None:  # else the file's own problem is reported
+                shown = f"{path}: {size[0]} x {size[1]}"
+                findings.repair("annotations have no usable <size>", "It is read from the image", shown)
+        elements = root.findall("object")
+        places.append([f"{path}: object {number}" for number in range(1, len(elements) + 1)])
+        objects = [_object(element, labels, findings, where) for element, where in zip(elements, places[-1])]
+        sides = dict(zip(("width", "height"), size or ()))
+        dicts.append({"file_name": file, "image_id": image_id, "annotations": objects, **sides})
+    return Records(dicts, class_names, places)
+
+
+def load_pascal_voc(folder: str, split: str, class_names: Sequence[str]) -> Sequence[Dict[str, Any]]:
+    """
+    The dicts of :func:`read_pascal_voc`.
+
+    Raises:
+        DataSetError: the data cannot be used; has every problem.
+        FileNotFoundError: the list is not there.
+    """
+    folder = PathManager.get_local_path(folder)
+    return load_usable(
+        lambda findings, files: read_pascal_voc(folder, split, class_names, findings, files),
+        f"the data that {_list_file(folder, split)!r} lists",
+    )
 
 
 def check_pascal_voc(folder: str, split: str, year: int) -> None:
@@ -159,9 +118,10 @@ def check_pascal_voc(folder: str, split: str, year: int) -> None:
     ids = voc_image_ids(folder, split)
     if not ids:
         raise ValueError(f"{path!r} lists no image. {_what_to_do(folder, split, year)}")
+    images = _images_by_id(os.path.join(folder, "JPEGImages"))
     parts = (
         ("Annotations", ".xml", [each for each in ids if not os.path.isfile(_xml_file(folder, each))]),
-        ("JPEGImages", ".jpg", _without_image(folder, ids)),
+        ("JPEGImages", ".jpg", [each for each in ids if each not in images]),
     )
     for part, suffix, missing in parts:
         if missing:
@@ -185,11 +145,6 @@ def _xml_file(folder: str, image_id: str) -> str:
     return os.path.join(folder, "Annotations", f"{image_id}.xml")
 
 
-def _without_image(folder: str, ids: Sequence[str]) -> List[str]:
-    images = _images_by_id(os.path.join(folder, "JPEGImages"))
-    return [each for each in ids if each not in images]
-
-
 def _images_by_id(folder: str) -> Dict[str, str]:
     """Paths of the images below a folder by their names without ending."""
     found: Dict[str, Tuple[int, str]] = {}
@@ -203,52 +158,41 @@ def _images_by_id(folder: str) -> Dict[str, str]:
     return {image_id: path for image_id, (_, path) in found.items()}
 
 
-def _parse(path: str, findings: Findings) -> Optional[ElementTree.Element]:
-    try:
-        return ElementTree.parse(path).getroot()
-    except FileNotFoundError:
-        findings.refuse(MISSING_XML, path)
-        return None
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
-        findings.refuse(NO_XML, f"{path} ({error})")
-        return None
+def _annotations(
+    folder: str, split: str, findings: Findings
+) -> Iterator[Tuple[str, str, ElementTree.Element]]:
+    """Image id, annotation file and its content for each image of a list."""
+    for image_id in voc_image_ids(folder, split):
+        path = _xml_file(folder, image_id)
+        try:
+            root = ElementTree.parse(path).getroot()
+        except FileNotFoundError:
+            fix = "Add them, or take the images out of the list"
+            findings.refuse("annotation files are not there", fix, path)
+        except (ElementTree.ParseError, ValueError, LookupError) as error:
+            fix = "Replace them, or take the images out of the list"
+            findings.refuse("annotation files are no XML", fix, f"{path} ({error})")
+        else:
+            yield image_id, path, root
+
+
+def _object(element: ElementTree.Element, labels: Dict[str, int], findings: Findings, where: str) -> Dict[str, Any]:
+    """Pascal counts pixels from 1, and the last ones are included."""
+    name, difficult = _text(element, "name"), _text(element, "difficult")
+    if difficult not in ("0", "1"):
+        findings.repair("objects have no usable <difficult>", "0 is taken: they count in the evaluation", where)
+    texts = [_text(element, f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")]
+    corners = numbers(texts, of_text=True)
+    return {
+        "category_id": labels.get(name, name),
+        "bbox": [corners[0] - 1.0, corners[1] - 1.0, *corners[2:]] if corners else texts,
+        "bbox_mode": BoxMode.XYXY_ABS,
+        "difficult": int(difficult == "1"),
+    }
 
 
 def _text(element: ElementTree.Element, tag: str) -> str:
     return (element.findtext(tag) or "").strip()
-
-
-def _size(root: ElementTree.Element, image: str, path: str, findings: Findings) -> Optional[Tuple[int, int]]:
-    size = [number(_text(root, f"size/{tag}")) for tag in ("width", "height")]
-    if None not in size and all(each > 0 and each.is_integer() for each in size):
-        return int(size[0]), int(size[1])
-    read = header_size(image)
-    if read is not None:  # else the check of the image files says so
-        findings.repair(NO_SIZE, f"{path}: {read[0]} x {read[1]}")
-    return read
-
-
-def _objects(
-    root: ElementTree.Element, path: str, size: Optional[Tuple[int, int]], check_box: BoxCheck, findings: Findings
-) -> List[VocObject]:
-    found = []
-    for position, element in enumerate(root.findall("object"), 1):
-        where = f"{path}: object {position}"
-        name = _text(element, "name")
-        if not name:
-            findings.refuse(NO_NAME, where)
-            continue
-        corners = [number(_text(element, f"bndbox/{corner}")) for corner in _CORNERS]
-        if None not in corners:
-            x0, y0, x1, y1 = corners
-            corners = [x0 - 1.0, y0 - 1.0, x1 - x0 + 1.0, y1 - y0 + 1.0]
-        if check_box(corners, size, where) is None:
-            continue
-        difficult = _text(element, "difficult")
-        if difficult not in ("0", "1"):
-            findings.repair(NO_DIFFICULT, where)
-        found.append(VocObject(name, (x0, y0, x1, y1), difficult == "1"))
-    return found
 
 
 def _what_to_do(folder: str, split: str, year: int) -> str:

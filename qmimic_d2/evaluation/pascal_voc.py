@@ -12,8 +12,7 @@ from detectron2.evaluation.pascal_voc_evaluation import voc_ap, voc_eval
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from qmimic_d2.data.checks import DataSetError, Findings
-from qmimic_d2.data.pascal_voc import read_objects, voc_image_ids
+from qmimic_d2.data.pascal_voc import load_pascal_voc, voc_image_ids
 
 __all__ = ["PascalVOCEvaluator"]
 
@@ -77,17 +76,12 @@ class PascalVOCEvaluator(PascalVOCDetectionEvaluator):
     @contextlib.contextmanager
     def _annotations(self) -> Iterator[None]:
         """In the block, Detectron2's functions get the objects that this package has read, under numbers for names."""
-        findings = Findings()
-        label_of = dict(zip(self._true_names, self._class_names))
-        objects = {}
-        for image_id, number in self._numbers.items():
-            path = os.path.join(self._folder, "Annotations", f"{image_id}.xml")
-            objects[number] = [
-                {"name": label_of.get(each.name), "difficult": int(each.is_difficult), "bbox": list(each.box)}
-                for each in read_objects(path, findings)
-            ]
-        if findings.has_problems:
-            raise DataSetError(f"the annotations of {self._dataset_name!r} cannot be used:\n{findings.problems()}")
+        objects: Dict[str, List[Dict[str, Any]]] = {number: [] for number in self._numbers.values()}
+        for image in load_pascal_voc(self._folder, self._split, self._true_names):
+            for each in image["annotations"]:
+                x0, y0, x1, y1 = each["bbox"]
+                as_read = {"name": str(each["category_id"]), "difficult": each["difficult"]}
+                objects[self._numbers[image["image_id"]]].append({**as_read, "bbox": [x0 + 1.0, y0 + 1.0, x1, y1]})
         original = pascal_voc_evaluation.parse_rec
         with tempfile.TemporaryDirectory(prefix="qmimic_d2_") as folder:
             self._image_set_path = os.path.join(folder, "images.txt")

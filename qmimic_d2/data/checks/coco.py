@@ -1,77 +1,104 @@
 """
-COCO's annotation files: what stops a run is found, what is harmless is repaired.
+The reader of COCO's annotation files: what only they can get wrong is found, what is harmless is repaired.
 
 A repair changes the content in memory alone. Detectron2's loader and evaluator get it as a temporary file
 (:mod:`qmimic_d2.data.loading`).
 """
 
 import json
+import math
 import os
-from typing import Any, Dict, Hashable, List, NamedTuple, Tuple
+from typing import Any, Dict, Hashable, List, Optional, Tuple
 
-from qmimic_d2.data.checks.boxes import number
-from qmimic_d2.data.checks.coco_annotations import Needs, check_annotations
-from qmimic_d2.data.checks.findings import Findings, Kind
-from qmimic_d2.data.checks.ids import Ids, is_id
-from qmimic_d2.data.checks.image_files import ImageFile, header_size
+from detectron2.structures import BoxMode
 
-__all__ = ["CocoContent", "Needs", "inspect_coco", "read_coco"]
+from qmimic_d2.data.checks.dicts import Records
+from qmimic_d2.data.checks.findings import Findings
+from qmimic_d2.data.checks.image_files import ImageFiles
+from qmimic_d2.data.checks.numbers import number, numbers, whole_size
 
-NO_INFO = Kind("annotation files have no info", "An empty one is taken")
-MARK = Kind("annotation files begin with a byte order mark", "It is left out")
-NO_ID = Kind("images or categories have an id that is neither a whole number nor a text", "Give each an id of its own")
-OTHER_IDS = Kind("ids are texts or of several types", "They are taken as one type")
-IMAGE_TWICE = Kind(
-    "image ids occur more than once, as in files that were joined",
-    "Renumber the images and the image_id of their annotations, so that each image has an id of its own",
-)
-CATEGORY_TWICE = Kind("category ids occur more than once", "Give each category an id of its own")
-NO_NAME = Kind("categories have no name", "Name them")
-NAME_IS_NO_TEXT = Kind("categories have a name that is no text", "Its text is taken")
-NO_FILE_NAME = Kind("images have no file_name", "Name their files")
-NO_SIZE = Kind("images have no usable width and height", "They are read from the files")
-FILE_TWICE = Kind("image files have several ids", "Each id counts as an image of its own")
+__all__ = ["coco_class_names", "read_coco"]
+
+_Json = Dict[str, Any]
+# By itself and by its text, an id in the one type that all of them get.
+_Ids = Dict[Hashable, Hashable]
 
 
-class CocoContent(NamedTuple):
+def coco_class_names(path: str) -> List[str]:
     """
-    What an annotation file says, repaired.
-
-    Attributes:
-        content: as JSON. Of use only where the check found no problem.
-        class_names: in the order of Detectron2's labels, by rising category id.
-        num_used: number of classes up to the last that an object has.
-        num_objects: annotations that are no crowd.
-        files: of the images.
-    """
-
-    content: Dict[str, Any]
-    class_names: List[str]
-    num_used: int
-    num_objects: int
-    files: List[ImageFile]
-
-
-def read_coco(path: str, needs_annotations: bool = True) -> Dict[str, Any]:
-    """
-    Reads a file whose top level is COCO's.
-
-    Args:
-        path: on this machine.
-        needs_annotations: False for a test set, which may have none: its detections are only written.
+    The classes of an annotation file in the order of Detectron2's labels, by rising category id.
 
     Raises:
-        ValueError: it is not; says why.
+        ValueError: it is not in COCO's format.
     """
+    categories = _parse(path, needs_annotations=False)["categories"]
+    _unify_ids(categories, "category", Findings(), are_sorted=True)
+    return list(_names_by_id(categories, Findings()).values())
+
+
+def read_coco(
+    path: str, image_root: str, findings: Findings, files: ImageFiles, needs_annotations: bool = True
+) -> Tuple[_Json, Records]:
+    """
+    Args:
+        path: of the annotation file, on this machine.
+        image_root: folder that file names begin from.
+        findings: takes problems and repairs.
+        files: tell sizes that the file lacks.
+        needs_annotations: False for a test set, which may have none: its detections are only written.
+
+    Returns:
+        The file's content, repaired. And what is to be inspected; Detectron2's own loader makes the dicts of a run.
+
+    Raises:
+        ValueError: it is not in COCO's format; says why.
+    """
+    content = _parse(path, needs_annotations)
+    with open(path, "rb") as file:
+        if file.read(3) == b"\xef\xbb\xbf":
+            findings.repair("annotation files begin with a byte order mark", "It is left out", path)
+    if not isinstance(content.get("info"), dict):
+        findings.repair("annotation files have no info", "An empty one is taken", path)
+        content["info"] = {}
+    category_ids = _unify_ids(content["categories"], "category", findings, are_sorted=True)
+    names = _names_by_id(content["categories"], findings)
+    image_ids = _unify_ids(content["images"], "image", findings)
+    dicts = [_record(image, image_root, findings, files) for image in content["images"]]
+    places: List[List[str]] = [[] for _ in dicts]
+    if "annotations" in content:
+        for record in dicts:
+            record["annotations"] = []
+        indices = {record["image_id"]: index for index, record in enumerate(dicts)}
+        labels = {each: label for label, each in enumerate(names)}
+        for position, annotation in enumerate(content["annotations"]):
+            where = f"annotation {annotation['id']!r}" if "id" in annotation else f"annotation {position} of the list"
+            category = _refer(annotation, "category_id", category_ids, findings, where)
+            image = _refer(annotation, "image_id", image_ids, findings, where)
+            if image is None:
+                what, fix = "annotations are of an image that is not listed", "Add it, or take the annotations out"
+                findings.refuse(what, fix, f"{where}: image_id {annotation.get('image_id')!r}")
+                continue
+            where = f"{where} of image {image!r}"
+            record, record_places = dicts[indices[image]], places[indices[image]]
+            _repair(annotation, record, findings, where)
+            label = labels.get(category, f"category_id {annotation.get('category_id')!r}")
+            record["annotations"].append({**annotation, "category_id": label, "bbox_mode": BoxMode.XYWH_ABS})
+            record_places.append(where)
+        _repair_annotation_ids(content["annotations"], findings, "minival" in path)
+    return content, Records(dicts, list(names.values()), places)
+
+
+def _parse(path: str, needs_annotations: bool) -> _Json:
     try:
         with open(path, encoding="utf-8-sig") as file:
             content = json.load(file)
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
-        for part in ("images", "annotations", "categories"):
-            if part == "annotations" and not needs_annotations and content.get(part) is None:
-                content.pop(part, None)
-                continue
+        parts = ["images", "annotations", "categories"]
+        if not needs_annotations and content.get("annotations") is None:
+            parts.remove("annotations")
+            content.pop("annotations", None)
+        for part in parts:
             if not isinstance(content.get(part), list):
                 raise ValueError(f"it has no list {part!r}")
             if not all(isinstance(each, dict) for each in content[part]):
@@ -87,105 +114,181 @@ def read_coco(path: str, needs_annotations: bool = True) -> Dict[str, Any]:
         ) from error
 
 
-def inspect_coco(
-    path: str, image_root: str, findings: Findings, needs: Needs = Needs(), needs_annotations: bool = True
-) -> CocoContent:
+def _id_text(value: Any) -> str:
+    """The text of an id, which is a whole number or a text; "" where it can be none."""
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else ""
+    return str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
+
+
+def _unify_ids(entries: List[_Json], what: str, findings: Findings, are_sorted: bool = False) -> _Ids:
     """
-    Checks and repairs everything but the image files themselves.
+    Brings the ids of a list to one type, which Detectron2 and COCO's API can sort and compare.
 
-    Args:
-        path: of the annotation file, on this machine.
-        image_root: folder that file names begin from.
-        findings: takes problems, repairs and notes.
-        needs: what else than boxes the model is trained on.
-        needs_annotations: as in :func:`read_coco`.
-
-    Raises:
-        ValueError: as :func:`read_coco`.
+    Whole numbers stay. Texts stay where all ids are texts, unless ``are_sorted`` and all are numbers ("10" would come
+    before "2"). A mixture becomes numbers where it can, else texts. An entry without a usable id loses it.
     """
-    content = read_coco(path, needs_annotations)
-    with open(path, "rb") as file:
-        if file.read(3) == b"\xef\xbb\xbf":
-            findings.repair(MARK, path)
-    if not isinstance(content.get("info"), dict):
-        findings.repair(NO_INFO, path)
-        content["info"] = {}
-    category_ids = _own_ids(content["categories"], "category", findings, CATEGORY_TWICE, are_sorted=True)
-    named = {}
-    for category in content["categories"]:
-        named[category.get("id")] = _name(category, findings)
-    order = sorted(each for each in named if category_ids.referred(each) is not None)
-    image_ids = _own_ids(content["images"], "image", findings, IMAGE_TWICE)
-    files, sizes = _images(content["images"], image_root, findings)
-    used, num_objects = check_annotations(
-        content.get("annotations", []), image_ids, category_ids, sizes, findings, needs, path
-    )
-    num_used = max((index for index, each in enumerate(order, 1) if each in used), default=0)
-    return CocoContent(content, [named[each] for each in order], num_used, num_objects, files)
-
-
-def _own_ids(
-    entries: List[Dict[str, Any]], what: str, findings: Findings, twice: Kind, are_sorted: bool = False
-) -> Ids:
-    """The ids of a list, which are brought to one type; an entry without a usable one loses its id."""
-    usable = [each for each in entries if is_id(each.get("id"))]
-    ids = Ids([each["id"] for each in usable], are_sorted)
+    usable = [each["id"] for each in entries if _id_text(each.get("id"))]
+    are_numbers = all(each.isdecimal() for each in usable if isinstance(each, str))
+    are_texts = usable and all(isinstance(each, str) for each in usable)
+    convert = int if are_numbers and (are_sorted or not are_texts) else str
+    found: _Ids = {}
     for position, entry in enumerate(entries):
-        if not is_id(entry.get("id")):
-            findings.refuse(NO_ID, f"{what} {position} of the list: {entry.pop('id', None)!r}")
+        text = _id_text(entry.get("id"))
+        if not text:
+            what_is_wrong = "images or categories have an id that is neither a whole number nor a text"
+            shown = f"{what} {position} of the list: {entry.pop('id', None)!r}"
+            findings.refuse(what_is_wrong, "Give each an id of its own", shown)
             continue
-        own = ids.own(entry["id"])
-        if own != entry["id"] or type(own) is not type(entry["id"]):
-            findings.repair(OTHER_IDS, f"{what} {entry['id']!r}, read as {own!r}")
+        own = convert(text)
+        if type(own) is not type(entry["id"]):
+            shown = f"{what} {entry['id']!r}, read as {own!r}"
+            findings.repair("ids are texts or of several types", "They are taken as one type", shown)
             entry["id"] = own
-    if ids.duplicates:
-        for each in ids.duplicates:
-            findings.refuse(twice, repr(each))
-    return ids
+        found[text] = found[str(own)] = found[own] = own
+    return found
 
 
-def _name(category: Dict[str, Any], findings: Findings) -> str:
-    name = category.get("name")
+def _refer(annotation: _Json, key: str, ids: _Ids, findings: Findings, where: str) -> Optional[Hashable]:
+    """The id that an annotation names, also by its text: "7" means 7. None for one that is not listed."""
+    value = annotation.get(key)
+    if type(value) is int and value in ids:  # nearly always
+        return value
+    found = ids.get(_id_text(value))
+    if found is not None and type(found) is not type(value):
+        what = "annotations name image or category by an id of another type"
+        findings.repair(what, "The id is found by its text", f"{where}: {key} {value!r}")
+        annotation[key] = found
+    return found
+
+
+def _names_by_id(categories: List[_Json], findings: Findings) -> Dict[Hashable, str]:
+    """Sorted by id; a name that is no text becomes one."""
+    names: Dict[Hashable, str] = {}
+    for category in categories:
+        name = category.get("name")
+        if name is None or name == "" or isinstance(name, (list, dict)):
+            findings.refuse("categories have no name", "Name them", f"category {category.get('id')!r}")
+        elif not isinstance(name, str):
+            findings.repair("categories have a name that is no text", "Its text is taken", repr(name))
+            category["name"] = str(name)
+        if "id" in category:
+            if category["id"] in names:
+                fix = "Give each category an id of its own"
+                findings.refuse("category ids occur more than once", fix, repr(category["id"]))
+            names[category["id"]] = category.get("name") or ""
+    return dict(sorted(names.items()))
+
+
+def _record(image: _Json, image_root: str, findings: Findings, files: ImageFiles) -> _Json:
+    """The dict of an image, without annotations."""
+    name, sides = image.get("file_name"), (image.get("width"), image.get("height"))
+    record = {"image_id": image.get("id")}
     if isinstance(name, str) and name:
-        return name
-    if name is None or isinstance(name, (list, dict)) or name == "":
-        findings.refuse(NO_NAME, f"category {category.get('id')!r}")
-        return ""
-    findings.repair(NAME_IS_NO_TEXT, repr(name))
-    category["name"] = str(name)
-    return category["name"]
+        record["file_name"] = os.path.join(image_root, name)
+    size = whole_size(*sides, of_text=True)
+    if size is None and "file_name" in record:
+        size = files.size(record["file_name"])
+    if size is not None:  # else the file's own problem is reported
+        if not type(sides[0]) is type(sides[1]) is int:
+            shown = f"{record.get('file_name')!r}, {sides[0]!r} x {sides[1]!r}, is {size[0]} x {size[1]}"
+            findings.repair("images have no usable width and height", "They are read from the files", shown)
+        record["width"], record["height"] = image["width"], image["height"] = size
+    return record
 
 
-def _images(
-    images: List[Dict[str, Any]], image_root: str, findings: Findings
-) -> Tuple[List[ImageFile], Dict[Hashable, Tuple[int, int]]]:
-    """Files of the images, and their sizes by id; a size that is missing is read from the file."""
-    files, sizes, first_of = [], {}, {}
-    for image in images:
-        number_of_image, name = image.get("id"), image.get("file_name")
-        if not isinstance(name, str) or not name:
-            findings.refuse(NO_FILE_NAME, f"image {number_of_image!r}: {name!r}")
-            continue
-        path = os.path.join(image_root, name)
-        if first_of.setdefault(path, number_of_image) != number_of_image:
-            findings.note(FILE_TWICE, f"{name}: {first_of[path]!r} and {number_of_image!r}")
-        size = _size(image, path, findings)
-        files.append(ImageFile(path, size))
-        if size is not None:
-            sizes[number_of_image] = size
-    return files, sizes
+def _repair(annotation: _Json, image: _Json, findings: Findings, where: str) -> None:
+    crowd = annotation.get("iscrowd")
+    if type(crowd) is not int or crowd not in (0, 1):
+        annotation["iscrowd"] = int(crowd is True or number(crowd, of_text=True) == 1)
+        shown = f"{where}: {crowd!r} counts as {annotation['iscrowd']}"
+        findings.repair("annotations have no usable iscrowd", "0 is taken: objects, not crowds", shown)
+    if annotation.get("ignore", 0) != 0:
+        what = "annotations are marked ignore, which Detectron2 does not know"
+        findings.repair(what, "They are taken as crowds", where)
+        annotation["iscrowd"], annotation["ignore"] = 1, 0
+    mask = annotation.get("segmentation")
+    if mask and not (_is_run_length(mask, image) if isinstance(mask, dict) else _has_polygon(mask)):
+        what = "annotations have a segmentation that cannot be used"
+        findings.repair(what, "It is left out; the box stays", where)
+        del annotation["segmentation"]
+    _repair_keypoints(annotation, findings, where)
+    _repair_box(annotation, findings, where)
 
 
-def _size(image: Dict[str, Any], path: str, findings: Findings):
-    size = image.get("width"), image.get("height")
-    if type(size[0]) is int and type(size[1]) is int and min(size) > 0:
-        return size
-    numbers = [number(each) for each in size]
-    if None not in numbers and min(numbers) > 0 and all(each.is_integer() for each in numbers):
-        read = int(numbers[0]), int(numbers[1])
-    else:
-        read = header_size(path)
-    if read is not None:  # else the file's own problem is reported
-        findings.repair(NO_SIZE, f"{path!r}, {size[0]!r} x {size[1]!r}, is {read[0]} x {read[1]}")
-        image["width"], image["height"] = read
-    return read
+def _repair_box(annotation: _Json, findings: Findings, where: str) -> None:
+    polygons = annotation.get("segmentation")
+    if annotation.get("bbox") is None and polygons and isinstance(polygons, list):
+        xs = [x for polygon in polygons for x in polygon[0::2]]
+        ys = [y for polygon in polygons for y in polygon[1::2]]
+        annotation["bbox"] = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+        findings.repair("annotations have a mask and no box", "The box around the mask is taken", where)
+    box, area = annotation.get("bbox"), annotation.get("area")
+    if isinstance(box, list) and str in map(type, box) and numbers(box, of_text=True):
+        annotation["bbox"] = numbers(box, of_text=True)
+        findings.repair("boxes have numbers written as text", "They are read as numbers", where)
+    if number(area) is None:
+        box = numbers(annotation.get("bbox")) or []
+        value = number(area, of_text=True)
+        annotation["area"] = math.prod(box[2:]) if value is None else value
+        findings.repair("annotations have no usable area", "The area of the box is taken", f"{where}: {area!r}")
+
+
+def _has_polygon(mask: Any) -> bool:
+    """Whether Detectron2's loader finds a polygon of three points; without one it would leave the object out."""
+    is_list = isinstance(mask, list) and all(map(_is_finite, mask))
+    return is_list and any(len(each) % 2 == 0 and len(each) >= 6 for each in mask)
+
+
+def _is_finite(values: Any) -> bool:
+    try:
+        return isinstance(values, list) and math.isfinite(sum(values))
+    except (TypeError, OverflowError):
+        return False
+
+
+def _is_run_length(mask: _Json, image: _Json) -> bool:
+    counts = mask.get("counts")
+    try:
+        height, width = mask.get("size")
+        if (width, height) != (image.get("width", width), image.get("height", height)):
+            return False
+        return (isinstance(counts, str) and bool(counts)) or (min(counts) >= 0 and sum(counts) == width * height)
+    except (TypeError, ValueError):
+        return False
+
+
+def _repair_keypoints(annotation: _Json, findings: Findings, where: str) -> None:
+    points = annotation.get("keypoints")
+    if not points:
+        return
+    if not _is_finite(points) or len(points) % 3:
+        findings.repair("annotations have keypoints that are no numbers", "They are left out; the box stays", where)
+        del annotation["keypoints"]
+    elif type(annotation.get("num_keypoints")) is not int:
+        what = "annotations with keypoints have no num_keypoints"
+        findings.repair(what, "The visible ones are counted", where)
+        annotation["num_keypoints"] = sum(each > 0 for each in points[2::3])
+
+
+def _repair_annotation_ids(annotations: List[_Json], findings: Findings, may_repeat: bool) -> None:
+    """
+    COCO's evaluation takes an object whose annotation id is 0 for one that was not found. Detectron2 lets files called
+    minival have annotation ids twice.
+    """
+    ids = [each.get("id") for each in annotations]
+    if not all(type(each) is int and each > 0 for each in ids):
+        for index, annotation in enumerate(annotations, 1):
+            if type(annotation.get("id")) is not int or annotation["id"] <= 0:
+                what = "annotations have no id that COCO's evaluation can use, which is a number from 1"
+                shown = f"{annotation.get('id')!r} of image {annotation.get('image_id')!r}"
+                findings.repair(what, "They are numbered", shown)
+            annotation["id"] = index
+    elif not may_repeat and len(set(ids)) < len(ids):
+        seen = set()
+        for each, annotation in zip(ids, annotations):
+            if each in seen:
+                what = "annotation ids occur more than once, as in files that were joined"
+                shown = f"{each} (image {annotation.get('image_id')!r})"
+                findings.refuse(what, "Give each annotation an id of its own", shown)
+            seen.add(each)

@@ -1,31 +1,26 @@
 """What a check finds in a data set, gathered by kind: a summary instead of one error at a time."""
 
-from typing import Dict, List, NamedTuple, Tuple
+from dataclasses import dataclass, field
+from typing import Dict, List, Tuple
 
-__all__ = ["DataSetError", "Findings", "Kind"]
+__all__ = ["DataSetError", "Findings"]
 
 # Places of one kind that a summary names.
 _NUM_NAMED = 10
-
-# By kind: how many, and the first places.
-_Places = Dict["Kind", Tuple[List[int], List[str]]]
 
 
 class DataSetError(ValueError):
     """Data that a run cannot use; the message is the summary of every problem."""
 
 
-class Kind(NamedTuple):
-    """
-    A kind of finding.
+@dataclass
+class _Places:
+    count: int = 0
+    first: List[str] = field(default_factory=list)
 
-    Attributes:
-        what: a statement in the plural: "annotations have no box".
-        fix: what to do, or what was done, as a sentence without its full stop.
-    """
 
-    what: str
-    fix: str
+# By statement and fix.
+_Kinds = Dict[Tuple[str, str], _Places]
 
 
 class Findings:
@@ -33,32 +28,35 @@ class Findings:
     What was found in one data set.
 
     Problems stop a run. Repairs happen while the data are loaded and change no file of the user's. Notes change
-    nothing.
+    nothing. Each method takes a statement in the plural ("objects have no box"), what to do or what was done (a
+    sentence without its full stop), and the place.
 
     Attributes:
-        has_problems: a run must not start.
         is_repaired: what is loaded differs from the files.
     """
 
     def __init__(self) -> None:
-        self._problems: _Places = {}
-        self._notes: _Places = {}
-        self.has_problems = False
+        self._problems: _Kinds = {}
+        self._notes: _Kinds = {}
         self.is_repaired = False
 
-    def refuse(self, kind: Kind, where: str, count: int = 1) -> None:
-        """Adds a problem; ``where`` names the element, the first of ``count``."""
-        self.has_problems = True
-        _add(self._problems, kind, where, count)
+    @property
+    def has_problems(self) -> bool:
+        """A run must not start."""
+        return bool(self._problems)
 
-    def repair(self, kind: Kind, where: str) -> None:
+    def refuse(self, what: str, fix: str, where: str, count: int = 1) -> None:
+        """Adds a problem; ``where`` names the element, the first of ``count``."""
+        _add(self._problems, what, fix, where, count)
+
+    def repair(self, what: str, done: str, where: str) -> None:
         """Adds a repair that the caller has made."""
         self.is_repaired = True
-        _add(self._notes, kind, where, 1)
+        _add(self._notes, what, done, where)
 
-    def note(self, kind: Kind, where: str) -> None:
+    def note(self, what: str, meaning: str, where: str) -> None:
         """Adds what is worth knowing."""
-        _add(self._notes, kind, where, 1)
+        _add(self._notes, what, meaning, where)
 
     def problems(self) -> str:
         """A line for each kind of problem: number, fix and the first ten places."""
@@ -68,17 +66,25 @@ class Findings:
         """A line for each kind of repair and note, likewise; "" for none."""
         return _text(self._notes)
 
+    def raise_problems(self, what: str) -> None:
+        """
+        Raises:
+            DataSetError: there are problems; ``what`` has them.
+        """
+        if self._problems:
+            raise DataSetError(f"{what} cannot be used:\n{self.problems()}")
 
-def _add(kinds: _Places, kind: Kind, where: str, number: int) -> None:
-    count, places = kinds.setdefault(kind, ([0], []))
-    count[0] += number
-    if len(places) < _NUM_NAMED:
-        places.append(where)
+
+def _add(kinds: _Kinds, what: str, fix: str, where: str, count: int = 1) -> None:
+    places = kinds.setdefault((what, fix), _Places())
+    places.count += count
+    if len(places.first) < _NUM_NAMED:
+        places.first.append(where)
 
 
-def _text(kinds: _Places) -> str:
+def _text(kinds: _Kinds) -> str:
     lines = []
-    for kind, ((count,), places) in kinds.items():
-        first = "The first" if count > len(places) else "These"
-        lines.append(f"- {kind.what} ({count}). {kind.fix}. {first}: {'; '.join(places)}")
+    for (what, fix), places in kinds.items():
+        first = "The first" if places.count > len(places.first) else "These"
+        lines.append(f"- {what} ({places.count}). {fix}. {first}: {'; '.join(places.first)}")
     return "\n".join(lines)

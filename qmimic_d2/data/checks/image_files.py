@@ -1,25 +1,15 @@
 """The image files of a data set: they are there, they are images, and they have the annotated size."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
-from typing import Dict, Iterable, NamedTuple, Optional, Tuple
+from multiprocessing.pool import ThreadPool
+from typing import Any, Dict, Iterable, Optional, Tuple
 
 from tqdm import tqdm
 
-from qmimic_d2.data.checks.findings import Findings, Kind
+from qmimic_d2.data.checks.findings import Findings
 from qmimic_d2.image_file import UnusableImageError, image_size
 
-__all__ = ["ImageFile", "check_image_files", "header_size"]
-
-MISSING = Kind(
-    "image files are not there", "Correct file_name or the folder of the images, or take the images out of the data set"
-)
-BACKSLASH = Kind("file names have backslashes, which only Windows takes for folders", "Write / instead of \\")
-UNUSABLE = Kind("files are no images that can be read", "Replace them, or take them out of the data set")
-ANOTHER_SIZE = Kind(
-    "images have another size than is annotated",
-    "Annotate the image as it is turned by its EXIF data, or correct width and height",
-)
+__all__ = ["ImageFiles"]
 
 # Threads wait for slow disks; the work itself is short.
 _NUM_THREADS = 4
@@ -27,61 +17,54 @@ _NUM_THREADS = 4
 _SECONDS_UNTIL_PROGRESS = 3.0
 
 
-class ImageFile(NamedTuple):
-    """
-    An image as a data set describes it.
+class ImageFiles:
+    """Files of images, of which the header is read once, whoever asks. URIs are left alone."""
 
-    Attributes:
-        path: a URI is left alone.
-        size: annotated width and height in pixels; None for no claim.
-    """
+    def __init__(self) -> None:
+        self._found: Dict[str, Any] = {}  # by path: the size, an error, or None for a URI
 
-    path: str
-    size: Optional[Tuple[int, int]]
+    def look_at(self, paths: Iterable[str], title: str = "") -> None:
+        """Reads the headers, a few at a time, with a progress bar of this title where that takes long."""
+        new = list(dict.fromkeys(each for each in paths if each not in self._found))
+        with ThreadPool(_NUM_THREADS) as pool:
+            found = pool.imap(_look_at, new, chunksize=16)
+            self._found.update(
+                zip(new, tqdm(found, title, len(new), leave=False, disable=None, delay=_SECONDS_UNTIL_PROGRESS))
+            )
 
+    def size(self, path: str) -> Optional[Tuple[int, int]]:
+        """Width and height in pixels; None where they cannot be read, which :meth:`check` reports."""
+        if path not in self._found:
+            self._found[path] = _look_at(path)
+        found = self._found[path]
+        return None if isinstance(found, Exception) else found
 
-def check_image_files(
-    images: Iterable[ImageFile], findings: Findings, known: Dict[str, object], title: str = ""
-) -> None:
-    """
-    Reads the header of every file, a few at a time, with a progress bar where that takes long.
-
-    Args:
-        images: of one data set.
-        findings: takes the problems.
-        known: by path, size or error of the files that were looked at; filled here, so that a second data set of
-            the same files costs nothing.
-        title: of the progress bar.
-    """
-    images = list(images)
-    new = list(dict.fromkeys(each.path for each in images if each.path not in known and "://" not in each.path))
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        progress = tqdm(
-            pool.map(_look_at, new), title, len(new), leave=False, disable=None, delay=_SECONDS_UNTIL_PROGRESS
-        )
-        known.update(zip(new, progress))
-    for image in images:
-        found = known.get(image.path)
-        if found is None:
-            continue
+    def check(self, path: str, size: Optional[Tuple[int, int]], findings: Findings) -> None:
+        """Reports what is wrong with a file that was looked at; ``size`` is annotated, None for no claim."""
+        found = self._found.get(path)
         if isinstance(found, FileNotFoundError):
-            _refuse_missing(image.path, findings)
+            with_slashes = path.replace("\\", "/")
+            if with_slashes == path:
+                fix = "Correct file_name or the folder of the images, or take the images out of the data set"
+                findings.refuse("image files are not there", fix, repr(path))
+            else:
+                what = "file names have backslashes, which only Windows takes for folders"
+                is_there = "is" if os.path.exists(with_slashes) else "would be"
+                findings.refuse(what, "Write / instead of \\", f"{path}, which {is_there} {with_slashes}")
         elif isinstance(found, Exception):
-            findings.refuse(UNUSABLE, f"{image.path!r} ({found})")
-        elif image.size is not None and found != image.size:
+            fix = "Replace them, or take them out of the data set"
+            findings.refuse("files are no images that can be read", fix, f"{path!r} ({found})")
+        elif None not in (found, size) and found != size:
             findings.refuse(
-                ANOTHER_SIZE,
-                f"{image.path!r} is {found[0]} x {found[1]} pixels, annotated as {image.size[0]} x {image.size[1]}",
+                "images have another size than is annotated",
+                "Annotate the image as it is turned by its EXIF data, or correct width and height",
+                f"{path!r} is {found[0]} x {found[1]} pixels, annotated as {size[0]} x {size[1]}",
             )
 
 
-def header_size(path: str) -> Optional[Tuple[int, int]]:
-    """Width and height of an image; None where they cannot be read, which :func:`check_image_files` reports."""
-    found = _look_at(path)
-    return None if isinstance(found, Exception) else found
-
-
-def _look_at(path: str) -> object:
+def _look_at(path: str) -> Any:
+    if "://" in path:
+        return None
     if not os.path.exists(path):
         return FileNotFoundError(path)
     if not os.path.isfile(path):  # a pipe would be waited for
@@ -90,15 +73,3 @@ def _look_at(path: str) -> object:
         return image_size(path)
     except UnusableImageError as error:
         return error
-
-
-def _refuse_missing(path: str, findings: Findings) -> None:
-    if "\\" not in path:
-        findings.refuse(MISSING, repr(path))
-        return
-    with_slashes = path.replace("\\", "/")
-    findings.refuse(
-        BACKSLASH, f"{path}, which {'is' if os.path.exists(with_slashes) else 'would be'} {with_slashes}"
-    )
-
-

@@ -4,10 +4,12 @@ import os
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from qmimic_d2.data.checks.coco import inspect_coco
-from qmimic_d2.data.checks.findings import DataSetError, Findings
-from qmimic_d2.data.pascal_voc import load_pascal_voc, read_objects, voc_image_ids
-from qmimic_d2.data.sources.yolo import SPLITS, load_yolo, read_data_yaml
+from qmimic_d2.data.checks.coco import coco_class_names
+from qmimic_d2.data.checks.dicts import Records, load_usable
+from qmimic_d2.data.checks.findings import Findings
+from qmimic_d2.data.checks.image_files import ImageFiles
+from qmimic_d2.data.pascal_voc import read_pascal_voc, voc_class_names
+from qmimic_d2.data.sources.yolo import SPLITS, read_data_yaml, read_yolo
 
 __all__ = ["FORMATS", "Source", "SourceLoader", "guess_sources"]
 
@@ -112,22 +114,18 @@ class SourceLoader:
     def __init__(self, source: Source):
         self.source = source
 
-    def __call__(self) -> List[Dict[str, Any]]:
+    def __call__(self) -> Sequence[Dict[str, Any]]:
         """
         Dicts as Detectron2 has them.
 
         Raises:
             FileNotFoundError, DataSetError: the data cannot be used; the message has every problem.
         """
-        findings = Findings()
-        dicts = self.load(findings)
-        if findings.has_problems:
-            raise DataSetError(f"the data set {self.source.name!r} cannot be used:\n{findings.problems()}")
-        return dicts
+        return load_usable(self.read, f"the data set {self.source.name!r}")
 
-    def load(self, findings: Findings) -> List[Dict[str, Any]]:
-        """The same; problems and repairs go to ``findings``."""
-        return FORMATS[self.source.format].load(self.source, findings)
+    def read(self, findings: Findings, files: ImageFiles) -> Records:
+        """What is to be inspected; what is wrong with the files themselves goes to ``findings``."""
+        return FORMATS[self.source.format].read(self.source, findings, files)
 
 
 class _Format(NamedTuple):
@@ -135,33 +133,28 @@ class _Format(NamedTuple):
     Attributes:
         has_split: one path holds several sets.
         classes: gives the class names of the data.
-        load: gives Detectron2's dicts; None where Detectron2's own loader does.
+        read: the reader; None where Detectron2's own loader reads.
     """
 
     has_split: bool
     classes: Callable[[Source], Sequence[str]]
-    load: Optional[Callable[[Source, Findings], List[Dict[str, Any]]]]
+    read: Optional[Callable[[Source, Findings, ImageFiles], Records]]
 
 
 def _coco_classes(source: Source) -> Sequence[str]:
     if not os.path.isfile(source.path):
         raise FileNotFoundError(f"there is no annotation file {source.path!r}")
-    return inspect_coco(source.path, "", Findings(), needs_annotations=False).class_names
+    return coco_class_names(source.path)
 
 
 def _voc_classes(source: Source) -> Sequence[str]:
     _check_voc(source)
-    names = set()
-    for each in voc_image_ids(source.path, source.split):
-        path = os.path.join(source.path, "Annotations", f"{each}.xml")
-        if os.path.isfile(path):  # the check of the data names the others
-            names.update(found.name for found in read_objects(path, Findings()))
-    return sorted(names)
+    return voc_class_names(source.path, source.split)
 
 
-def _load_voc(source: Source, findings: Findings) -> List[Dict[str, Any]]:
+def _read_voc(source: Source, findings: Findings, files: ImageFiles) -> Records:
     _check_voc(source)
-    return load_pascal_voc(source.path, source.split, source.classes, findings)
+    return read_pascal_voc(source.path, source.split, source.classes, findings, files)
 
 
 def _check_voc(source: Source) -> None:
@@ -185,14 +178,14 @@ def _yolo_classes(source: Source) -> Sequence[str]:
     return data.classes
 
 
-def _load_yolo(source: Source, findings: Findings) -> List[Dict[str, Any]]:
-    return load_yolo(read_data_yaml(source.path), source.split, source.classes, findings)
+def _read_yolo(source: Source, findings: Findings, files: ImageFiles) -> Records:
+    return read_yolo(read_data_yaml(source.path), source.split, source.classes, findings, files)
 
 
 FORMATS: Dict[str, _Format] = {
     "coco": _Format(False, _coco_classes, None),
-    "voc": _Format(True, _voc_classes, _load_voc),
-    "yolo": _Format(True, _yolo_classes, _load_yolo),
+    "voc": _Format(True, _voc_classes, _read_voc),
+    "yolo": _Format(True, _yolo_classes, _read_yolo),
 }
 
 # Splits of a folder in VOC's layout: for training and for evaluation, the preferred ones first.

@@ -7,31 +7,21 @@ the width and height of the image; x and y are the center of the box. A line wit
 """
 
 import os
-from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 from detectron2.structures import BoxMode
 
-from qmimic_d2.data.checks.boxes import BoxCheck
-from qmimic_d2.data.checks.findings import Findings, Kind
-from qmimic_d2.data.checks.image_files import header_size
+from qmimic_d2.data.checks.dicts import Records
+from qmimic_d2.data.checks.findings import Findings
+from qmimic_d2.data.checks.image_files import ImageFiles
+from qmimic_d2.data.checks.numbers import numbers
 from qmimic_d2.yaml.file import read_yaml
 
-__all__ = ["SPLITS", "YoloData", "load_yolo", "read_data_yaml"]
+__all__ = ["SPLITS", "YoloData", "read_data_yaml", "read_yolo"]
 
 # Keys of data.yaml that name images, the usual one for training first.
 SPLITS = ("train", "val", "test")
-
-NO_NUMBERS = Kind("lines are no label", "Write: class x y width height, five numbers, or a polygon")
-NO_CLASS = Kind("labels have a class that data.yaml does not name", "Correct the number, or add the class to names")
-NOT_NORMALIZED = Kind(
-    "labels have numbers outside of 0 to 1", "Divide x and width by the width of the image, y and height by its height"
-)
-REACHES_OVER = Kind("boxes reach over the border of their image by rounding", "They are cut off there")
-NO_IMAGE = Kind("images cannot be read", "Replace them, or take them out of the data set")
-REPEATED = Kind("labels are repeated in their file", "Training takes each once")
-TWICE = Kind("images are listed more than once", "Take the repeated lines out of the list")
 
 _ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # How far rounding may carry a side over the border, as a share of the image.
@@ -81,17 +71,18 @@ def read_data_yaml(path: str) -> YoloData:
     return YoloData(path, classes, images)
 
 
-def load_yolo(data: YoloData, split: str, classes: Sequence[str], findings: Findings) -> List[Dict[str, Any]]:
+def read_yolo(
+    data: YoloData, split: str, classes: Sequence[str], findings: Findings, files: ImageFiles
+) -> Records:
     """
-    The images of a split as Detectron2's dicts.
-
-    An image without a label file, or with an empty one, has no object.
+    The images of a split. One without a label file, or with an empty one, has no object.
 
     Args:
         data: as :func:`read_data_yaml` gives it.
         split: a key of ``data.images``.
         classes: of the detector; a label gets the place of its name there.
         findings: takes problems and repairs.
+        files: tell the sizes.
 
     Raises:
         ValueError: there is no such split, or no image in it.
@@ -101,27 +92,20 @@ def load_yolo(data: YoloData, split: str, classes: Sequence[str], findings: Find
     paths = [path for place in data.images[split] for path in _images(place)]
     if not paths:
         raise ValueError(f"{data.path!r} names {list(data.images[split])} for {split!r}, where there is no image")
-    for path, count in Counter(paths).items():
-        if count > 1:
-            findings.refuse(TWICE, path)
-    check_box = BoxCheck(findings)
-    dicts = []
-    for number, path in enumerate(paths):
-        size = header_size(path)
-        if size is None:
-            findings.refuse(NO_IMAGE, path)
-            continue
-        dicts.append(
-            {
-                "file_name": path,
-                "image_id": number,
-                "width": size[0],
-                "height": size[1],
-                "annotations": _annotations(_label_file(path), size, data.classes, labels, check_box, findings),
-            }
-        )
-    check_box.finish()
-    return dicts
+    files.look_at(paths, split)
+    numbers_of_images = {path: number for number, path in enumerate(dict.fromkeys(paths))}  # one for a repeated path
+    dicts, places = [], []
+    for path in paths:
+        record = {"file_name": path, "image_id": numbers_of_images[path], "annotations": []}
+        size = files.size(path)
+        places.append([])
+        if size is not None:
+            record["width"], record["height"] = size
+            for where, annotation in _annotations(_label_file(path), size, data.classes, labels, findings):
+                record["annotations"].append(annotation)
+                places[-1].append(where)
+        dicts.append(record)
+    return Records(dicts, classes, places)
 
 
 def _class_names(names: Any, path: str) -> Tuple[str, ...]:
@@ -181,63 +165,39 @@ def _label_file(image: str) -> str:
 
 
 def _annotations(
-    path: str,
-    size: Tuple[int, int],
-    names: Sequence[str],
-    labels: Dict[str, int],
-    check_box: BoxCheck,
-    findings: Findings,
-) -> List[Dict[str, Any]]:
+    path: str, size: Tuple[int, int], names: Sequence[str], labels: Dict[str, int], findings: Findings
+) -> Iterator[Tuple[str, Dict[str, Any]]]:
+    """File and line of each object of a label file, and its annotation."""
     if not os.path.isfile(path):
-        return []
+        return
     with open(path, encoding="utf-8-sig", errors="replace") as file:
-        lines = [line.split() for line in file]
-    found, seen = [], set()
-    for position, words in enumerate(lines, 1):
+        lines = file.read().splitlines()
+    seen = set()
+    for position, line in enumerate(lines, 1):
+        words, where = line.split(), f"{path}: line {position}"
+        shown = f"{where}: {line[:80]!r}"
         if not words:
             continue
-        where = f"{path}: line {position}"
-        numbers = _numbers(words)
-        if numbers is None:
-            findings.refuse(NO_NUMBERS, f"{where}: {' '.join(words)[:80]!r}")
-            continue
-        number, *rest = numbers
-        if not 0 <= number < len(names) or names[int(number)] not in labels:
-            findings.refuse(NO_CLASS, f"{where}: {words[0]}")
-            continue
-        corners = _corners(rest)
-        if min(corners) < -_ROUNDING or max(corners) > 1.0 + _ROUNDING:
-            findings.refuse(NOT_NORMALIZED, f"{where}: {' '.join(words)[:80]!r}")
-            continue
         if tuple(words) in seen:
-            findings.repair(REPEATED, where)
+            findings.repair("labels are repeated in their file", "Training takes each once", where)
             continue
         seen.add(tuple(words))
+        found = numbers(words, of_text=True)
+        if not found or not found[0].is_integer() or not (len(found) == 5 or (len(found) >= 7 and len(found) % 2)):
+            fix = "Write: class x y width height, five numbers, or a polygon"
+            findings.refuse("lines are no label", fix, shown)
+            continue
+        number, corners = int(found[0]), _corners(found[1:])
+        if min(corners) < -_ROUNDING or max(corners) > 1.0 + _ROUNDING:
+            fix = "Divide x and width by the width of the image, y and height by its height"
+            findings.refuse("labels have numbers outside of 0 to 1", fix, shown)
+            continue
         if min(corners) < -1e-4 or max(corners) > 1.0 + 1e-4:
-            findings.repair(REACHES_OVER, where)
-        x0, y0, x1, y1 = (
-            min(max(each, 0.0), 1.0) * side for each, side in zip(corners, (size[0], size[1], size[0], size[1]))
-        )
-        if check_box([x0, y0, x1 - x0, y1 - y0], size, where) is not None:
-            found.append(
-                {
-                    "category_id": labels[names[int(number)]],
-                    "bbox": [x0, y0, x1, y1],
-                    "bbox_mode": BoxMode.XYXY_ABS,
-                }
-            )
-    return found
-
-
-def _numbers(words: Sequence[str]) -> Optional[List[float]]:
-    """Those of a label; None where the words are none."""
-    try:
-        numbers = [float(each) for each in words]
-    except ValueError:
-        return None
-    is_box, is_polygon = len(numbers) == 5, len(numbers) >= 7 and len(numbers) % 2 == 1
-    is_finite = all(abs(each) < 1e300 for each in numbers)
-    return numbers if (is_box or is_polygon) and is_finite and numbers[0].is_integer() else None
+            what = "boxes reach over the border of their image by rounding"
+            findings.repair(what, "They are cut off there", where)
+        name = names[number] if 0 <= number < len(names) else f"number {number}"
+        box = [min(max(each, 0.0), 1.0) * side for each, side in zip(corners, size * 2)]
+        yield where, {"category_id": labels.get(name, name), "bbox": box, "bbox_mode": BoxMode.XYXY_ABS}
 
 
 def _corners(numbers: Sequence[float]) -> Tuple[float, float, float, float]:

@@ -5,7 +5,7 @@ repaired.
 
 import logging
 import os
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
@@ -13,11 +13,10 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from qmimic_d2.data.checks import DataSetError, Findings
-from qmimic_d2.data.checks.coco import CocoContent, Needs, inspect_coco
-from qmimic_d2.data.checks.dicts import inspect_dicts
-from qmimic_d2.data.checks.image_files import ImageFile, check_image_files
-from qmimic_d2.data.loading import class_names, is_coco, is_pascal_voc, keep_repaired
-from qmimic_d2.data.pascal_voc import check_pascal_voc, load_pascal_voc
+from qmimic_d2.data.checks.dicts import Needs, Records, inspect_dicts
+from qmimic_d2.data.checks.image_files import ImageFiles
+from qmimic_d2.data.loading import class_names, inspect_coco, is_coco, is_pascal_voc
+from qmimic_d2.data.pascal_voc import check_pascal_voc, read_pascal_voc
 from qmimic_d2.data.sources import SourceLoader
 from qmimic_d2.modeling.family import num_classes_section
 
@@ -61,13 +60,12 @@ class _DataSet(NamedTuple):
     Attributes:
         error: why it cannot be looked at any further; "" if it could.
         names: of the classes, in the order of the labels; None if unknown.
-        num_used: number of classes up to the last that an object has.
-        num_objects: annotations that are no crowd; None for a set without annotations.
+        num_used, num_objects: as :class:`qmimic_d2.data.checks.dicts.Counts` has them.
     """
 
     error: str
     findings: Findings
-    names: Optional[List[str]] = None
+    names: Optional[Sequence[str]] = None
     num_used: int = 0
     num_objects: Optional[int] = None
 
@@ -106,11 +104,10 @@ def inspect_datasets(cfg: CfgNode, classes: Optional[ModelClasses] = None, *, ev
     train = [] if eval_only else list(dict.fromkeys(cfg.DATASETS.TRAIN))
     test = list(dict.fromkeys(cfg.DATASETS.TEST))
     seen: Dict[str, _DataSet] = {}
-    files: Dict[str, object] = {}
-    report = DataReport([], [])
+    files, report = ImageFiles(), DataReport([], [])
     for key, name in [(_TRAIN, each) for each in train] + [(_TEST, each) for each in test]:
         if name not in seen:
-            seen[name] = _look_at(name, _needs(cfg, key == _TRAIN), key == _TRAIN, name in test, files)
+            seen[name] = _look_at(name, _needs(cfg, name, key == _TRAIN), key == _TRAIN, files)
             _report_findings(key, name, seen[name], report)
         _report_objects(cfg, key, name, seen[name], report)
         if classes is not None:
@@ -158,49 +155,51 @@ def class_difference(first: str, first_classes: List[str], other: str, other_cla
     )
 
 
-def _needs(cfg: CfgNode, is_training: bool) -> Needs:
-    """An evaluation of masks takes any format."""
+def _needs(cfg: CfgNode, name: str, is_training: bool) -> Needs:
+    """An evaluation of masks takes any format. A COCO file's reader looks at its ids."""
+    metadata, is_evaluated = MetadataCatalog.get(name), name in cfg.DATASETS.TEST
+    mask_format = cfg.INPUT.MASK_FORMAT if is_training else "bitmask"
     return Needs(
-        (cfg.INPUT.MASK_FORMAT if is_training else "bitmask") if cfg.MODEL.MASK_ON else "",
+        mask_format if cfg.MODEL.MASK_ON else "",
         cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0,
+        image_ids=is_evaluated and not is_coco(name),
+        sizes=is_evaluated and metadata.get("evaluator_type") == "coco" and not metadata.get("json_file"),
     )
 
 
-def _look_at(
-    name: str, needs: Needs, is_training: bool, is_evaluated: bool, files: Dict[str, object]
-) -> _DataSet:
+def _look_at(name: str, needs: Needs, is_training: bool, files: ImageFiles) -> _DataSet:
     findings = Findings()
     try:
-        if isinstance(DatasetCatalog.data.get(name), SourceLoader):
-            _refuse_needs(needs, "boxes alone: its format has")
-            return _look_at_source(name, findings, files)
-        if is_pascal_voc(name):
-            _refuse_needs(needs, "boxes alone: Detectron2 reads")
-            return _look_at_pascal_voc(name, findings, files)
         if is_coco(name):
             return _look_at_coco(name, findings, needs, is_training, files)
-        return _look_at_dicts(name, findings, needs, is_evaluated, files)
+        if isinstance(DatasetCatalog[name], SourceLoader):
+            records = DatasetCatalog[name].read(findings, files)
+        elif is_pascal_voc(name):
+            records = _read_pascal_voc(MetadataCatalog.get(name), findings, files)
+        else:
+            records = _call(name, findings, needs, files)
+        # the loader of WIDER FACE has looked at its images
+        title = None if MetadataCatalog.get(name).get("evaluator_type") == "wider_face" else name
+        counts = inspect_dicts(records, findings, files, needs, title)
+        num_used = len(records.class_names) if is_pascal_voc(name) else counts.classes
+        return _DataSet("", findings, records.class_names, num_used, counts.objects)
     except (ValueError, KeyError, OSError) as error:  # each says what is wrong
         return _DataSet(str(error.args[0] if isinstance(error, KeyError) and error.args else error), findings)
 
 
-def _refuse_needs(needs: Needs, what: str) -> None:
-    keys = [key for key, is_on in (("MASK_ON", needs.mask_format), ("KEYPOINT_ON", needs.num_keypoints)) if is_on]
-    if keys:
-        off = " and ".join(f"MODEL.{key} False" for key in keys)
-        raise ValueError(f"it has {what} no masks and keypoints; set {off}, or give the data in COCO's format")
-
-
-def _look_at_source(name: str, findings: Findings, files: Dict[str, object]) -> _DataSet:
-    dicts = DatasetCatalog[name].load(findings)
-    check_image_files([ImageFile(each["file_name"], None) for each in dicts], findings, files, name)
-    names = list(MetadataCatalog.get(name).thing_classes)
-    used = [label["category_id"] for each in dicts for label in each["annotations"]]
-    return _DataSet("", findings, names, max(used, default=-1) + 1, len(used))
-
-
-def _look_at_pascal_voc(name: str, findings: Findings, files: Dict[str, object]) -> _DataSet:
+def _look_at_coco(
+    name: str, findings: Findings, needs: Needs, is_training: bool, files: ImageFiles
+) -> _DataSet:
     metadata = MetadataCatalog.get(name)
+    records, counts = inspect_coco(metadata, findings, files, needs, name, needs_annotations=is_training)
+    registered = metadata.get("thing_classes")
+    if registered and list(registered) != records.class_names:
+        file = f"its file {metadata.json_file}"
+        raise ValueError(class_difference("its registration", registered, file, records.class_names))
+    return _DataSet("", findings, records.class_names, *counts)
+
+
+def _read_pascal_voc(metadata: Metadata, findings: Findings, files: ImageFiles) -> Records:
     if metadata.get("evaluator_type") == "pascal_voc" and metadata.year not in (2007, 2012):
         raise ValueError(
             f"it is registered with the year {metadata.year!r}; register it with 2007 or 2012, whose rules of average "
@@ -208,81 +207,36 @@ def _look_at_pascal_voc(name: str, findings: Findings, files: Dict[str, object])
         )
     folder = PathManager.get_local_path(metadata.dirname)
     check_pascal_voc(folder, metadata.split, metadata.year)
-    dicts = load_pascal_voc(folder, metadata.split, metadata.thing_classes, findings)
-    sizes = [(each["width"], each["height"]) if "width" in each else None for each in dicts]
-    images = [ImageFile(each["file_name"], size) for each, size in zip(dicts, sizes)]
-    check_image_files(images, findings, files, name)
-    names = list(metadata.thing_classes)
-    return _DataSet("", findings, names, len(names), sum(len(each["annotations"]) for each in dicts))
+    return read_pascal_voc(folder, metadata.split, metadata.thing_classes, findings, files)
 
 
-def _look_at_coco(
-    name: str, findings: Findings, needs: Needs, is_training: bool, files: Dict[str, object]
-) -> _DataSet:
+def _call(name: str, findings: Findings, needs: Needs, files: ImageFiles) -> Records:
+    """The dicts of a function of the user's own."""
     metadata = MetadataCatalog.get(name)
-    content = _look_at_json(metadata, findings, needs, is_training)
-    check_image_files(content.files, findings, files, name)
-    registered = metadata.get("thing_classes")
-    if registered and list(registered) != content.class_names:
-        raise ValueError(
-            class_difference("its registration", registered, f"its file {metadata.json_file}", content.class_names)
-        )
-    num_objects = content.num_objects if "annotations" in content.content else None
-    return _DataSet("", findings, content.class_names, content.num_used, num_objects)
-
-
-def _look_at_json(metadata: Metadata, findings: Findings, needs: Needs, is_training: bool) -> CocoContent:
-    path, image_root = PathManager.get_local_path(metadata.json_file), metadata.get("image_root", "")
-    if not os.path.isfile(path):
+    kind, annotation_file = metadata.get("evaluator_type", ""), metadata.get("annotation_file", "")
+    if kind == "coco" and metadata.get("json_file"):  # for the evaluator; the function may do what it likes
+        inspect_coco(metadata, findings, files)
+    if kind == "wider_face" and not os.path.isfile(annotation_file):
         raise FileNotFoundError(
-            f"its annotations are looked for in {os.path.abspath(path)}, and there is no such file. Put the data "
-            "there; for Detectron2's own data sets, set the environment variable DETECTRON2_DATASETS to the folder "
-            "that holds them"
+            f"its annotations are looked for in {os.path.abspath(annotation_file)}, and there is no such file. "
+            "docs/wider_face.md says where the data go"
         )
-    content = inspect_coco(path, image_root, findings, needs, needs_annotations=is_training)
-    if not findings.has_problems:
-        keep_repaired(path, image_root, content if findings.is_repaired else None)
-    return content
-
-
-def _look_at_dicts(
-    name: str, findings: Findings, needs: Needs, is_evaluated: bool, files: Dict[str, object]
-) -> _DataSet:
-    metadata = MetadataCatalog.get(name)
-    kind, has_json = metadata.get("evaluator_type", ""), bool(metadata.get("json_file"))
-    if has_json and kind == "coco":  # for the evaluator; the function may do what it likes
-        _look_at_json(metadata, findings, Needs(), False)
-    if kind == "wider_face" and not os.path.isfile(metadata.get("annotation_file", "")):
-        raise FileNotFoundError(
-            f"its annotations are looked for in {os.path.abspath(metadata.get('annotation_file', ''))}, and there is "
-            "no such file. docs/wider_face.md says where the data go"
-        )
-    dicts = _call(name)
-    names = metadata.get("thing_classes")
-    if not isinstance(dicts, (list, tuple)):  # a PyTorch dataset of the user's own
-        return _DataSet("", findings, names)
-    if not dicts:
-        raise ValueError("its function gives no image")
-    is_converted = is_evaluated and kind == "coco" and not has_json
-    if is_converted and not names:
-        raise ValueError(
-            "its metadata have no thing_classes, which the evaluation needs; set "
-            "MetadataCatalog.get(name).thing_classes"
-        )
-    content = inspect_dicts(dicts, findings, needs, len(names) if names else None, is_evaluated, is_converted)
-    if kind != "wider_face":  # whose loader has looked at them
-        check_image_files(content.files, findings, files, name)
-    has_annotations = any("annotations" in each for each in dicts if isinstance(each, dict))
-    return _DataSet("", findings, names, content.num_used, content.num_objects if has_annotations else None)
-
-
-def _call(name: str) -> Any:
     try:
-        return DatasetCatalog.get(name)
+        dicts = DatasetCatalog.get(name)
     except (FileNotFoundError, ValueError):  # which say what is wrong
         raise
     except Exception as error:  # whatever a function of the user's own does
         raise ValueError(f"its function fails: {type(error).__name__}: {error}") from error
+    if not isinstance(dicts, (list, tuple)):  # a PyTorch data set
+        return Records((), metadata.get("thing_classes"))
+    if not dicts:
+        raise ValueError("its function gives no image")
+    if needs.sizes and not metadata.get("thing_classes"):
+        raise ValueError(
+            "its metadata have no thing_classes, which the evaluation needs; set "
+            "MetadataCatalog.get(name).thing_classes"
+        )
+    return Records(dicts, metadata.get("thing_classes"))
 
 
 def _report_findings(key: str, name: str, seen: _DataSet, report: DataReport) -> None:
