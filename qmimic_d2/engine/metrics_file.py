@@ -9,7 +9,10 @@ from typing import Any, Callable, Dict
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventWriter, get_event_storage
 
-__all__ = ["MetricsWriter", "WriteMetrics"]
+__all__ = ["WINDOW_SIZE", "MetricsWriter", "WriteMetrics"]
+
+# Iterations over which the median of a smoothed figure is taken, as Detectron2's writers do.
+WINDOW_SIZE = 20
 
 
 class MetricsWriter(EventWriter):
@@ -21,18 +24,16 @@ class MetricsWriter(EventWriter):
 
     Args:
         path: of the file, to which it appends. A half line at its end, left by a kill, is removed.
-        window_size: number of iterations. The median over them is written for a smoothed figure.
     """
 
-    def __init__(self, path: str, window_size: int = 20):
+    def __init__(self, path: str):
         _remove_half_line(path)
         self._file = open(path, "a", encoding="utf-8")
-        self._window_size = window_size
         self._last_written: Dict[str, int] = {}
 
     def write(self) -> None:
         rows: Dict[int, Dict[str, Any]] = defaultdict(dict)
-        latest = get_event_storage().latest_with_smoothing_hint(self._window_size)
+        latest = get_event_storage().latest_with_smoothing_hint(WINDOW_SIZE)
         for key, (value, iteration) in latest.items():
             rows[iteration][key] = value
         text = ""

@@ -13,6 +13,7 @@ from typing import Any, Dict, List
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, get_event_storage
 
+from qmimic_d2.engine.metrics_file import WINDOW_SIZE
 from qmimic_d2.run_folder import read_tracked_run, write_tracked_run
 from qmimic_d2.yaml.config import flat_keys
 
@@ -29,18 +30,16 @@ class Tracker(EventWriter):
         destination: value of the tracker's key.
         folder: OUTPUT_DIR. It keeps the id of the run, so that a resumed training continues it.
         config: the parameters of the run, by their full keys.
-        window_size: number of iterations. The median over them is written for a smoothed figure.
     """
 
     # Name of its package, and what its package reads from the environment. A variable that is there stays.
     package = ""
     environment: Dict[str, str] = {}
 
-    def __init__(self, destination: str, folder: str, config: Dict[str, Any], window_size: int = 20):
+    def __init__(self, destination: str, folder: str, config: Dict[str, Any]):
         self._destination = destination
         self._folder = folder
         self._config = config
-        self._window_size = window_size
         self._last_written: Dict[str, int] = {}
         self._is_on = False
 
@@ -79,7 +78,7 @@ class Tracker(EventWriter):
 
     def _write(self) -> None:
         rows: Dict[int, Dict[str, float]] = defaultdict(dict)
-        for key, (value, iteration) in get_event_storage().latest_with_smoothing_hint(self._window_size).items():
+        for key, (value, iteration) in get_event_storage().latest_with_smoothing_hint(WINDOW_SIZE).items():
             if iteration > self._last_written.get(key, -1):
                 rows[iteration][key] = float(value)
                 self._last_written[key] = iteration

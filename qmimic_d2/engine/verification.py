@@ -113,7 +113,7 @@ class VerifiedModel:
 
     name: str
     AP: float
-    difference: Any
+    difference: Optional[Difference]
     file_bytes: int
     milliseconds: float = math.nan
     detections: int = 0

@@ -11,7 +11,7 @@ Shape letters:
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, Mapping, Tuple
+from typing import Any, Dict, Tuple
 
 import numpy as np
 
@@ -140,11 +140,6 @@ class InputSpec:
     def to_dict(self) -> Dict[str, Any]:
         """As plain numbers, strings and lists, for JSON."""
         return {key: list(each) if isinstance(each, tuple) else each for key, each in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "InputSpec":
-        """The inverse of :meth:`to_dict`."""
-        return cls(**{key: tuple(each) if isinstance(each, list) else each for key, each in content.items()})
 
     def resized(self, height: int, width: int) -> Tuple[int, int]:
         """

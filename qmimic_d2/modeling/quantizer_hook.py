@@ -59,12 +59,7 @@ def attached_quantizer(backbone: nn.Module) -> Optional[QuantizerHook]:
     return None
 
 
-def attach_quantizer(
-    backbone: nn.Module,
-    quantizer: Quantizer,
-    features: Sequence[str],
-    key: str = "MODEL.QMIMIC.QUANTIZER.IN_FEATURES",
-) -> QuantizerHook:
+def attach_quantizer(backbone: nn.Module, quantizer: Quantizer, features: Sequence[str]) -> QuantizerHook:
     """
     Quantizes features of a backbone from now on. A backbone has one such hook; a new one replaces it.
 
@@ -72,7 +67,6 @@ def attach_quantizer(
         backbone: a Detectron2 backbone, whose forward returns maps (N, C, H, W) by name.
         quantizer: applied to every named map.
         features: names among ``backbone.output_shape()``.
-        key: config key of the names, for the error.
 
     Returns:
         The hook, whose ``remove()`` undoes this.
@@ -80,7 +74,7 @@ def attach_quantizer(
     Raises:
         ValueError: a name is not among the backbone's features.
     """
-    check_features(features, backbone.output_shape(), key)
+    check_features(features, backbone.output_shape(), "MODEL.QMIMIC.QUANTIZER.IN_FEATURES")
     warn_of_lost_signs(backbone, quantizer, features)
     hook = QuantizerHook(quantizer, features)
     previous = attached_quantizer(backbone)

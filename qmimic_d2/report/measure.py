@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from qmimic_d2.config_files import changed
-from qmimic_d2.error_text import describe_error
+from qmimic_d2.error_text import describe_error, one_line
 from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.progress import track
 from qmimic_d2.report.collect import Run
@@ -127,7 +127,7 @@ class _Measured:
         try:
             yield
         except Exception as error:
-            self._run.notes.append(f"{what} ({describe_error(error).splitlines()[0]})")
+            self._run.notes.append(f"{what} ({one_line(error)})")
 
     def detections(self, threshold: float) -> List[List[Box]]:
         """By sample; [] where there is no way to have them."""

@@ -72,7 +72,7 @@ class Sample:
 
     Attributes:
         image_id: in the data set.
-        file_name: its path.
+        name: of its file, as the page shows it.
         pixels: shape (H, W, 3), BGR, uint8.
         truth: T boxes; crowds are left out.
         height, width: in pixels of the boxes.
@@ -80,7 +80,7 @@ class Sample:
     """
 
     image_id: Any
-    file_name: str
+    name: str
     pixels: np.ndarray
     truth: List[Box]
     height: int = field(init=False)
@@ -91,11 +91,6 @@ class Sample:
         self.height, self.width = self.pixels.shape[:2]
         summary = f"{len(self.truth)} object{'' if len(self.truth) == 1 else 's'}"
         self.pictures = [Picture(GROUND_TRUTH, [(box, "truth") for box in self.truth], summary)]
-
-    @property
-    def name(self) -> str:
-        """As the page shows it."""
-        return os.path.basename(self.file_name)
 
     @property
     def uri(self) -> str:
@@ -133,7 +128,8 @@ def load_samples(dataset: str, count: int) -> Tuple[List[Sample], int]:
             if not annotation.get("iscrowd", 0):
                 box = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
                 truth.append(_box(box, annotation["category_id"], dataset))
-        samples.append(Sample(each["image_id"], each["file_name"], read_bgr_image(each["file_name"]), truth))
+        path = each["file_name"]
+        samples.append(Sample(each["image_id"], os.path.basename(path), read_bgr_image(path), truth))
     return samples, len(dicts)
 
 

@@ -27,6 +27,7 @@ from qmimic_d2.engine.trainer import (
     build_evaluator,
     load_evaluated_weights,
 )
+from qmimic_d2.error_text import one_line
 from qmimic_d2.modeling.attach import warn_of_unused_teacher
 from qmimic_d2.modeling.checkpointer import build_checkpointer
 from qmimic_d2.near_names import check_registered
@@ -135,8 +136,7 @@ def _check_device(cfg: CfgNode) -> None:
             raise RuntimeError(f"this machine has {torch.cuda.device_count()} CUDA device(s) that PyTorch sees")
     except Exception as error:  # each kind of device raises its own
         raise ValueError(
-            f"MODEL.DEVICE is {name!r}, which cannot be used: {type(error).__name__}: {str(error).splitlines()[0]}. "
-            "Give 'cpu' or 'cuda'"
+            f"MODEL.DEVICE is {name!r}, which cannot be used: {one_line(error)}. Give 'cpu' or 'cuda'"
         ) from error
 
 

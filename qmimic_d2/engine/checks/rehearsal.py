@@ -186,14 +186,12 @@ class Rehearsal:
     def _few_images(self, key: str, names: Sequence[str]) -> Iterator[None]:
         """In the block, data sets are a few of their images."""
         originals = {name: DatasetCatalog[name] for name in names}
+        few = {name: self._choose(_read_list(key, name)) for name in names}
         try:
-            for name, get in originals.items():
-                few = self._choose(_read_list(key, name))
-                DatasetCatalog[name] = lambda few=few: [dict(each) for each in few]
+            DatasetCatalog.data.update({name: lambda own=own: list(map(dict, own)) for name, own in few.items()})
             yield
         finally:
-            for name, get in originals.items():
-                DatasetCatalog[name] = get
+            DatasetCatalog.data.update(originals)
 
     def _choose(self, images: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
         fewest = self._cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if self._cfg.MODEL.KEYPOINT_ON else 0
