@@ -139,7 +139,8 @@ def test_every_data_set_is_in_the_summary(sets):
     path = MetadataCatalog.get(TRAIN).json_file
     Path(path).write_text("{")
     message = refusal(config((TRAIN,), (OTHER,)))
-    assert f"DATASETS.TRAIN names '{TRAIN}', and the annotation file {path} is not in COCO's format" in message
+    start = f"DATASETS.TRAIN names '{TRAIN}' ({path}), which cannot be used: "
+    assert f"{start}the annotation file {path} is not in COCO's format" in message
     assert f"DATASETS.TEST names '{OTHER}'" in message and "four finite numbers" in message
 
 

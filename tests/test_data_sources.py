@@ -140,8 +140,8 @@ def yolo_of(tmp_path, *lines, names="[cat, dog]"):
     (tmp_path / "labels" / "a.txt").write_text("\n".join(lines))
     (tmp_path / "data.yaml").write_text(f"train: images\nnames: {names}\n")
     findings, files = Findings(), ImageFiles()
-    data = read_data_yaml(str(tmp_path / "data.yaml"))
-    records = read_yolo(data, "train", data.classes, findings, files)
+    path = str(tmp_path / "data.yaml")
+    records = read_yolo(path, "train", read_data_yaml(path).classes, findings, files)
     inspect_dicts(records, findings, files)
     return records.dicts, findings
 
@@ -207,7 +207,7 @@ def test_names_by_number_lists_of_images_and_a_path(tmp_path):
     (tmp_path / "data.yaml").write_text("path: sets\ntrain: [train.txt]\nnames: {0: cat, 1: 7}\n")
     data = read_data_yaml(str(tmp_path / "data.yaml"))
     assert data.classes == ("cat", "7")
-    (image,) = read_yolo(data, "train", data.classes, Findings(), ImageFiles()).dicts
+    (image,) = read_yolo(str(tmp_path / "data.yaml"), "train", data.classes, Findings(), ImageFiles()).dicts
     assert image["file_name"] == str(tmp_path / "sets" / "images" / "a.png") and image["annotations"] == []
 
 

@@ -109,11 +109,11 @@ def class_names(name: str) -> Optional[List[str]]:
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes"):
         return list(metadata.thing_classes)
-    if not is_coco(name) or not os.path.isfile(metadata.json_file):
+    if not is_coco(name):
         return None
     try:
         return coco_class_names(metadata.json_file)
-    except ValueError:
+    except (OSError, ValueError):
         return None
 
 

@@ -18,7 +18,7 @@ from qmimic_d2.data.checks.findings import Findings
 from qmimic_d2.data.checks.image_files import ImageFiles
 from qmimic_d2.data.checks.numbers import numbers, whole_size
 
-__all__ = ["check_pascal_voc", "load_pascal_voc", "read_pascal_voc", "voc_class_names", "voc_image_ids"]
+__all__ = ["check_pascal_voc", "load_pascal_voc", "read_pascal_voc", "voc_class_names", "voc_image_ids", "voc_splits"]
 
 # As on http://host.robots.ox.ac.uk/pascal/VOC/, by year and by split ("" for the others).
 _ARCHIVES = {
@@ -30,14 +30,27 @@ _ARCHIVES = {
 _ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
+def voc_splits(folder: str) -> List[str]:
+    """The lists that a folder has."""
+    lists = os.path.dirname(_list_file(folder, ""))
+    names = sorted(os.listdir(lists)) if os.path.isdir(lists) else []
+    return [name[:-4] for name in names if name.endswith(".txt")]
+
+
 def voc_image_ids(folder: str, split: str) -> List[str]:
     """
     The images of a split, in the order of its list.
 
     A line is an image's id, or an id and the flag -1, 0 or 1 as in the challenge's lists of one class. Blank lines do
     not count.
+
+    Raises:
+        FileNotFoundError: there is no such list; names those that there are.
     """
-    with PathManager.open(_list_file(folder, split), encoding="utf-8-sig") as file:
+    path = _list_file(folder, split)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no list {path!r}; {folder!r} has the splits {voc_splits(folder)}")
+    with open(path, encoding="utf-8-sig") as file:
         lines = [line.strip() for line in file]
     return [_without_flag(folder, line) for line in lines if line]
 
@@ -79,8 +92,8 @@ def read_pascal_voc(
         elements = root.findall("object")
         places.append([f"{path}: object {number}" for number in range(1, len(elements) + 1)])
         objects = [_object(element, labels, findings, where) for element, where in zip(elements, places[-1])]
-        sides = dict(zip(("width", "height"), size or ()))
-        dicts.append({"file_name": file, "image_id": image_id, "annotations": objects, **sides})
+        dicts.append({"file_name": file, "image_id": image_id, "annotations": objects})
+        dicts[-1].update(zip(("width", "height"), size or ()))
     return Records(dicts, class_names, places)
 
 

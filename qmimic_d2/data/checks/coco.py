@@ -106,6 +106,8 @@ def _parse(path: str, needs_annotations: bool) -> _Json:
             if part != "annotations" and not content[part]:
                 raise ValueError(f"its list of {part} is empty")
         return content
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"the annotation file {os.path.abspath(path)} is not in COCO's format: {type(error).__name__}: {error}. "

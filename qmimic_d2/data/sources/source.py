@@ -8,7 +8,7 @@ from qmimic_d2.data.checks.coco import coco_class_names
 from qmimic_d2.data.checks.dicts import Records, load_usable
 from qmimic_d2.data.checks.findings import Findings
 from qmimic_d2.data.checks.image_files import ImageFiles
-from qmimic_d2.data.pascal_voc import read_pascal_voc, voc_class_names
+from qmimic_d2.data.pascal_voc import read_pascal_voc, voc_class_names, voc_splits
 from qmimic_d2.data.sources.yolo import SPLITS, read_data_yaml, read_yolo
 
 __all__ = ["FORMATS", "Source", "SourceLoader", "guess_sources"]
@@ -141,51 +141,18 @@ class _Format(NamedTuple):
     read: Optional[Callable[[Source, Findings, ImageFiles], Records]]
 
 
-def _coco_classes(source: Source) -> Sequence[str]:
-    if not os.path.isfile(source.path):
-        raise FileNotFoundError(f"there is no annotation file {source.path!r}")
-    return coco_class_names(source.path)
-
-
-def _voc_classes(source: Source) -> Sequence[str]:
-    _check_voc(source)
-    return voc_class_names(source.path, source.split)
-
-
-def _read_voc(source: Source, findings: Findings, files: ImageFiles) -> Records:
-    _check_voc(source)
-    return read_pascal_voc(source.path, source.split, source.classes, findings, files)
-
-
-def _check_voc(source: Source) -> None:
-    folder = os.path.join(source.path, "ImageSets", "Main")
-    if not os.path.isfile(os.path.join(folder, f"{source.split}.txt")):
-        raise FileNotFoundError(
-            f"there is no list {os.path.join(folder, source.split + '.txt')!r}; {source.path!r} has the splits "
-            f"{_voc_splits(source.path)}"
-        )
-
-
-def _voc_splits(path: str) -> List[str]:
-    folder = os.path.join(path, "ImageSets", "Main")
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return [name[:-4] for name in names if name.endswith(".txt")]
-
-
-def _yolo_classes(source: Source) -> Sequence[str]:
-    data = read_data_yaml(source.path)
-    data.check_split(source.split)
-    return data.classes
-
-
-def _read_yolo(source: Source, findings: Findings, files: ImageFiles) -> Records:
-    return read_yolo(read_data_yaml(source.path), source.split, source.classes, findings, files)
-
-
 FORMATS: Dict[str, _Format] = {
-    "coco": _Format(False, _coco_classes, None),
-    "voc": _Format(True, _voc_classes, _read_voc),
-    "yolo": _Format(True, _yolo_classes, _read_yolo),
+    "coco": _Format(False, lambda source: coco_class_names(source.path), None),
+    "voc": _Format(
+        True,
+        lambda source: voc_class_names(source.path, source.split),
+        lambda source, *to: read_pascal_voc(source.path, source.split, source.classes, *to),
+    ),
+    "yolo": _Format(
+        True,
+        lambda source: read_data_yaml(source.path, source.split).classes,
+        lambda source, *to: read_yolo(source.path, source.split, source.classes, *to),
+    ),
 }
 
 # Splits of a folder in VOC's layout: for training and for evaluation, the preferred ones first.
@@ -213,7 +180,7 @@ def guess_sources(path: str, prefix: str, is_complete: bool = True) -> Tuple[Lis
     if os.path.isdir(path) and os.path.isfile(os.path.join(path, "data.yaml")):
         path = os.path.join(path, "data.yaml")
     if os.path.isdir(path):
-        kind, splits = "voc", _voc_splits(path)
+        kind, splits = "voc", voc_splits(path)
         if not splits:
             raise ValueError(
                 f"{path!r} is no data set that is known: it has no data.yaml (YOLO) and no ImageSets/Main (Pascal "

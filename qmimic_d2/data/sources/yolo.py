@@ -7,8 +7,7 @@ the width and height of the image; x and y are the center of the box. A line wit
 """
 
 import os
-from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 from detectron2.structures import BoxMode
 
@@ -28,35 +27,24 @@ _ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _ROUNDING = 0.01
 
 
-@dataclass(frozen=True)
-class YoloData:
+class YoloData(NamedTuple):
     """
     What a ``data.yaml`` says.
 
     Attributes:
-        path: of the file.
         classes: names, in the order of their numbers.
         images: by split, folders of images and text files that list images.
     """
 
-    path: str
     classes: Tuple[str, ...]
     images: Dict[str, Tuple[str, ...]]
 
-    def check_split(self, split: str) -> None:
-        """
-        Raises:
-            ValueError: there is no such split.
-        """
-        if split not in self.images:
-            raise ValueError(f"{self.path!r} has no split {split!r}; it has {list(self.images)}")
 
-
-def read_data_yaml(path: str) -> YoloData:
+def read_data_yaml(path: str, split: str = "") -> YoloData:
     """
     Raises:
         FileNotFoundError: there is no such file, or a folder that it names is not there.
-        ValueError: it is no ``data.yaml``; names what is missing.
+        ValueError: it is no ``data.yaml``, or has no such split; names what is missing.
     """
     content = read_yaml(path)
     if not isinstance(content, dict) or "names" not in content:
@@ -68,43 +56,41 @@ def read_data_yaml(path: str) -> YoloData:
     images = {split: _places(content, split, path) for split in SPLITS if content.get(split)}
     if not images:
         raise ValueError(f"{path!r} names no images; give folders as 'train' and 'val'")
-    return YoloData(path, classes, images)
+    if split and split not in images:
+        raise ValueError(f"{path!r} has no split {split!r}; it has {list(images)}")
+    return YoloData(classes, images)
 
 
-def read_yolo(
-    data: YoloData, split: str, classes: Sequence[str], findings: Findings, files: ImageFiles
-) -> Records:
+def read_yolo(path: str, split: str, classes: Sequence[str], findings: Findings, files: ImageFiles) -> Records:
     """
     The images of a split. One without a label file, or with an empty one, has no object.
 
     Args:
-        data: as :func:`read_data_yaml` gives it.
-        split: a key of ``data.images``.
+        path: of the ``data.yaml``.
+        split: one of its splits.
         classes: of the detector; a label gets the place of its name there.
         findings: takes problems and repairs.
         files: tell the sizes.
 
     Raises:
-        ValueError: there is no such split, or no image in it.
+        FileNotFoundError, ValueError: as :func:`read_data_yaml`; or there is no image.
     """
-    data.check_split(split)
+    data = read_data_yaml(path, split)
     labels = {name: number for number, name in enumerate(classes)}
-    paths = [path for place in data.images[split] for path in _images(place)]
-    if not paths:
-        raise ValueError(f"{data.path!r} names {list(data.images[split])} for {split!r}, where there is no image")
-    files.look_at(paths, split)
-    numbers_of_images = {path: number for number, path in enumerate(dict.fromkeys(paths))}  # one for a repeated path
+    images = [image for place in data.images[split] for image in _images(place)]
+    if not images:
+        raise ValueError(f"{path!r} names {list(data.images[split])} for {split!r}, where there is no image")
+    files.look_at(images, split)
+    image_ids = {image: number for number, image in enumerate(dict.fromkeys(images))}  # a repeated image has one
     dicts, places = [], []
-    for path in paths:
-        record = {"file_name": path, "image_id": numbers_of_images[path], "annotations": []}
-        size = files.size(path)
-        places.append([])
-        if size is not None:
+    for image in images:
+        size, found = files.size(image), {}
+        record = {"file_name": image, "image_id": image_ids[image]}
+        if size is not None:  # else the file's own problem is reported
             record["width"], record["height"] = size
-            for where, annotation in _annotations(_label_file(path), size, data.classes, labels, findings):
-                record["annotations"].append(annotation)
-                places[-1].append(where)
-        dicts.append(record)
+            found = dict(_annotations(_label_file(image), size, data.classes, labels, findings))
+        dicts.append({**record, "annotations": list(found.values())})
+        places.append(list(found))
     return Records(dicts, classes, places)
 
 

@@ -13,11 +13,11 @@ invalid, occlusion, pose". An image without a face has the number 0 and yet one 
 
 import re
 from dataclasses import dataclass
-from typing import Iterator, List, Tuple
+from typing import List, Tuple
 
 __all__ = ["ATTRIBUTES", "WiderFaceRecord", "parse_annotations"]
 
-# In the order of the columns behind x, y, w, h.
+# In the order of the columns after x, y, w, h.
 ATTRIBUTES = ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
 
 _NUM_COLUMNS = 4 + len(ATTRIBUTES)
@@ -51,49 +51,35 @@ def parse_annotations(text: str, name: str) -> List[WiderFaceRecord]:
     Raises:
         ValueError: a line is not what it should be; names file and line.
     """
-    lines = enumerate((line.strip() for line in text.splitlines()), start=1)
-    records, first_lines = [], {}
-    pending = None
-    while True:
-        number, image = pending or _next_line(lines)
-        pending = None
-        if image is None:
-            break
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    records, first_lines, position = [], {}, 0
+    while position < len(lines):
+        number, image = lines[position]
         if not _IMAGE.fullmatch(image):
             raise ValueError(f"{name}, line {number}: {image!r} is no image; it should be <event>/<name>.jpg")
         if image in first_lines:
             raise ValueError(f"{name}, line {number}: {image!r} has a record already, in line {first_lines[image]}")
         first_lines[image] = number
-        count = _parse_count(name, image, *_next_line(lines))
-        faces = [_parse_face(name, image, *_next_line(lines)) for _ in range(count)]
-        if count == 0:
-            number, line = _next_line(lines)
-            if line is not None and _IMAGE.fullmatch(line):
-                pending = number, line
-            elif line is not None and any(_parse_face(name, image, number, line)):
+        if position + 1 == len(lines):
+            raise ValueError(f"{name} ends behind {image!r}: the number of its faces is missing")
+        number, count = lines[position + 1]
+        if not re.fullmatch(r"\d+", count):
+            raise ValueError(f"{name}, line {number}: {count!r} is not the number of faces in {image!r}")
+        start, position = position + 2, position + 2 + int(count)
+        if position > len(lines):
+            raise ValueError(f"{name} ends within the faces of {image!r}")
+        records.append(WiderFaceRecord(image, tuple(_face(name, image, *each) for each in lines[start:position])))
+        number, line = lines[position] if position < len(lines) else (0, "")
+        if start == position and line and not _IMAGE.fullmatch(line):  # the line of zeros
+            if any(_face(name, image, number, line)):
                 raise ValueError(f"{name}, line {number}: {image!r} is said to have 0 faces, and here is one: {line!r}")
-        records.append(WiderFaceRecord(image, tuple(faces)))
+            position += 1
     if not records:
         raise ValueError(f"{name} holds no record; it should be the file of that name in wider_face_split.zip")
     return records
 
 
-def _next_line(lines: Iterator[Tuple[int, str]]) -> Tuple[int, str]:
-    """The next line that is not blank, with its number; (0, None) at the end."""
-    return next(((number, line) for number, line in lines if line), (0, None))
-
-
-def _parse_count(name: str, image: str, number: int, line: str) -> int:
-    if line is None:
-        raise ValueError(f"{name} ends behind {image!r}: the number of its faces is missing")
-    if not re.fullmatch(r"\d+", line):
-        raise ValueError(f"{name}, line {number}: {line!r} is not the number of faces in {image!r}")
-    return int(line)
-
-
-def _parse_face(name: str, image: str, number: int, line: str) -> Tuple[int, ...]:
-    if line is None:
-        raise ValueError(f"{name} ends within the faces of {image!r}")
+def _face(name: str, image: str, number: int, line: str) -> Tuple[int, ...]:
     try:
         face = tuple(map(int, line.split()))
     except ValueError:

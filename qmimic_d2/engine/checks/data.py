@@ -13,7 +13,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from qmimic_d2.data.checks import DataSetError, Findings
-from qmimic_d2.data.checks.dicts import Needs, Records, inspect_dicts
+from qmimic_d2.data.checks.dicts import Counts, Needs, Records, inspect_dicts
 from qmimic_d2.data.checks.image_files import ImageFiles
 from qmimic_d2.data.loading import class_names, inspect_coco, is_coco, is_pascal_voc
 from qmimic_d2.data.pascal_voc import check_pascal_voc, read_pascal_voc
@@ -31,6 +31,8 @@ __all__ = [
 ]
 
 _TRAIN, _TEST = "DATASETS.TRAIN", "DATASETS.TEST"
+# Names of classes, None if unknown, each with what has them.
+_Classes = List[Tuple[str, Optional[Sequence[str]]]]
 
 
 class ModelClasses(NamedTuple):
@@ -58,16 +60,15 @@ class _DataSet(NamedTuple):
     What a check has seen of a data set.
 
     Attributes:
-        error: why it cannot be looked at any further; "" if it could.
+        problems, notes: texts; "" for none.
         names: of the classes, in the order of the labels; None if unknown.
-        num_used, num_objects: as :class:`qmimic_d2.data.checks.dicts.Counts` has them.
+        counts: of classes and objects.
     """
 
-    error: str
-    findings: Findings
+    problems: str
+    notes: str
     names: Optional[Sequence[str]] = None
-    num_used: int = 0
-    num_objects: Optional[int] = None
+    counts: Counts = Counts(0, None)
 
 
 def model_classes(cfg: CfgNode, model: nn.Module) -> Optional[ModelClasses]:
@@ -107,12 +108,12 @@ def inspect_datasets(cfg: CfgNode, classes: Optional[ModelClasses] = None, *, ev
     files, report = ImageFiles(), DataReport([], [])
     for key, name in [(_TRAIN, each) for each in train] + [(_TEST, each) for each in test]:
         if name not in seen:
-            seen[name] = _look_at(name, _needs(cfg, name, key == _TRAIN), key == _TRAIN, files)
+            seen[name] = _look_at(cfg, name, key == _TRAIN, files)
             _report_findings(key, name, seen[name], report)
-        _report_objects(cfg, key, name, seen[name], report)
-        if classes is not None:
-            _report_numbers(key, name, seen[name], classes, report)
-    report.problems.extend(_name_problems(cfg, train, test, seen))
+        _report_numbers(cfg, key, name, seen[name], classes, report)
+    named = [] if train else _trained_classes(cfg)
+    named += [(f"{name!r} of {_TRAIN if name in train else _TEST}", seen[name].names) for name in seen]
+    report.problems.extend(_differences(named))
     return report
 
 
@@ -128,16 +129,11 @@ def check_evaluated_classes(cfg: CfgNode, name: str) -> None:
         KeyError: it is not registered.
         DataSetError: the classes or their order differ; names both lists.
     """
-    names = class_names(name)
-    if not names:
-        return
-    for trained_on, first in _trained_classes(cfg):
-        difference = class_difference(trained_on, first, repr(name), names)
-        if difference:
-            raise DataSetError(difference)
+    for each in _differences([*_trained_classes(cfg), (repr(name), class_names(name))]):
+        raise DataSetError(each)
 
 
-def class_difference(first: str, first_classes: List[str], other: str, other_classes: List[str]) -> str:
+def class_difference(first: str, first_classes: Sequence[str], other: str, other_classes: Sequence[str]) -> str:
     """
     What is wrong where a label means one class in one place and another in another; "" if nothing is.
 
@@ -155,48 +151,37 @@ def class_difference(first: str, first_classes: List[str], other: str, other_cla
     )
 
 
-def _needs(cfg: CfgNode, name: str, is_training: bool) -> Needs:
-    """An evaluation of masks takes any format. A COCO file's reader looks at its ids."""
-    metadata, is_evaluated = MetadataCatalog.get(name), name in cfg.DATASETS.TEST
-    mask_format = cfg.INPUT.MASK_FORMAT if is_training else "bitmask"
-    return Needs(
+def _look_at(cfg: CfgNode, name: str, is_training: bool, files: ImageFiles) -> _DataSet:
+    findings, metadata = Findings(), MetadataCatalog.get(name)
+    kind, is_evaluated = metadata.get("evaluator_type"), name in cfg.DATASETS.TEST
+    mask_format = cfg.INPUT.MASK_FORMAT if is_training else "bitmask"  # an evaluation takes any
+    needs = Needs(
         mask_format if cfg.MODEL.MASK_ON else "",
         cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0,
-        image_ids=is_evaluated and not is_coco(name),
-        sizes=is_evaluated and metadata.get("evaluator_type") == "coco" and not metadata.get("json_file"),
+        image_ids=is_evaluated and not is_coco(name),  # whose reader looks at them
+        sizes=is_evaluated and kind == "coco" and not metadata.get("json_file"),
     )
-
-
-def _look_at(name: str, needs: Needs, is_training: bool, files: ImageFiles) -> _DataSet:
-    findings = Findings()
     try:
         if is_coco(name):
-            return _look_at_coco(name, findings, needs, is_training, files)
-        if isinstance(DatasetCatalog[name], SourceLoader):
-            records = DatasetCatalog[name].read(findings, files)
-        elif is_pascal_voc(name):
-            records = _read_pascal_voc(MetadataCatalog.get(name), findings, files)
+            records, counts = inspect_coco(metadata, findings, files, needs, name, needs_annotations=is_training)
+            registered, names = metadata.get("thing_classes") or records.class_names, records.class_names
+            for each in _differences([("its registration", registered), (f"its file {metadata.json_file}", names)]):
+                raise ValueError(each)
         else:
-            records = _call(name, findings, needs, files)
-        # the loader of WIDER FACE has looked at its images
-        title = None if MetadataCatalog.get(name).get("evaluator_type") == "wider_face" else name
-        counts = inspect_dicts(records, findings, files, needs, title)
-        num_used = len(records.class_names) if is_pascal_voc(name) else counts.classes
-        return _DataSet("", findings, records.class_names, num_used, counts.objects)
+            if isinstance(DatasetCatalog[name], SourceLoader):
+                records = DatasetCatalog[name].read(findings, files)
+            elif is_pascal_voc(name):
+                records = _read_pascal_voc(metadata, findings, files)
+            else:
+                records = _call(name, findings, needs, files)
+            # WIDER FACE's loader has looked at its images
+            counts = inspect_dicts(records, findings, files, needs, None if kind == "wider_face" else name)
+        if is_pascal_voc(name):  # its evaluator goes through all classes
+            counts = counts._replace(classes=len(records.class_names))
+        return _DataSet(findings.problems(), findings.notes(), records.class_names, counts)
     except (ValueError, KeyError, OSError) as error:  # each says what is wrong
-        return _DataSet(str(error.args[0] if isinstance(error, KeyError) and error.args else error), findings)
-
-
-def _look_at_coco(
-    name: str, findings: Findings, needs: Needs, is_training: bool, files: ImageFiles
-) -> _DataSet:
-    metadata = MetadataCatalog.get(name)
-    records, counts = inspect_coco(metadata, findings, files, needs, name, needs_annotations=is_training)
-    registered = metadata.get("thing_classes")
-    if registered and list(registered) != records.class_names:
-        file = f"its file {metadata.json_file}"
-        raise ValueError(class_difference("its registration", registered, file, records.class_names))
-    return _DataSet("", findings, records.class_names, *counts)
+        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        return _DataSet(text, findings.notes())
 
 
 def _read_pascal_voc(metadata: Metadata, findings: Findings, files: ImageFiles) -> Records:
@@ -240,68 +225,54 @@ def _call(name: str, findings: Findings, needs: Needs, files: ImageFiles) -> Rec
 
 
 def _report_findings(key: str, name: str, seen: _DataSet, report: DataReport) -> None:
-    notes = seen.findings.notes()
-    if notes:
-        report.notes.append(f"{key} names {name!r}, of which was noted:\n{notes}")
-    if seen.error:
-        report.problems.append(f"{key} names {name!r}, and {seen.error}")
-        return
-    metadata = MetadataCatalog.get(name)
-    source = metadata.get("json_file") or metadata.get("annotation_file") or metadata.get("dirname")
-    problems = seen.findings.problems()
-    if problems:
-        is_one = "\n" not in problems
+    if seen.notes:
+        report.notes.append(f"{key} names {name!r}, of which was noted:\n{seen.notes}")
+    if seen.problems:
+        metadata = MetadataCatalog.get(name)
+        source = metadata.get("json_file") or metadata.get("annotation_file") or metadata.get("dirname")
+        is_one = "\n" not in seen.problems
         report.problems.append(
             f"{key} names {name!r}{f' ({source})' if source else ''}, which cannot be used:"
-            + (problems[1:] if is_one else f"\n{problems}")
+            + (f" {seen.problems.removeprefix('- ')}" if is_one else f"\n{seen.problems}")
         )
 
 
-def _report_objects(cfg: CfgNode, key: str, name: str, seen: _DataSet, report: DataReport) -> None:
-    if seen.error or seen.findings.has_problems or seen.num_objects != 0:
+def _report_numbers(
+    cfg: CfgNode, key: str, name: str, seen: _DataSet, classes: Optional[ModelClasses], report: DataReport
+) -> None:
+    named = f"{key} names {name!r}, which has"
+    if seen.counts.objects == 0 and not seen.problems:
+        if key == _TEST:
+            report.notes.append(f"{named} no object but crowds or none at all: there is no AP to be measured")
+        elif cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+            report.problems.append(
+                f"{named} no object to be trained on: no annotation, or all with iscrowd 1. Correct iscrowd, or train "
+                "on another set"
+            )
+    if classes is None or seen.names is None:
         return
-    if key == _TEST:
-        report.notes.append(
-            f"{key} names {name!r}, which has no object but crowds or none at all: there is no AP to be measured"
-        )
-    elif cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+    number = len(seen.names)
+    text = f"{classes.key} is {classes.number}, and {named} {number} classes"
+    if seen.counts.classes > classes.number:
         report.problems.append(
-            f"{key} names {name!r}, which has no object to be trained on: no annotation, or all with iscrowd 1. "
-            "Correct iscrowd, or train on another set"
+            f"{text}, {seen.names[seen.counts.classes - 1]!r} the last that is annotated; set it to {number}. With too "
+            "few, a label is out of bounds, or is that of the background"
         )
-
-
-def _report_numbers(key: str, name: str, seen: _DataSet, classes: ModelClasses, report: DataReport) -> None:
-    if seen.names is None:
-        return
-    names = seen.names
-    if seen.num_used > classes.number:
+    elif number < classes.number and key == _TEST:
         report.problems.append(
-            f"{classes.key} is {classes.number}, and {key} names {name!r}, which has {len(names)} classes, "
-            f"{names[seen.num_used - 1]!r} the last that is annotated; set it to {len(names)}. With too few, a label "
-            "is out of bounds, or is that of the background"
+            f"{text}: a detection of another one would stop the evaluation. Set it to {number}, or list all classes in "
+            "the test set"
         )
-    elif len(names) < classes.number and key == _TEST:
-        report.problems.append(
-            f"{classes.key} is {classes.number}, and {key} names {name!r}, which has {len(names)} classes: a detection "
-            f"of another one would stop the evaluation. Set it to {len(names)}, or list all classes in the test set"
-        )
-    elif len(names) < classes.number:
-        report.notes.append(
-            f"{classes.key} is {classes.number}, and {key} names {name!r}, which has {len(names)} classes: the others "
-            "are never learned"
-        )
+    elif number < classes.number:
+        report.notes.append(f"{text}: the others are never learned")
 
 
-def _name_problems(cfg: CfgNode, train: List[str], test: List[str], seen: Dict[str, _DataSet]) -> List[str]:
-    named = [] if train else _trained_classes(cfg)
-    for key, names in ((_TRAIN, train), (_TEST, [each for each in test if each not in train])):
-        named += [(f"{name!r} of {key}", list(seen[name].names)) for name in names if seen[name].names]
-    differences = [class_difference(*named[0], *other) for other in named[1:]] if named else []
-    return list(dict.fromkeys(each for each in differences if each))
-
-
-def _trained_classes(cfg: CfgNode) -> List[Tuple[str, List[str]]]:
+def _trained_classes(cfg: CfgNode) -> _Classes:
     """The sets of DATASETS.TRAIN whose classes are known without loading them."""
-    known = [(name, class_names(name)) for name in cfg.DATASETS.TRAIN if name in DatasetCatalog]
-    return [(f"{name!r} of {_TRAIN}", names) for name, names in known if names]
+    return [(f"{name!r} of {_TRAIN}", class_names(name)) for name in cfg.DATASETS.TRAIN if name in DatasetCatalog]
+
+
+def _differences(named: _Classes) -> List[str]:
+    known = [(what, names) for what, names in named if names]
+    found = [class_difference(*known[0], *other) for other in known[1:]]
+    return list(dict.fromkeys(filter(None, found)))
