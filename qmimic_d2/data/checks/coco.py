@@ -79,11 +79,11 @@ def read_coco(
                 findings.refuse(what, fix, f"{where}: image_id {annotation.get('image_id')!r}")
                 continue
             where = f"{where} of image {image!r}"
-            record, record_places = dicts[indices[image]], places[indices[image]]
+            record = dicts[indices[image]]
             _repair(annotation, record, findings, where)
             label = labels.get(category, f"category_id {annotation.get('category_id')!r}")
             record["annotations"].append({**annotation, "category_id": label, "bbox_mode": BoxMode.XYWH_ABS})
-            record_places.append(where)
+            places[indices[image]].append(where)
         _repair_annotation_ids(content["annotations"], findings, "minival" in path)
     return content, Records(dicts, list(names.values()), places)
 
@@ -214,7 +214,14 @@ def _repair(annotation: _Json, image: _Json, findings: Findings, where: str) -> 
         what = "annotations have a segmentation that cannot be used"
         findings.repair(what, "It is left out; the box stays", where)
         del annotation["segmentation"]
-    _repair_keypoints(annotation, findings, where)
+    points = annotation.get("keypoints")
+    if points and (not _is_finite(points) or len(points) % 3):
+        findings.repair("annotations have keypoints that are no numbers", "They are left out; the box stays", where)
+        del annotation["keypoints"]
+    elif points and type(annotation.get("num_keypoints")) is not int:
+        what = "annotations with keypoints have no num_keypoints"
+        findings.repair(what, "The visible ones are counted", where)
+        annotation["num_keypoints"] = sum(each > 0 for each in points[2::3])
     _repair_box(annotation, findings, where)
 
 
@@ -260,37 +267,22 @@ def _is_run_length(mask: _Json, image: _Json) -> bool:
         return False
 
 
-def _repair_keypoints(annotation: _Json, findings: Findings, where: str) -> None:
-    points = annotation.get("keypoints")
-    if not points:
-        return
-    if not _is_finite(points) or len(points) % 3:
-        findings.repair("annotations have keypoints that are no numbers", "They are left out; the box stays", where)
-        del annotation["keypoints"]
-    elif type(annotation.get("num_keypoints")) is not int:
-        what = "annotations with keypoints have no num_keypoints"
-        findings.repair(what, "The visible ones are counted", where)
-        annotation["num_keypoints"] = sum(each > 0 for each in points[2::3])
-
-
 def _repair_annotation_ids(annotations: List[_Json], findings: Findings, may_repeat: bool) -> None:
     """
     COCO's evaluation takes an object whose annotation id is 0 for one that was not found. Detectron2 lets files called
     minival have annotation ids twice.
     """
-    ids = [each.get("id") for each in annotations]
-    if not all(type(each) is int and each > 0 for each in ids):
-        for index, annotation in enumerate(annotations, 1):
-            if type(annotation.get("id")) is not int or annotation["id"] <= 0:
-                what = "annotations have no id that COCO's evaluation can use, which is a number from 1"
-                shown = f"{annotation.get('id')!r} of image {annotation.get('image_id')!r}"
-                findings.repair(what, "They are numbered", shown)
-            annotation["id"] = index
-    elif not may_repeat and len(set(ids)) < len(ids):
-        seen = set()
-        for each, annotation in zip(ids, annotations):
-            if each in seen:
-                what = "annotation ids occur more than once, as in files that were joined"
-                shown = f"{each} (image {annotation.get('image_id')!r})"
-                findings.refuse(what, "Give each annotation an id of its own", shown)
-            seen.add(each)
+    are_usable = [type(each.get("id")) is int and each["id"] > 0 for each in annotations]
+    are_all_usable, seen = all(are_usable), set()
+    for position, (annotation, is_usable) in enumerate(zip(annotations, are_usable), 1):
+        if not is_usable:
+            what = "annotations have no id that COCO's evaluation can use, which is a number from 1"
+            shown = f"{annotation.get('id')!r} of image {annotation.get('image_id')!r}"
+            findings.repair(what, "They are numbered", shown)
+        if not are_all_usable:
+            annotation["id"] = position
+        elif annotation["id"] in seen and not may_repeat:
+            what = "annotation ids occur more than once, as in files that were joined"
+            shown = f"{annotation['id']} (image {annotation.get('image_id')!r})"
+            findings.refuse(what, "Give each annotation an id of its own", shown)
+        seen.add(annotation["id"])

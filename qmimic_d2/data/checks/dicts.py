@@ -77,7 +77,14 @@ def inspect_dicts(
         files: what is wrong with those that were looked at is reported.
         title: looks at all files first; of the progress bar.
     """
-    return _Inspection(records, findings, files, needs, title).counts()
+    images = [each for each in records.dicts if isinstance(each, dict)]
+    if title is not None:
+        files.look_at([str(each["file_name"]) for each in images if each.get("file_name")], title)
+    has_annotations = any("annotations" in each for each in images)
+    inspection = _Inspection(findings, files, needs, len(records.class_names or ()) or math.inf, has_annotations)
+    for position, image in enumerate(records.dicts):
+        inspection.image(image, f"image {position}", records.places and records.places[position])
+    return inspection.counts()
 
 
 def load_usable(read: Callable[[Findings, ImageFiles], Records], what: str) -> Sequence[Dict[str, Any]]:
@@ -95,30 +102,26 @@ def load_usable(read: Callable[[Findings, ImageFiles], Records], what: str) -> S
 
 
 class _Inspection:
+    """What is inspected image by image, and what only all of them show."""
+
     def __init__(
-        self, records: Records, findings: Findings, files: ImageFiles, needs: Needs, title: Optional[str]
+        self, findings: Findings, files: ImageFiles, needs: Needs, num_classes: float, has_annotations: bool
     ):
         self._findings, self._files, self._needs = findings, files, needs
-        self._num_classes = len(records.class_names) if records.class_names else math.inf
+        self._num_classes, self._has_annotations = num_classes, has_annotations
         self._ids: Set[Hashable] = set()
         self._id_of_file: Dict[str, Hashable] = {}
         self._labels: Set[int] = set()
         self._num_objects = self._num_boxes = 0
         self._largest, self._first_box = -math.inf, ""
-        images = [each for each in records.dicts if isinstance(each, dict)]
-        if title is not None:
-            files.look_at([str(each["file_name"]) for each in images if each.get("file_name")], title)
-        self._has_annotations = any("annotations" in each for each in images)
-        for position, image in enumerate(records.dicts):
-            self._image(image, f"image {position}", records.places and records.places[position])
-        if 0 < self._largest <= _ONE:
-            what = "boxes are all between 0 and 1, as if divided by the size of the image"
-            findings.refuse(what, "Multiply them: boxes are in pixels", self._first_box, self._num_boxes)
 
     def counts(self) -> Counts:
+        if 0 < self._largest <= _ONE:
+            what = "boxes are all between 0 and 1, as if divided by the size of the image"
+            self._findings.refuse(what, "Multiply them: boxes are in pixels", self._first_box, self._num_boxes)
         return Counts(max(self._labels, default=-1) + 1, self._num_objects if self._has_annotations else None)
 
-    def _image(self, image: Any, where: str, places: Optional[Sequence[str]]) -> None:
+    def image(self, image: Any, where: str, places: Optional[Sequence[str]]) -> None:
         refuse = self._findings.refuse
         if not isinstance(image, dict):
             fix = "Give a list of dicts with file_name, image_id, height, width"
@@ -127,8 +130,12 @@ class _Inspection:
         image_id, sides = image.get("image_id"), (image.get("width"), image.get("height"))
         size = whole_size(*sides)
         if image.get("file_name"):
-            where = repr(str(image["file_name"]))
-            self._file(str(image["file_name"]), size, image_id)
+            path = str(image["file_name"])
+            where = repr(path)
+            self._files.check(path, size, self._findings)
+            if isinstance(image_id, Hashable) and self._id_of_file.setdefault(path, image_id) != image_id:
+                both = f"{where}: {self._id_of_file[path]!r} and {image_id!r}"
+                self._findings.note("image files have several ids", "Each id counts as an image of its own", both)
         elif "image" not in image:  # for a mapper of the user's own
             refuse("images have no file_name", "Name their files", where)
         if size is None and (self._needs.sizes or sides != (None, None)):
@@ -149,12 +156,6 @@ class _Inspection:
                 self._annotation(annotation, size, places[index] if places else f"{where}, annotation {index}")
         elif self._has_annotations:
             refuse("images have no list of annotations, while others have", "Give an empty list", where)
-
-    def _file(self, path: str, size: Optional[Tuple[int, int]], image_id: Any) -> None:
-        self._files.check(path, size, self._findings)
-        if isinstance(image_id, Hashable) and self._id_of_file.setdefault(path, image_id) != image_id:
-            both = f"{path!r}: {self._id_of_file[path]!r} and {image_id!r}"
-            self._findings.note("image files have several ids", "Each id counts as an image of its own", both)
 
     def _annotation(self, annotation: Any, size: Optional[Tuple[int, int]], where: str) -> None:
         if not isinstance(annotation, dict):

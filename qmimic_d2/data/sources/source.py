@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
 from qmimic_d2.data.checks.coco import coco_class_names
 from qmimic_d2.data.checks.dicts import Records, load_usable
@@ -60,17 +60,15 @@ class Source:
                 raise ValueError(f"{KEY} has {dict(entry)!r}, where {key} is {entry.get(key)!r}; give a text")
         if entry["FORMAT"] not in FORMATS:
             raise ValueError(f"{KEY}: {entry['NAME']!r} has FORMAT {entry['FORMAT']!r}; choose one of {list(FORMATS)}")
-        has_split = FORMATS[entry["FORMAT"]].has_split
-        if has_split != bool(entry.get("SPLIT")):
-            what = "needs a SPLIT" if has_split else f"takes no SPLIT, and has {entry['SPLIT']!r}"
+        is_coco = entry["FORMAT"] == "coco"
+        if is_coco == bool(entry.get("SPLIT")):
+            what = f"takes no SPLIT, and has {entry['SPLIT']!r}" if is_coco else "needs a SPLIT"
             raise ValueError(f"{KEY}: {entry['NAME']!r} of FORMAT {entry['FORMAT']!r} {what}")
-        if entry.get("IMAGES") and entry["FORMAT"] != "coco":
+        if entry.get("IMAGES") and not is_coco:
             raise ValueError(f"{KEY}: {entry['NAME']!r} has IMAGES, which FORMAT 'coco' alone takes")
         path = _absolute(entry["PATH"], beside)
-        images = _absolute(entry["IMAGES"], beside) if entry.get("IMAGES") else ""
+        images = _absolute(entry.get("IMAGES") or os.path.dirname(path), beside) if is_coco else ""
         classes = tuple(str(each) for each in entry.get("CLASSES") or ())
-        if entry["FORMAT"] == "coco":
-            images = images or os.path.dirname(path)
         return cls(entry["NAME"], entry["FORMAT"], path, str(entry.get("SPLIT") or ""), images, classes)
 
     def to_entry(self) -> Dict[str, Any]:
@@ -92,7 +90,7 @@ class Source:
         try:
             if self.classes and self.format != "coco":
                 return self.classes
-            found = tuple(FORMATS[self.format].classes(self))
+            found = tuple(FORMATS[self.format](self))
             if self.classes and self.classes != found:
                 raise ValueError(
                     f"CLASSES is {list(self.classes)}, and the ids of the categories in {self.path!r} give "
@@ -125,34 +123,15 @@ class SourceLoader:
 
     def read(self, findings: Findings, files: ImageFiles) -> Records:
         """What is to be inspected; what is wrong with the files themselves goes to ``findings``."""
-        return FORMATS[self.source.format].read(self.source, findings, files)
+        read = read_yolo if self.source.format == "yolo" else read_pascal_voc
+        return read(self.source.path, self.source.split, self.source.classes, findings, files)
 
 
-class _Format(NamedTuple):
-    """
-    Attributes:
-        has_split: one path holds several sets.
-        classes: gives the class names of the data.
-        read: the reader; None where Detectron2's own loader reads.
-    """
-
-    has_split: bool
-    classes: Callable[[Source], Sequence[str]]
-    read: Optional[Callable[[Source, Findings, ImageFiles], Records]]
-
-
-FORMATS: Dict[str, _Format] = {
-    "coco": _Format(False, lambda source: coco_class_names(source.path), None),
-    "voc": _Format(
-        True,
-        lambda source: voc_class_names(source.path, source.split),
-        lambda source, *to: read_pascal_voc(source.path, source.split, source.classes, *to),
-    ),
-    "yolo": _Format(
-        True,
-        lambda source: read_data_yaml(source.path, source.split).classes,
-        lambda source, *to: read_yolo(source.path, source.split, source.classes, *to),
-    ),
+# By format, what gives the names of the classes of the data.
+FORMATS: Dict[str, Callable[[Source], Sequence[str]]] = {
+    "coco": lambda source: coco_class_names(source.path),
+    "voc": lambda source: voc_class_names(source.path, source.split),
+    "yolo": lambda source: read_data_yaml(source.path, source.split).classes,
 }
 
 # Splits of a folder in VOC's layout: for training and for evaluation, the preferred ones first.
