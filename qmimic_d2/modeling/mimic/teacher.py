@@ -111,13 +111,14 @@ class FrozenTeacher:
         config, node = load_teacher_config(cfg), cfg.MODEL.QMIMIC
         proposes = "teacher_proposals" in node.MIMIC.ROI_SOURCE
         is_new = []
-        loaded = shared(
-            "teacher",
-            (node.TEACHER.dump(), cfg.MODEL.DEVICE, proposes),
-            lambda: is_new.append(True) or _load(cfg, config, proposes),
-        )
+        settings = (node.TEACHER.dump(), proposes)
+        loaded = shared("teacher", settings, lambda: is_new.append(True) or _load(cfg, config, proposes))
         if not is_new:
             logger.info("The weights of %s, digest %s, were audited before the run", loaded["source"], loaded["digest"])
+        # a rehearsal computes on the CPU, whatever the training does
+        for module in (loaded["backbone"], loaded["proposal_generator"]):
+            if module is not None:
+                module.to(cfg.MODEL.DEVICE)
         return {
             **loaded,
             "features": teacher_feature_names(cfg),
@@ -294,13 +295,7 @@ def _load(cfg: CfgNode, config: TeacherConfig, proposes: bool) -> Dict[str, Any]
         proposal_generator = _build_proposal_generator(config, backbone)
         source = f"{weights} (teacher of {config.path}, whose proposals ROI_SOURCE asks for)"
         load_audited(proposal_generator, state, prefix="proposal_generator.", source=source, key=key)
-        proposal_generator.to(cfg.MODEL.DEVICE)
-    return {
-        "backbone": backbone.to(cfg.MODEL.DEVICE),
-        "proposal_generator": proposal_generator,
-        "digest": digest,
-        "source": source,
-    }
+    return {"backbone": backbone, "proposal_generator": proposal_generator, "digest": digest, "source": source}
 
 
 def _weights_and_key(cfg: CfgNode, config: TeacherConfig) -> Tuple[str, str]:
