@@ -1,6 +1,7 @@
 """Compares student and teacher on held-out images, inside the annotated boxes, at each evaluation of a training."""
 
 import contextlib
+import functools
 import logging
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
@@ -64,7 +65,6 @@ class MimicEvaluator:
         self._num_images = num_images
         self._mapper = mapper
         self._output_dir = output_dir
-        self._images: Optional[List[Dict[str, Any]]] = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode):
@@ -111,7 +111,7 @@ class MimicEvaluator:
             return {}
         if not self.measures(model):
             return {}
-        images = self._annotated_images()
+        images = self._images
         own = images[comm.get_rank() :: comm.get_world_size()]
         with own_randomness(0), _eval_mode(model):
             inputs = map(self._mapper, own)
@@ -136,11 +136,10 @@ class MimicEvaluator:
         )
         return {"qmimic": scalars}
 
-    def _annotated_images(self) -> List[Dict[str, Any]]:
-        if self._images is None:
-            annotated = [each for each in load_dataset(self._dataset_name) if has_box(each)]
-            self._images = evenly_spaced(annotated, self._num_images)
-        return self._images
+    @functools.cached_property
+    def _images(self) -> List[Dict[str, Any]]:
+        annotated = [each for each in load_dataset(self._dataset_name) if has_box(each)]
+        return evenly_spaced(annotated, self._num_images)
 
     def _write(self, comparisons: Comparisons, num_images: int, quantizer: CodeQuantizer) -> None:
         if not self._output_dir:
