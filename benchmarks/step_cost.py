@@ -57,6 +57,7 @@ LABELS = {
     "q": "(q) quantized student, training step",
     "c": "(c) quantization mimic, training step",
     "d": "(d) plain mimic, training step",
+    "w": "(w) quantization mimic, warm teacher cache, training step",
 }
 # The demo student's map, the teacher's map pooled at the demo's regions, and a large map.
 QUANTIZER_SHAPES = ((8, 32, 16, 16), (256, 64, 4, 4), (8, 256, 64, 64))
@@ -166,12 +167,16 @@ def build_steps(folder: str, opts: Sequence[str] = ()) -> Tuple[Actions, int]:
     weights = os.path.join(folder, "teacher.pth")
     student_opts = ["MODEL.QMIMIC.TEACHER.WEIGHTS", weights, *opts]
     configs = {name: load_config(file, student_opts, device="cpu") for name, file in STUDENTS.items()}
+    cache = ["MODEL.QMIMIC.TEACHER.CACHE", os.path.join(folder, "cache")]
+    configs["w"] = load_config(STUDENTS["c"], [*student_opts, *cache], device="cpu")
     loader, _ = build_resumable_train_loader(configs["a"], configs["a"].SEED)
     batches = list(itertools.islice(loader, _NUM_BATCHES))
     teacher = build_teacher(load_config(TEACHER, opts, device="cpu"), batches)
     torch.save({"model": teacher.state_dict()}, weights)
     actions: Actions = {name: TrainingStep(cfg, batches) for name, cfg in configs.items()}
     actions["b"] = TeacherForward(teacher, batches)
+    for batch in batches:
+        actions["w"].model.mimic.teacher.features(batch)
     return {name: actions[name] for name in LABELS}, configs["c"].MODEL.QMIMIC.DIAGNOSTICS.PERIOD
 
 
@@ -349,6 +354,7 @@ def _step_rows(measured: Dict[str, List[float]], unit: str) -> List[Row]:
         "c / (a + b)": _ratios(measured["c"], both),
         "d / (a + b)": _ratios(measured["d"], both),
         "q / a": _ratios(measured["q"], measured["a"]),
+        "w / a": _ratios(measured["w"], measured["a"]),
     }.items():
         rows.append({"what": label, **spread(ratios)})
     return rows

@@ -24,6 +24,7 @@ from results import Model, write_results  # noqa: E402
 
 from qmimic_d2.cli.task_runner import Task, run_tasks  # noqa: E402
 from qmimic_d2.engine import load_config  # noqa: E402
+from qmimic_d2.library_noise import hush_libraries  # noqa: E402
 
 CONFIGS = "configs/Digits"
 STUDENTS = {
@@ -35,6 +36,7 @@ STUDENTS = {
 
 
 def main() -> None:
+    hush_libraries()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/demo", help="folder for everything that is made")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes at a time")

@@ -70,6 +70,12 @@ def _qmimic_node() -> CN:
     # teacher of stride 16 meet a student of stride 8. 1.0 = the same image.
     node.TEACHER.INPUT_SCALE = 1.0
 
+    # Folder in which the teacher's maps are kept: each is computed once, and read when the same pixels come again
+    # (docs/teacher_cache.md). Trainings, processes and machines may share it. "" = none: the teacher runs every step.
+    node.TEACHER.CACHE = ""
+    # Largest size of that folder, in gigabytes (10^9 bytes); what was used longest ago makes room.
+    node.TEACHER.CACHE_GB = 10.0
+
     # The code dictionary that teacher and student share. This node is the only authority on codes.
     node.QUANTIZER = CN()
     # "Uniform" {0, s, 2s, ...}, "PowerOfTwo" {0, s, 2s, 4s, ...}, "Clamp" (the ReLU without rounding:

@@ -81,7 +81,7 @@ def test_defaults_have_a_type_that_yacs_checks(key):
 def test_every_key_is_read(key):
     name = key.rsplit(".", 1)[1]
     sources = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
-    readers = [path for path, source in sources.items() if re.search(rf"\.{name}\b", source)]
+    readers = [path for path, source in sources.items() if re.search(rf"[.\"]{name}\b", source)]
     assert [path for path in readers if path != PACKAGE / "config.py"], f"nothing reads {key}"
 
 

@@ -8,6 +8,7 @@ A module's docstring is its help, the first line of it the summary. It has ``add
 
 # Module names; the command has "-" for "_". A new sub-command needs its module and its name here.
 COMMANDS = (
+    "cache",
     "calibrate",
     "data",
     "distill",

@@ -15,6 +15,7 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from qmimic_d2.modeling.mimic.cached_teacher import CachedTeacher
 from qmimic_d2.randomness import mixed_seed
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ResumableLossNormalizer",
     "SaveOnInterrupt",
     "SeedEachIteration",
+    "TeacherCacheSummary",
     "unwrapped",
 ]
 
@@ -185,3 +187,12 @@ class ResumableBestCheckpointer(BestCheckpointer):
     def load_state_dict(self, state_dict: Dict[str, Optional[float]]) -> None:
         self.best_metric = state_dict["best_metric"]
         self.best_iter = state_dict["best_iter"]
+
+
+class TeacherCacheSummary(HookBase):
+    """Says at the end of a training what its teacher cache did."""
+
+    def after_train(self) -> None:
+        teacher = getattr(getattr(unwrapped(self.trainer.model), "mimic", None), "teacher", None)
+        if isinstance(teacher, CachedTeacher):
+            logging.getLogger(__name__).info(teacher.summary())

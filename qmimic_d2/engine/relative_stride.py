@@ -14,7 +14,8 @@ from qmimic_d2.config_files import changed
 from qmimic_d2.data.loading import load_dataset_dicts
 from qmimic_d2.engine.mimic_evaluator import annotated_mapper, has_box
 from qmimic_d2.engine.resuming import saved_config
-from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, teacher_shapes
+from qmimic_d2.modeling.mimic.cached_teacher import Teacher, build_teacher
+from qmimic_d2.modeling.mimic.teacher import teacher_shapes
 from qmimic_d2.randomness import own_randomness
 from qmimic_d2.run_folder import CONFIG
 from qmimic_d2.yaml.config import value_of
@@ -92,7 +93,7 @@ def _measure(cfg: CfgNode) -> float:
     images = evenly_spaced(images, _NUM_IMAGES)
     plain = changed(cfg, "MODEL.QMIMIC.MIMIC.QUANTIZE_TEACHER", False)
     strides = [shape.stride for shape in teacher_shapes(plain).values()]  # in pixels of the student's image
-    teacher = FrozenTeacher(plain)
+    teacher = build_teacher(plain)
     with own_randomness(0):
         total, number, num_boxes = _squares(teacher, map(annotated_mapper(cfg), images), strides)
     rms = math.sqrt(total / number) if number else 0.0
@@ -111,7 +112,7 @@ def _measure(cfg: CfgNode) -> float:
 
 
 def _squares(
-    teacher: FrozenTeacher, inputs: Iterable[Dict[str, Any]], strides: List[float]
+    teacher: Teacher, inputs: Iterable[Dict[str, Any]], strides: List[float]
 ) -> Tuple[float, int, int]:
     """Over all images and compared maps: the sum of squares, the number of entries, and the number of boxes."""
     total, number, num_boxes = 0.0, 0, 0

@@ -348,6 +348,8 @@ def _write_configs(cfg: CfgNode) -> None:
     if node.CONFIG_FILE:
         teacher = load_teacher_config(cfg)
         pairs += [f"{key}.WEIGHTS", _absolute(node.WEIGHTS or teacher.weights)]
+        if node.CACHE:
+            pairs += [f"{key}.CACHE", os.path.abspath(node.CACHE)]
         teacher_dump = teacher.dump
         if teacher_dump:
             pairs += [f"{key}.CONFIG_FILE", TEACHER_CONFIG, f"{key}.OPTS", []]

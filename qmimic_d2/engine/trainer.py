@@ -34,6 +34,7 @@ from qmimic_d2.engine.hooks import (
     ResumableLossNormalizer,
     SaveOnInterrupt,
     SeedEachIteration,
+    TeacherCacheSummary,
 )
 from qmimic_d2.engine.metrics_file import MetricsWriter, WriteMetrics
 from qmimic_d2.engine.mimic_evaluator import add_mimic_hook
@@ -228,7 +229,7 @@ class Trainer(DefaultTrainer):
             built.append(hook)
             if isinstance(hook, hooks.EvalHook) and comm.is_main_process():
                 built += [self._build_best_checkpointer(), self._write_metrics(self._is_evaluation_due)]
-        return [*add_mimic_hook(built, self.cfg, self.model), MimicSummary(self.cfg)]
+        return [*add_mimic_hook(built, self.cfg, self.model), MimicSummary(self.cfg), TeacherCacheSummary()]
 
     def build_writers(self) -> List[EventWriter]:
         """As :meth:`DefaultTrainer.build_writers`, with TRACKERS; a resumed training loses no row of metrics.json."""

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from qmimic_d2.modeling.family import head_features
 from qmimic_d2.modeling.mimic.attachment import NAME, AbsentMimic, Attachment, check_attachable
+from qmimic_d2.modeling.mimic.cached_teacher import build_teacher
 from qmimic_d2.modeling.mimic.loss import Pair
 from qmimic_d2.modeling.mimic.mimic import Mimic, MimicSettings, check_detector
-from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, teacher_shapes
+from qmimic_d2.modeling.mimic.teacher import teacher_shapes
 from qmimic_d2.modeling.mimic.teacher_config import TeacherConfigError
 from qmimic_d2.modeling.quantizer import Quantizer, build_quantizer
 from qmimic_d2.modeling.quantizer_hook import attach_quantizer, check_features
@@ -131,7 +132,7 @@ def _build(
     except (FileNotFoundError, TeacherConfigError) as error:
         # An evaluation needs no teacher. A training raises this error again.
         logging.getLogger(__name__).info("no teacher, so this model can only evaluate: %s", error)
-        return AbsentMimic(functools.partial(FrozenTeacher, cfg))
+        return AbsentMimic(functools.partial(build_teacher, cfg))
     args = {"adapter": ""} if is_in_trunk(cfg) else {}
     # The adapter's initial weights must not change the random numbers of the rest of the training.
     with torch.random.fork_rng(devices=[]):

@@ -132,6 +132,13 @@ def _optimizer(run: Run) -> str:
     return f"{node.get('OPTIMIZER', 'SGD')}, learning rate {node['BASE_LR']:g}, {node['LR_SCHEDULER_NAME']}"
 
 
+def _cache(run: Run) -> str:
+    if not run.setting("MODEL.QMIMIC.TEACHER.CACHE"):
+        return NONE if run.has_teacher else NOT_APPLICABLE
+    shares = run.metrics.of("qmimic/teacher_cache_hits").values()
+    return f"{sum(shares) / len(shares):.0%} of the images were known" if len(shares) else UNKNOWN
+
+
 _MIMIC = {"λ": _weight, "Mimic loss": _mimic_loss, "Mimic RoIs": _rois}
 _FACTS: Dict[str, Callable[[Run], str]] = {
     "Training data": lambda run: ", ".join(run.config["DATASETS"]["TRAIN"]) or NONE,
@@ -140,6 +147,7 @@ _FACTS: Dict[str, Callable[[Run], str]] = {
     "Heads": _heads,
     "Backbone": lambda run: describe_backbone(run.config),
     "Teacher": _teacher,
+    "Teacher cache": _cache,
     "Quantizer": _quantizer,
     "Quantized": _quantized,
     **_MIMIC,

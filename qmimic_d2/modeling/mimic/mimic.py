@@ -18,10 +18,11 @@ from qmimic_d2.diagnostics.feature_comparison import FeatureComparison
 from qmimic_d2.diagnostics.gradient_meter import GradientMeter
 from qmimic_d2.modeling.family import DETECTOR_REGIONS, head_modules, own_regions
 from qmimic_d2.modeling.mimic.attachment import Attachment
+from qmimic_d2.modeling.mimic.cached_teacher import Teacher, build_teacher
 from qmimic_d2.modeling.mimic.loss import Pair, RoIMimicLoss
 from qmimic_d2.modeling.mimic.region_sources import WHOLE_MAP, check_roi_source, roi_source_names, select_rois
 from qmimic_d2.modeling.mimic.step_record import StepRecord, named
-from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, load_teacher_modules
+from qmimic_d2.modeling.mimic.teacher import load_teacher_modules
 from qmimic_d2.modeling.mimic.weight import BalancedWeight, MimicWeight, build_mimic_weight
 
 __all__ = ["Mimic", "MimicSettings", "check_detector"]
@@ -96,7 +97,7 @@ class Mimic(Attachment, RoIMimicLoss):
     def __init__(
         self,
         *,
-        build_teacher: Callable[[], FrozenTeacher],
+        build_teacher: Callable[[], Teacher],
         load_heads: Optional[Callable[[Dict[str, nn.Module]], None]] = None,
         weight: Optional[MimicWeight] = None,
         settings: MimicSettings = MimicSettings(),
@@ -114,7 +115,7 @@ class Mimic(Attachment, RoIMimicLoss):
         super().__init__(**kwargs)
         self.weight = weight or MimicWeight()
         self.settings = settings
-        self.teacher: Optional[FrozenTeacher] = None
+        self.teacher: Optional[Teacher] = None
         self.build_teacher = build_teacher
         self._load_heads = load_heads
         self._has_loaded_heads = False
@@ -127,7 +128,7 @@ class Mimic(Attachment, RoIMimicLoss):
         initializes = cfg.MODEL.QMIMIC.MIMIC.INIT_HEADS_FROM_TEACHER
         return {
             **super().from_config(cfg, student_shapes, teacher_shapes),
-            "build_teacher": functools.partial(FrozenTeacher, cfg),
+            "build_teacher": functools.partial(build_teacher, cfg),
             "load_heads": functools.partial(load_teacher_modules, cfg) if initializes else None,
             "weight": build_mimic_weight(cfg),
             "settings": MimicSettings.from_config(cfg),
@@ -242,6 +243,8 @@ class Mimic(Attachment, RoIMimicLoss):
                 if measure:
                     self.write_diagnostics(pairs)
                 losses = self.loss(pairs)
+            for name, value in self.teacher.scalars().items():
+                storage.put_scalar(name, value, smoothing_hint=False)
         if weight > 0.0 and torch.is_grad_enabled():
             weight = self._measure_gradients(detection, losses, weight)
         storage.put_scalar("qmimic/weight", weight, smoothing_hint=False)

@@ -33,6 +33,7 @@ __all__ = [
     "stack_maps",
     "teacher_feature_names",
     "teacher_shapes",
+    "teacher_weights",
 ]
 
 logger = logging.getLogger(__name__)
@@ -152,6 +153,10 @@ class FrozenTeacher:
             self._pixel_std = self._pixel_std.to(device)
             self._device = device
         return self
+
+    def scalars(self) -> Dict[str, float]:
+        """For a training's metrics: a teacher that computes has none."""
+        return {}
 
     @torch.inference_mode()
     def features(self, batched_inputs: List[Dict[str, Tensor]]) -> Dict[str, Tensor]:
@@ -283,6 +288,11 @@ def teacher_shapes(cfg: CfgNode) -> Dict[str, ShapeSpec]:
     return {name: ShapeSpec(channels=shapes[name].channels, stride=shapes[name].stride / scale) for name in names}
 
 
+def teacher_weights(cfg: CfgNode) -> str:
+    """Path or address of the weights of a student's teacher."""
+    return _weights_and_key(cfg, load_teacher_config(cfg))[0]
+
+
 def _load(cfg: CfgNode, config: TeacherConfig, proposes: bool) -> Dict[str, Any]:
     """Arguments of :class:`FrozenTeacher`: its modules with their weights, and where these are from."""
     weights, key = _weights_and_key(cfg, config)
@@ -346,6 +356,7 @@ def stack_maps(maps: List[Tensor]) -> Tensor:
     height = max(each.shape[-2] for each in maps)
     width = max(each.shape[-1] for each in maps)
     padding = [(0, width - each.shape[-1], 0, height - each.shape[-2]) for each in maps]
-    return torch.stack([F.pad(each[None], pad, mode="replicate")[0] for each, pad in zip(maps, padding)])
+    padded = [F.pad(each[None], pad, mode="replicate")[0] if any(pad) else each for each, pad in zip(maps, padding)]
+    return torch.stack(padded)
 
 

@@ -1,8 +1,12 @@
 """Reads what the frozen teacher needs from the teacher's own config, a YAML or a LazyConfig."""
 
+import contextlib
 import functools
+import hashlib
 import importlib
+import json
 import logging
+import os
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -11,10 +15,12 @@ from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone, build_backbone, build_proposal_generator
 from detectron2.utils.logger import log_first_n
+from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from qmimic_d2.config import default_config
 from qmimic_d2.config_files import find_config_file
+from qmimic_d2.files import read_json, write_json
 from qmimic_d2.modeling.family import detector_name, family_of, has_quantizer_keys
 from qmimic_d2.modeling.mimic.sharing import shared
 from qmimic_d2.near_names import near_names
@@ -45,6 +51,8 @@ class TeacherConfig:
         pixel_mean, pixel_std: of the teacher's own preprocessing, in units of the pixel values.
         input_format: channel order, for example "BGR".
         dump: the whole config as YAML, with OPTS; "" for a LazyConfig, which is Python code.
+        identity: text that changes with whatever decides on the backbone and the proposals.
+        shapes_file: where a teacher cache keeps :meth:`shapes`, so that no backbone is built for them; "" without one.
         codes: keys and values of ``MODEL.QMIMIC.QUANTIZER`` in the training of a quantized teacher.
     """
 
@@ -56,6 +64,8 @@ class TeacherConfig:
     pixel_std: Tuple[float, ...]
     input_format: str
     dump: str = ""
+    identity: str = ""
+    shapes_file: str = ""
     codes: Dict[str, Any] = field(default_factory=dict)
     _backbone: Optional[Backbone] = None
     _shapes: Optional[Dict[str, ShapeSpec]] = None
@@ -67,9 +77,13 @@ class TeacherConfig:
         Raises:
             TeacherConfigError: the backbone cannot be built.
         """
+        if self._shapes is None and self.shapes_file:
+            self._shapes = _kept_shapes(self.shapes_file)
         if self._shapes is None:
             self._backbone = self.take_backbone()
             self._shapes = self._backbone.output_shape()
+            if self.shapes_file:
+                _keep_shapes(self.shapes_file, self._shapes)
         return dict(self._shapes)
 
     def take_backbone(self) -> Backbone:
@@ -106,6 +120,9 @@ def load_teacher_config(cfg: CfgNode) -> TeacherConfig:
             names no function that adds keys.
     """
     config = shared("config", (cfg.MODEL.QMIMIC.TEACHER.dump(), cfg.MODEL.DEVICE), lambda: _read(cfg))
+    if cfg.MODEL.QMIMIC.TEACHER.CACHE:
+        digest = hashlib.blake2b(config.identity.encode(), digest_size=8).hexdigest()
+        config.shapes_file = os.path.join(cfg.MODEL.QMIMIC.TEACHER.CACHE, f"shapes_{digest}.json")
     _warn_of_other_codes(config, cfg)
     return config
 
@@ -184,6 +201,7 @@ def _read_yaml(path: str, student_cfg: CfgNode, add_keys: Optional[Callable[[Cfg
         pixel_std=tuple(teacher.MODEL.PIXEL_STD),
         input_format=teacher.INPUT.FORMAT,
         dump=teacher.dump(),
+        identity=_identity(teacher),
         codes={name: teacher.MODEL.QMIMIC.QUANTIZER[name] for name in _CODE_KEYS if is_quantized},
     )
 
@@ -200,6 +218,7 @@ def _read_lazy(path: str, student_cfg: CfgNode) -> TeacherConfig:
         pixel_mean=tuple(_numbers(model.pixel_mean)),
         pixel_std=tuple(_numbers(model.pixel_std)),
         input_format=model.get("input_format", None) or "BGR",
+        identity=json.dumps(_plain(model)),
     )
 
 
@@ -208,6 +227,40 @@ def _build_generator(teacher: CfgNode, shapes: Dict[str, ShapeSpec]) -> Optional
     family = family_of(detector_name(teacher.MODEL))
     has_one = family is not None and "proposal_generator" in family.heads
     return build_proposal_generator(teacher, shapes) if has_one else None
+
+
+def _identity(teacher: CfgNode) -> str:
+    """The config without what decides on no map: where and how the teacher was trained."""
+    rest = teacher.clone()
+    rest.defrost()
+    for key in ("DATASETS", "DATALOADER", "SOLVER", "TEST", "OUTPUT_DIR", "SEED"):
+        rest.pop(key, None)
+    for key in ("WEIGHTS", "DEVICE"):
+        rest.MODEL.pop(key, None)
+    return rest.dump()
+
+
+def _plain(value: Any) -> Any:
+    """A node of a LazyConfig for JSON. An object that shows its address is another one in every process."""
+    if isinstance(value, DictConfig):
+        return {str(key): _plain(value[key]) for key in value}
+    if isinstance(value, ListConfig):
+        return [_plain(each) for each in value]
+    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
+
+
+def _kept_shapes(path: str) -> Optional[Dict[str, ShapeSpec]]:
+    try:
+        return {str(name): ShapeSpec(channels=int(c), stride=int(s)) for name, c, s in read_json(path)}
+    except (OSError, ValueError, TypeError):  # not there yet, or damaged
+        return None
+
+
+def _keep_shapes(path: str, shapes: Dict[str, ShapeSpec]) -> None:
+    if all(isinstance(each.stride, int) for each in shapes.values()):
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            write_json(path, [[name, each.channels, each.stride] for name, each in shapes.items()])
 
 
 def _numbers(values: Sequence[float]) -> List[float]:
