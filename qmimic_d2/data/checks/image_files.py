@@ -4,17 +4,14 @@ import os
 from multiprocessing.pool import ThreadPool
 from typing import Any, Dict, Iterable, Optional, Tuple
 
-from tqdm import tqdm
-
 from qmimic_d2.data.checks.findings import Findings
 from qmimic_d2.image_file import UnusableImageError, image_size
+from qmimic_d2.progress import track
 
 __all__ = ["ImageFiles"]
 
 # Threads wait for slow disks; the work itself is short.
 _NUM_THREADS = 4
-# A check that takes longer shows how far it is.
-_SECONDS_UNTIL_PROGRESS = 3.0
 
 
 class ImageFiles:
@@ -24,13 +21,11 @@ class ImageFiles:
         self._found: Dict[str, Any] = {}  # by path: the size, an error, or None for a URI
 
     def look_at(self, paths: Iterable[str], title: str = "") -> None:
-        """Reads the headers, a few at a time, with a progress bar of this title where that takes long."""
+        """Reads the headers, a few at a time, and shows how far it is under this title."""
         new = list(dict.fromkeys(each for each in paths if each not in self._found))
         with ThreadPool(_NUM_THREADS) as pool:
             found = pool.imap(_look_at, new, chunksize=16)
-            self._found.update(
-                zip(new, tqdm(found, title, len(new), leave=False, disable=None, delay=_SECONDS_UNTIL_PROGRESS))
-            )
+            self._found.update(zip(new, track(found, title or "image files", len(new))))
 
     def size(self, path: str) -> Optional[Tuple[int, int]]:
         """Width and height in pixels; None where they cannot be read, which :meth:`check` reports."""
