@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from data_sources import IMAGES, catalogs_as_before, write_coco, write_voc, write_yolo  # noqa: F401
-from detectron2.modeling import Backbone
+from detectron2.layers import ShapeSpec
 from detectron2.structures import BoxMode
 from helpers import RESNET_FPN, write_teacher
 
@@ -19,6 +20,7 @@ from qmimic_d2.distill.outcome import Row, ShippedFile, model_card, table_text
 from qmimic_d2.distill.plan import GivenTeacher, config_texts, plan_steps, student_maps
 from qmimic_d2.distill.yaml_text import config_text
 from qmimic_d2.engine import load_config
+from qmimic_d2.modeling.backbone import VGG
 
 
 def image(width, height, *boxes, mode=BoxMode.XYXY_ABS):
@@ -142,21 +144,9 @@ def test_text_of_a_config():
     assert text == '# Title.\n_BASE_: "base.yaml"\nA:\n  B: 2.0  # later\n  C: ["x"]\nD: True\n'
 
 
-class Maps(Backbone):
-    """A backbone of which nothing but the shapes is known."""
-
-    def __init__(self, **strides):
-        super().__init__()
-        self._out_features = list(strides)
-        self._out_feature_strides = strides
-        self._out_feature_channels = dict.fromkeys(strides, 8)
-
-    def forward(self, images):
-        raise AssertionError("only its shapes are asked for")
-
-
 def teacher_of(**strides):
-    return GivenTeacher("/t/teacher.yaml", "/t/teacher.pth", Maps(**strides))
+    maps = {name: ShapeSpec(channels=8, stride=stride) for name, stride in strides.items()}
+    return GivenTeacher("/t/teacher.yaml", "/t/teacher.pth", maps)
 
 
 def test_the_maps_that_meet_a_given_teacher():
@@ -172,7 +162,7 @@ def test_a_student_of_an_fpn_is_an_fpn_with_signed_codes(tmp_path, sources):
     settings = choose_settings(data_of(80.0, classes=("cat", "dog")))
     (tmp_path / "t").mkdir()
     teacher = write_teacher(tmp_path / "t", *RESNET_FPN)
-    given = GivenTeacher(teacher.config_file, teacher.weights, Maps(p2=4, p3=8, p4=16, p5=32))
+    given = GivenTeacher(teacher.config_file, teacher.weights, teacher_of(p2=4, p3=8, p4=16, p5=32).maps)
     texts = config_texts(sources, settings, str(tmp_path), given, "cpu", 1)
     assert "teacher.yaml" not in texts
     written(texts, tmp_path)
@@ -183,11 +173,11 @@ def test_a_student_of_an_fpn_is_an_fpn_with_signed_codes(tmp_path, sources):
 
 
 def test_the_steps_and_their_order():
-    steps = plan_steps("/o", None, "mine_val", compares=True)
+    steps = plan_steps("/o", False, "mine_val", compares=True)
     assert [step.name for step in steps] == ["teacher", "student", "scratch", "export", "page"]
     assert {step.name: step.needs for step in steps}["student"] == ("teacher",)
     assert steps[3].needs == ("student",) and "mine_val" in steps[3].command
-    names = [step.name for step in plan_steps("/o", teacher_of(res4=16), "v", compares=False)]
+    names = [step.name for step in plan_steps("/o", True, "v", compares=False)]
     assert names == ["student", "export", "page"]
 
 
@@ -261,6 +251,42 @@ def test_mistakes_are_refused_before_anything_is_written(tmp_path, capsys, monke
     path = write_yolo(tmp_path / "yolo")
     given = [str(path) if each == "DATA" else each for each in arguments]
     assert words in fails(capsys, *given, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+LAZY_TEACHER = """
+from detectron2.config import LazyCall as L
+from detectron2.modeling import GeneralizedRCNN
+from qmimic_d2.modeling.backbone.vgg import VGG
+model = L(GeneralizedRCNN)(
+    backbone=L(VGG)(depth=11, width_divisor=32, out_features=["conv5"]), pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3
+)
+"""
+
+
+def plan_with(tmp_path, config, weights):
+    path = write_yolo(tmp_path / "yolo")
+    arguments = ["--data", path, "--output", tmp_path / "out", "--iterations", "5", "--dry-run"]
+    return [str(each) for each in ("distill", *arguments, "--teacher", config, weights)]
+
+
+def test_a_teacher_may_be_a_lazy_config(tmp_path, capsys):
+    config, weights = tmp_path / "teacher.py", tmp_path / "teacher.pth"
+    config.write_text(LAZY_TEACHER)
+    backbone = VGG(depth=11, width_divisor=32, out_features=["conv5"])
+    torch.save({"model": {f"backbone.{name}": each for name, each in backbone.state_dict().items()}}, weights)
+    assert main(plan_with(tmp_path, config, weights)) == 0
+    shown = capsys.readouterr().out
+    assert "student:" in shown and "teacher:" not in shown
+
+
+def test_weights_that_are_not_the_teachers_are_refused_at_once(tmp_path, capsys):
+    teacher = write_teacher(tmp_path)
+    other = tmp_path / "other.pth"
+    torch.save({"model": {"backbone.stem.weight": torch.zeros(2)}}, other)
+    for weights, words in ((tmp_path / "nowhere.pth", "nowhere.pth"), (other, "backbone.stem.weight")):
+        shown = fails(capsys, *plan_with(tmp_path, teacher.config_file, weights)[1:])
+        assert "MODEL.QMIMIC.TEACHER.WEIGHTS" in shown and words in shown
     assert not (tmp_path / "out").exists()
 
 

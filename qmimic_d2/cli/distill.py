@@ -32,12 +32,13 @@ from qmimic_d2.distill.choices import STUDENTS, Settings, choose_settings
 from qmimic_d2.distill.data_statistics import DataStatistics, measure_data
 from qmimic_d2.distill.outcome import collect_rows, model_card, shipped_files, table_text, write_model_card
 from qmimic_d2.distill.plan import GivenTeacher, Step, config_texts, plan_steps, student_maps
-from qmimic_d2.distill.step_seconds import measure_features_seconds, measure_step_seconds
+from qmimic_d2.distill.step_seconds import measure_step_seconds, measure_teacher_seconds
 from qmimic_d2.engine import load_config
 from qmimic_d2.engine.checks.data import check_datasets
 from qmimic_d2.engine.checks.output_folder import check_output_dir
 from qmimic_d2.files import read_json, write_json, write_text
 from qmimic_d2.image_file import read_bgr_image
+from qmimic_d2.modeling.mimic.teacher import FrozenTeacher
 from qmimic_d2.modeling.mimic.teacher_config import load_teacher_config
 from qmimic_d2.progress import seconds_text, track
 
@@ -74,15 +75,13 @@ def run(args: argparse.Namespace) -> int:
         known = _known(output, given)
         sources = _sources(given)
         statistics = _look_at(sources)
-        teacher = _teacher(given)
         device = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-        steps = plan_steps(output, teacher, sources[1].name, given["compare"])
+        steps = plan_steps(output, bool(given["teacher"]), sources[1].name, given["compare"])
         texts: Dict[str, str] = {}
         if not known:
             if not args.dry_run:
                 check_output_dir(output)
-            settings, seconds = _settings(given, statistics, sources, teacher, device)
-            texts = config_texts(sources, settings, output, teacher, device, given["seed"])
+            settings, texts, seconds = _settings(given, statistics, sources, device)
             _say_plan(statistics, settings, steps, seconds, device)
     if args.dry_run:
         return 0
@@ -178,31 +177,44 @@ def _look_at(sources: Tuple[Source, Source]) -> DataStatistics:
     return measure_data(load_dataset(sources[0].name), sources[0].classes)
 
 
-def _teacher(given: Dict[str, Any]) -> Optional[GivenTeacher]:
-    if not given["teacher"]:
-        return None
+def _given_teacher(given: Dict[str, Any]) -> Tuple[GivenTeacher, FrozenTeacher]:
+    """
+    The user's teacher, with its weights.
+
+    Raises:
+        FileNotFoundError, ValueError: its files are missing or do not fit, or no student meets its maps.
+    """
     config_file, weights = given["teacher"]
     cfg = get_cfg()
     add_qmimic_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE, cfg.MODEL.QMIMIC.TEACHER.WEIGHTS = config_file, weights
     config = load_teacher_config(cfg)
-    teacher = GivenTeacher(config.path, weights, config.build_backbone())
-    student_maps(teacher)  # which refuses what no student meets
-    return teacher
+    teacher = GivenTeacher(config.path, weights, config.shapes())
+    _, cfg.MODEL.QMIMIC.MIMIC.TEACHER_IN_FEATURES = student_maps(teacher)
+    return teacher, FrozenTeacher(cfg)
+
+
+def _own_teacher(cfg: CfgNode) -> FrozenTeacher:
+    """The teacher that is to be trained by this config, with random weights."""
+    node = cfg.MODEL
+    formats = {"input_format": cfg.INPUT.FORMAT, "student_input_format": cfg.INPUT.FORMAT}
+    numbers = {"pixel_mean": node.PIXEL_MEAN, "pixel_std": node.PIXEL_STD}
+    return FrozenTeacher(backbone=build_backbone(cfg), features=node.RPN.IN_FEATURES, **numbers, **formats)
 
 
 def _settings(
-    given: Dict[str, Any],
-    data: DataStatistics,
-    sources: Tuple[Source, Source],
-    teacher: Optional[GivenTeacher],
-    device: str,
-) -> Tuple[Settings, Dict[str, float]]:
-    """The settings, and the estimated seconds of the trainings by name."""
-    settings = choose_settings(data, given["student"], device, given["iterations"])
-    texts = config_texts(sources, settings, given["output"], teacher, device, given["seed"])
-    seconds = _step_seconds(texts, teacher)
+    given: Dict[str, Any], data: DataStatistics, sources: Tuple[Source, Source], device: str
+) -> Tuple[Settings, Dict[str, str], Dict[str, float]]:
+    """The settings, the texts of the configs, and the estimated seconds of the trainings by name."""
+    teacher, frozen = _given_teacher(given) if given["teacher"] else (None, None)
+
+    def choose(iterations: int) -> Tuple[Settings, Dict[str, str]]:
+        settings = choose_settings(data, given["student"], device, iterations)
+        return settings, config_texts(sources, settings, given["output"], teacher, device, given["seed"])
+
+    settings, texts = choose(given["iterations"])
+    seconds = _step_seconds(texts, frozen)
     if not given["compare"]:
         seconds.pop("scratch")
     if given["minutes"]:
@@ -213,24 +225,21 @@ def _settings(
                 f"--minutes is {given['minutes']:g}, enough for {length} iterations here; {_LEAST_ITERATIONS} are the "
                 f"least. Give {least:.0f} or more, or a smaller student"
             )
-        settings = choose_settings(data, given["student"], device, min(length, settings.iterations))
-    return settings, {name: each * settings.iterations for name, each in seconds.items()}
+        settings, texts = choose(min(length, settings.iterations))
+    return settings, texts, {name: each * settings.iterations for name, each in seconds.items()}
 
 
-def _step_seconds(texts: Dict[str, str], teacher: Optional[GivenTeacher]) -> Dict[str, float]:
-    """Seconds of one step of each training."""
+def _step_seconds(texts: Dict[str, str], teacher: Optional[FrozenTeacher]) -> Dict[str, float]:
+    """Seconds of one step of each training; ``teacher`` is the user's."""
     with tempfile.TemporaryDirectory() as folder:
         for name, text in texts.items():
             write_text(os.path.join(folder, name), text)
         names = ["scratch"] if teacher else ["scratch", "teacher"]
         configs = {name: load_config(os.path.join(folder, f"{name}.yaml")) for name in names}
-    backbone = teacher.backbone if teacher else build_backbone(configs["teacher"])
-    backbone.to(configs["scratch"].MODEL.DEVICE)
-    seconds = {
-        name: measure_step_seconds(configs[name])
-        for name in track(names, "timing a step of each training")
-    }
-    seconds["student"] = 1.1 * (seconds["scratch"] + measure_features_seconds(configs["scratch"], backbone))
+    student = configs["scratch"]
+    seconds = {name: measure_step_seconds(configs[name]) for name in track(names, "timing a step of each training")}
+    teacher = (teacher or _own_teacher(configs["teacher"])).to(student.MODEL.DEVICE)
+    seconds["student"] = 1.1 * (seconds["scratch"] + measure_teacher_seconds(student, teacher))
     return seconds
 
 

@@ -3,10 +3,9 @@
 import os
 import sys
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import Backbone
 
 from qmimic_d2.config_files import train_net_script
 from qmimic_d2.data.sources import Source
@@ -29,17 +28,12 @@ class GivenTeacher:
 
     Attributes:
         config_file, weights: absolute paths, or addresses of weights.
-        backbone: with random weights.
+        maps: of its backbone, by name.
     """
 
     config_file: str
     weights: str
-    backbone: Backbone
-
-    @property
-    def maps(self) -> Dict[str, ShapeSpec]:
-        """Of its backbone, by name."""
-        return dict(self.backbone.output_shape())
+    maps: Mapping[str, ShapeSpec]
 
 
 @dataclass(frozen=True)
@@ -114,17 +108,17 @@ def config_texts(
     return texts
 
 
-def plan_steps(output: str, teacher: Optional[GivenTeacher], test: str, compares: bool) -> List[Step]:
+def plan_steps(output: str, has_teacher: bool, test: str, compares: bool) -> List[Step]:
     """
     The commands, in their order.
 
     Args:
         output: absolute path of the folder with the configs.
-        teacher: the user's; None: one is trained.
+        has_teacher: whether the user has one; otherwise one is trained.
         test: name of the test set.
         compares: whether a student from scratch is trained as well.
     """
-    runs = {} if teacher is not None else {"teacher": ()}
+    runs = {} if has_teacher else {"teacher": ()}
     runs["student"] = tuple(runs)
     if compares:
         runs["scratch"] = ()

@@ -6,11 +6,13 @@ from typing import Any, Callable, Dict, List
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import Backbone, build_model
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-__all__ = ["measure_features_seconds", "measure_step_seconds"]
+from qmimic_d2.modeling.mimic.teacher import FrozenTeacher
+
+__all__ = ["measure_step_seconds", "measure_teacher_seconds"]
 
 _STEPS = 3
 
@@ -28,19 +30,15 @@ def measure_step_seconds(cfg: CfgNode) -> float:
         return _median_seconds(lambda: sum(model(inputs).values()).backward(), model.device)
 
 
-def measure_features_seconds(cfg: CfgNode, backbone: Backbone) -> float:
+def measure_teacher_seconds(cfg: CfgNode, teacher: FrozenTeacher) -> float:
     """
-    Seconds that a teacher's backbone takes for one batch of its student.
+    Seconds that a teacher takes for one batch of its student, as :func:`measure_step_seconds` measures.
 
     Args:
         cfg: of the student; its input sizes and batch count.
-        backbone: on the config's device.
     """
-    multiple = max(backbone.size_divisibility, 1)
-    sides = (-(-side // multiple) * multiple for side in (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST))
-    images = torch.rand(cfg.SOLVER.IMS_PER_BATCH, 3, *sides, device=cfg.MODEL.DEVICE)
-    with torch.no_grad():
-        return _median_seconds(lambda: backbone(images), images.device)
+    images = _images(cfg)
+    return _median_seconds(lambda: teacher.features(images), teacher.device)
 
 
 def _median_seconds(step: Callable[[], Any], device: torch.device) -> float:
