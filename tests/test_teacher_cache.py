@@ -31,6 +31,7 @@ from qmimic_d2.engine import Trainer
 from qmimic_d2.modeling.mimic.cached_teacher import CachedTeacher, build_teacher, image_key, teacher_identity
 from qmimic_d2.modeling.mimic.map_store import MapStore, stored_teachers
 from qmimic_d2.modeling.mimic.teacher import FrozenTeacher
+from qmimic_d2.modeling.quantizer import QUANTIZER_REGISTRY, UniformQuantizer
 
 CACHE = "MODEL.QMIMIC.TEACHER.CACHE"
 QUANTIZER = "MODEL.QMIMIC.QUANTIZER"
@@ -168,6 +169,20 @@ def test_the_key_sees_what_decides_on_a_map(teachers, tmp_path):
     ]
     identities = [teacher_identity(student_cfg(teacher, "c", *change)) for change in changes]
     assert len({base, *identities}) == 1 + len(changes)
+
+
+class ShrinkingQuantizer(UniformQuantizer):
+    """A project's own, whose codes depend on more than the features."""
+
+
+def test_codes_of_another_projects_quantizer_are_not_kept(teachers, tmp_path, monkeypatch):
+    monkeypatch.setitem(QUANTIZER_REGISTRY._obj_map, "ShrinkingQuantizer", ShrinkingQuantizer)
+    cfg = student_cfg(teachers[False], tmp_path / "cache", f"{QUANTIZER}.NAME", "Shrinking")
+    with pytest.raises(ValueError, match=r"MODEL.QMIMIC.TEACHER.CACHE is .*ShrinkingQuantizer.*QUANTIZE_TEACHER False"):
+        build_teacher(cfg)
+    assert not (tmp_path / "cache").exists()
+    cfg.MODEL.QMIMIC.MIMIC.QUANTIZE_TEACHER = False
+    assert isinstance(build_teacher(cfg), CachedTeacher)
 
 
 def test_a_lazy_teacher_has_a_key_too(tmp_path):

@@ -25,9 +25,16 @@ from torch import Tensor
 from qmimic_d2.modeling.mimic.map_store import MapStore
 from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, stack_maps, teacher_feature_names, teacher_weights
 from qmimic_d2.modeling.mimic.teacher_config import load_teacher_config
-from qmimic_d2.modeling.quantizer import CodeQuantizer, Quantizer, build_quantizer
+from qmimic_d2.modeling.quantizer import (
+    ClampQuantizer,
+    CodeQuantizer,
+    PowerOfTwoQuantizer,
+    Quantizer,
+    UniformQuantizer,
+    build_quantizer,
+)
 
-__all__ = ["CachedTeacher", "Teacher", "build_teacher", "image_key", "teacher_identity"]
+__all__ = ["CONSTANT_QUANTIZERS", "CachedTeacher", "Teacher", "build_teacher", "image_key", "teacher_identity"]
 
 # Of the way in which maps are computed and kept.
 _VERSION = 1
@@ -35,6 +42,8 @@ _PROPOSALS = "proposals"
 # The smallest type that holds the codes of a map is the first that does.
 _CODE_TYPES = (np.uint8, np.int8, np.uint16, np.int16, np.int32)
 _GIGABYTE = 10**9
+# Their codes depend on the features alone; those of a subclass may depend on the iteration, or be learned.
+CONSTANT_QUANTIZERS = (ClampQuantizer, PowerOfTwoQuantizer, UniformQuantizer)
 
 
 def build_teacher(cfg: CfgNode) -> "Teacher":
@@ -42,7 +51,8 @@ def build_teacher(cfg: CfgNode) -> "Teacher":
     The teacher of a student's config, with a cache where TEACHER.CACHE names a folder.
 
     Raises:
-        FileNotFoundError, ValueError: as :class:`FrozenTeacher`; a cached teacher is loaded when an image is new.
+        FileNotFoundError, ValueError: as :class:`FrozenTeacher`; a cached teacher is loaded when an image is new. Or
+            the quantizer is not one of this package's, whose codes depend on the image alone.
         OSError: the folder of the cache cannot be made.
     """
     node = cfg.MODEL.QMIMIC
@@ -50,9 +60,14 @@ def build_teacher(cfg: CfgNode) -> "Teacher":
         return FrozenTeacher(cfg)
     if not node.TEACHER.CACHE_GB > 0.0:
         raise ValueError(f"MODEL.QMIMIC.TEACHER.CACHE_GB is {node.TEACHER.CACHE_GB}; give a size above 0, such as 10.0")
+    quantizer = build_quantizer(cfg) if node.MIMIC.QUANTIZE_TEACHER else None
+    if quantizer is not None and type(quantizer) not in CONSTANT_QUANTIZERS:
+        raise ValueError(
+            f"MODEL.QMIMIC.TEACHER.CACHE is {node.TEACHER.CACHE!r}, and the codes of a {type(quantizer).__name__} may "
+            "change during a training. Set it to '', or keep maps in full precision: MIMIC.QUANTIZE_TEACHER False"
+        )
     weights = teacher_weights(cfg)
     store = MapStore(node.TEACHER.CACHE, teacher_identity(cfg), int(node.TEACHER.CACHE_GB * _GIGABYTE))
-    quantizer = build_quantizer(cfg) if node.MIMIC.QUANTIZE_TEACHER else None
     features = teacher_feature_names(cfg)
     store.describe(
         {
