@@ -5,6 +5,7 @@ Trains and evaluates the detectors of this project: teachers, quantized teachers
     python train_net.py --config-file configs/Digits/student_vgg_1_16_qmimic.yaml [KEY VALUE ...]
     python train_net.py --config-file ... --resume
     python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
+    torchrun --nnodes 2 --nproc-per-node 8 ... train_net.py --config-file ...
 """
 
 import sys
@@ -21,6 +22,7 @@ from qmimic_d2.engine import (
     argument_parser,
     check_run,
     describe_error,
+    is_first_of_machine,
     launch_processes,
     load_config,
     load_evaluated_weights,
@@ -63,5 +65,5 @@ if __name__ == "__main__":
             cfg = with_measured_stride(cfg, resume=args.resume, eval_only=args.eval_only)
             check_run(cfg, num_processes(args), eval_only=args.eval_only, resume=args.resume)
         except (KeyError, ValueError, OSError) as error:
-            sys.exit(describe_error(error))
+            sys.exit(describe_error(error) if is_first_of_machine() else 1)
         launch_processes(main, args, (args, cfg))

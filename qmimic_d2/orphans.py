@@ -28,20 +28,19 @@ except ProcessLookupError:
 
 def die_with_parent() -> None:
     """
-    Ends this process, which :mod:`multiprocessing` started, as soon as its parent has ended.
+    Ends this process, which :mod:`multiprocessing` or torchrun started, as soon as its parent has ended.
 
-    On Linux the kernel does it; everywhere a thread watches the parent.
+    On Linux the kernel does it; everywhere a thread watches a parent that :mod:`multiprocessing` knows.
     """
     parent = multiprocessing.parent_process()
-    if parent is None:
-        return
 
     def end() -> None:
         parent.join()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=end, daemon=True, name="die_with_parent").start()
-    request = _request_of_the_kernel(parent.pid)
+    if parent is not None:
+        threading.Thread(target=end, daemon=True, name="die_with_parent").start()
+    request = _request_of_the_kernel(os.getppid() if parent is None else parent.pid)
     if request is not None:
         request()
 

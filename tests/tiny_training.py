@@ -128,7 +128,14 @@ class Run:
     What it writes goes to files, since nobody reads while it runs.
     """
 
-    def __init__(self, *arguments: Any, cwd: Path, datasets: Path, script: Path = ROOT / "train_net.py"):
+    def __init__(
+        self,
+        *arguments: Any,
+        cwd: Path,
+        datasets: Path,
+        script: Path = ROOT / "train_net.py",
+        launcher: Sequence[Any] = (),
+    ):
         self._files = [tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")]
         environment = {
             **os.environ,
@@ -137,7 +144,7 @@ class Run:
             "OMP_NUM_THREADS": "1",
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script), *map(str, arguments)],
+            [sys.executable, "-W", "ignore", *map(str, (*launcher, script, *arguments))],
             cwd=cwd,
             env=environment,
             stdout=self._files[0],

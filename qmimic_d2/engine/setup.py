@@ -1,20 +1,15 @@
-"""From command-line arguments to a checked config, and from there to running processes."""
+"""From command-line arguments to a checked config, and what every process of a run sets up."""
 
 import argparse
-import contextlib
-import gc
 import importlib
 import logging
-import multiprocessing
 import os
-import signal
-import sys
-from typing import Callable, Iterator, List, Sequence, Tuple
+from typing import List, Sequence
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
@@ -22,33 +17,23 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n, setup_logger
 from torch import nn
 
-from qmimic_d2.checkpoint.checkpointer import DivergedError
 from qmimic_d2.config import default_config
 from qmimic_d2.config_files import changed, find_config_file
 from qmimic_d2.data.sources import complete_sources, register_sources
 from qmimic_d2.engine.resuming import earlier_seed
-from qmimic_d2.error_text import describe_error
 from qmimic_d2.files import remove_leftovers
-from qmimic_d2.folder_lock import FolderInUseError, hold_folder
-from qmimic_d2.modeling.mimic.sharing import forget_teacher, one_teacher
+from qmimic_d2.folder_lock import hold_folder
 from qmimic_d2.modeling.mimic.teacher_config import load_teacher_config
 from qmimic_d2.modeling.trunk_adapter import is_in_trunk, trained_trunk_channels, trunk_channels
 from qmimic_d2.near_names import near_names
-from qmimic_d2.orphans import die_with_parent
 from qmimic_d2.run_folder import TAG, TEACHER_CONFIG, is_local, write_configs
 from qmimic_d2.yaml.config import describe_mismatch, flat_keys, merge_config
 
 __all__ = [
     "argument_parser",
-    "launch_processes",
     "load_config",
-    "num_processes",
     "set_up_process",
 ]
-
-# Exit status of a process that has already printed what went wrong.
-_SAID = 65
-
 
 def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's arguments and ``--num-processes``."""
@@ -84,11 +69,6 @@ class _Import(argparse.Action):
         except ImportError as error:
             parser.error(f"{option_string} {values}: {error}")
         namespace.modules = [*namespace.modules, values]
-
-
-def num_processes(args: argparse.Namespace) -> int:
-    """Processes of the whole run, all machines together; at least 1."""
-    return _processes_per_machine(args) * args.num_machines
 
 
 def load_config(
@@ -228,89 +208,6 @@ def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
         PathManager.mkdirs(cfg.OUTPUT_DIR)
         _write_configs(cfg)
     return cfg
-
-
-def launch_processes(
-    main: Callable[..., object], args: argparse.Namespace, main_args: Tuple[object, ...]
-) -> None:
-    """
-    Runs ``main(*main_args)`` in as many processes as the arguments ask for.
-
-    ``--num-processes`` trains on the CPU over gloo, through Detectron2's own launcher. A Ctrl-C or SIGTERM
-    that reaches the launching process is passed on, so that the training saves before it stops.
-
-    Raises:
-        SystemExit: a signal stopped the run; status 128 + its number.
-    """
-    per_machine = _processes_per_machine(args)
-    if args.num_processes:
-        # Detectron2's launcher takes NCCL wherever it sees a GPU.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if per_machine * args.num_machines > 1:
-        forget_teacher()
-    received: List[int] = []
-    with _signals_passed_on(received) if per_machine * args.num_machines > 1 else contextlib.nullcontext():
-        try:
-            launch(
-                _main_of_process,
-                per_machine,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(main, main_args),
-            )
-        except torch.multiprocessing.ProcessExitedException as error:
-            if error.exit_code == _SAID:
-                raise SystemExit(1) from None
-            if not received:
-                raise
-    if received:
-        raise SystemExit(128 + received[0])
-
-
-def _main_of_process(main: Callable[..., object], main_args: Tuple[object, ...]) -> None:
-    """
-    Runs ``main`` and leaves the process group, if there is one. What a person can correct ends in one message.
-
-    Detectron2's launcher lets a process end inside its group. The threads of gloo then race with the interpreter's
-    end, and now and then a process that had finished its work was counted as crashed (SIGABRT).
-    """
-    is_child = comm.get_world_size() > 1
-    if is_child:
-        die_with_parent()
-    try:
-        with one_teacher():
-            main(*main_args)
-    except (DivergedError, FolderInUseError) as error:
-        if not is_child:
-            raise SystemExit(describe_error(error)) from error
-        sys.stderr.write(describe_error(error) + "\n")
-        raise SystemExit(_SAID) from error
-    if is_child:
-        gc.collect()  # a DistributedDataParallel in a reference cycle holds the group
-        comm.synchronize()
-        torch.distributed.destroy_process_group()
-
-
-def _processes_per_machine(args: argparse.Namespace) -> int:
-    return max(args.num_processes or args.num_gpus, 1)
-
-
-@contextlib.contextmanager
-def _signals_passed_on(received: List[int]) -> Iterator[None]:
-    """Sends the signals of this process to its children as well, and notes their numbers."""
-
-    def on_signal(number: int, frame) -> None:
-        received.append(number)
-        for child in multiprocessing.active_children():
-            os.kill(child.pid, number)
-
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _complete_teacher(cfg: CfgNode, beside: str, eval_only: bool, resume: bool) -> None:
