@@ -318,6 +318,7 @@ def test_from_nothing_to_a_page_and_again(tmp_path, capsys):
     assert status == int("failed: export" in shown) and "student, quantization mimic" in shown
     for name in ("data.yaml", "student/model_final.pth", "device/model.onnx", "device/README.md", "report.html"):
         assert (output / name).is_file(), name
+    assert "data:image/jpeg;base64," in (output / "report.html").read_text()  # the photographs with their boxes
     stride = yaml.safe_load((output / "student" / "config.yaml").read_text())["MODEL"]["QMIMIC"]["QUANTIZER"]
     assert stride["STRIDE"] > 0.0 and stride["RELATIVE_STRIDE"] == 0.0
     labels = json.loads((output / "device" / "labels.json").read_text())

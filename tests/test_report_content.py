@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from data_sources import IMAGES, catalogs_as_before, write_yolo  # noqa: F401
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from helpers import tiny_cfg
@@ -12,10 +13,11 @@ from report_runs import write_run
 from tiny_coco import registered_coco, write_images
 
 from qmimic_d2.analysis import measure_cost
+from qmimic_d2.config_files import changed
 from qmimic_d2.report import Run, charts, collect_run, plots
 from qmimic_d2.report.cost import Cost, alternating_medians, run_cost
 from qmimic_d2.report.held_out import Histogram
-from qmimic_d2.report.measure import measure
+from qmimic_d2.report.measure import measure, register_run_sources
 from qmimic_d2.report.metrics import Metrics
 from qmimic_d2.report.samples import (
     GROUND_TRUTH,
@@ -238,13 +240,27 @@ def test_what_cannot_be_measured_is_named(tmp_path, dataset):
         "no pictures: there are no detections of an evaluation, and there is no detector to run"
     ]
     (note,) = elsewhere.notes
-    assert note.startswith("no pictures and no time of an image: the data set 'no_such_set' cannot be read here")
+    what = "no pictures and no time of an image: the data set 'no_such_set' cannot be read here"
+    assert note == f"{what} (nobody has registered it)"
     (note,) = run.notes
     assert note.startswith("no time of an image: the detector cannot be loaded (ValueError: model_final.pth")
     assert "\n" not in note
     assert [note.partition(":")[0] for note in unknown.notes] == ["no time of an image", "no parameters and FLOPs"]
     assert [cost is None for cost in measured.costs] == [False, False, False, True, True]
     assert [picture.number for picture in measured.samples[dataset][0].pictures] == [GROUND_TRUTH, 2, 3]
+
+
+def test_data_that_a_config_names_are_opened_when_asked(tmp_path):
+    entry = {"NAME": "mine", "FORMAT": "yolo", "PATH": str(write_yolo(tmp_path / "yolo")), "SPLIT": "val"}
+    run = collect_run(str(write_run(tmp_path / "run", "mine")))
+    run.cfg = changed(run.cfg, "DATASETS.SOURCES", [{**entry, "CLASSES": ["cat", "dog"]}])
+    run.notes.clear()
+    assert measure([run], num_images=6, threads=0, score_threshold=0.5).samples == {}
+    (note,) = run.notes
+    assert note.endswith("cannot be read here (its files are named by the run's config; --sources opens them)")
+    register_run_sources([run, Run("empty", "empty")])
+    samples = measure([run], num_images=6, threads=0, score_threshold=0.5).samples["mine"]
+    assert len(samples) == len(IMAGES["val"]) and samples[0].truth[0].label in ("cat", "dog")
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -274,6 +290,7 @@ def test_result_columns():
     assert result_columns([Run("a", "a")], [None]) == []
     assert shown(result_columns([Run("a", "a")], [Cost(900, 1000, 8, 8)])) == {"parameters": ["900"], "FLOPs": ["1 k"]}
     assert size_text(1500) == "1.5 kB" and size_text(2.5e9) == "2.5 GB"
+    assert size_text(999_600) == "1 MB" and size_text(999_400) == "999 kB"
 
 
 def test_class_columns():

@@ -3,8 +3,8 @@ Writes one HTML page about runs of train_net.py, which needs no other file and n
 
 RUN is an output folder of train_net.py, finished or still running, or NAME=FOLDER. What a folder lacks, and what is
 broken in it, is left out and named on the page. The folder may be somebody else's: its files are read as data, without
-running code, and nothing that they name is opened or fetched. Exit status: 0 when the page was written, 2 for a
-mistake in the arguments, or a folder that is no run.
+running code, and nothing that they name is opened or fetched without --sources. Exit status: 0 when the page was
+written, 2 for a mistake in the arguments, or a folder that is no run.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from qmimic_d2.cli.printable import printable, say
 from qmimic_d2.cli.usage import usage_errors
 from qmimic_d2.files import check_writable
 from qmimic_d2.report import collect_runs
+from qmimic_d2.report.measure import register_run_sources
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--score-threshold", type=score, default=0.5, metavar="SCORE", help=least)
     threads = "CPU threads for the time of an image (default: %(default)s)"
     add("--threads", type=positive, default=1, metavar="N", help=threads)
+    sources = "open the data that a config names in DATASETS.SOURCES, for pictures and times; for runs of your own"
+    add("--sources", action="store_true", help=sources)
     add("--no-latency", action="store_true", help="do not measure the time of an image")
 
 
@@ -38,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
         check_writable(args.output, "--output")
         runs = collect_runs(args.runs)
+        if args.sources:
+            register_run_sources(runs)
         write_report(
             runs,
             args.output,

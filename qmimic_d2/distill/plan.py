@@ -139,7 +139,7 @@ def plan_steps(output: str, has_teacher: bool, test: str, compares: bool) -> Lis
     forms = ("--format", "onnx", "onnx-int8", "--verify", test)
     steps.append(Step("export", (*export, *forms), ("student",)))
     page = (*package, "report", *(f"{name}={os.path.join(output, name)}" for name in runs))
-    steps.append(Step("page", (*page, "--output", os.path.join(output, "report.html")), tuple(runs)))
+    steps.append(Step("page", (*page, "--sources", "--output", os.path.join(output, "report.html")), tuple(runs)))
     return steps
 
 

@@ -7,9 +7,11 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 
 from qmimic_d2.config_files import changed
+from qmimic_d2.data.sources import register_sources
 from qmimic_d2.error_text import describe_error, one_line
 from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.progress import track
@@ -18,7 +20,7 @@ from qmimic_d2.report.cost import Cost, image_seconds, run_cost
 from qmimic_d2.report.samples import Box, Sample, load_samples, predicted_boxes, read_detections
 from qmimic_d2.run_folder import CONFIG
 
-__all__ = ["Measurements", "measure"]
+__all__ = ["Measurements", "measure", "register_run_sources"]
 
 # Bounds of what is built: a config of somebody else must not fill the memory.
 _MOST_PARAMETERS = 2_000_000_000
@@ -62,6 +64,16 @@ def measure(runs: Sequence[Run], *, num_images: int, threads: int, score_thresho
     return Measurements([each.cost for each in measured], samples, sizes)
 
 
+def register_run_sources(runs: Sequence[Run]) -> None:
+    """Registers the data sets that the runs' configs name in DATASETS.SOURCES. What cannot be is added to the notes."""
+    for run in runs:
+        if run.cfg is not None:
+            try:
+                register_sources(run.cfg)
+            except ValueError as error:
+                run.notes.append(f"no pictures and no time of an image: {one_line(error)}")
+
+
 def _check_extent(run: Run) -> None:
     """Takes the config from a run whose detector is larger than any training here."""
     if run.cfg is None:
@@ -96,8 +108,16 @@ def _load_samples(runs: Sequence[Run], count: int) -> Tuple[Dict[str, List[Sampl
             note = f"no pictures and no time of an image: the data set {name!r} cannot be read here"
             for run in runs:
                 if run.dataset == name:
-                    run.notes.append(f"{note} ({describe_error(error)})")
+                    run.notes.append(f"{note} ({_why_unread(run, error)})")
     return samples, sizes
+
+
+def _why_unread(run: Run, error: Exception) -> str:
+    if run.dataset in DatasetCatalog:
+        return describe_error(error)
+    if any(each.get("NAME") == run.dataset for each in run.cfg.DATASETS.SOURCES):
+        return "its files are named by the run's config; --sources opens them"
+    return "nobody has registered it"
 
 
 class _Measured:

@@ -113,7 +113,7 @@ def _percent(value: float) -> str:
 def _amount(value: float) -> str:
     """592400 -> "592 k"."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
+        if value >= 0.9995 * size:  # what three digits show as 1
             return f"{value / size:.3g} {unit}"
     return f"{value:.0f}"
 
