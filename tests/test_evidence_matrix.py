@@ -85,14 +85,15 @@ def test_the_controls_stand_in_every_comparison_of_students():
 
 def test_what_is_reported_was_not_chosen_on():
     content = yaml.safe_load(SHIPPED.read_text())["seeds"]
-    assert not set(content["reporting"]) & set(content["choosing"])
+    assert not {*content["reporting"], *content["mask"]} & set(content["choosing"])
     assert len(set(content["reporting"])) >= 12
 
 
 @pytest.mark.slow
 def test_no_two_variants_are_the_same(runs):
     alike = {}
-    for name in NAMES:
+    # the group `mask` has its own teacher, and what is compared with it, so that it can be trained on another machine
+    for name in [name for name in NAMES if name not in ("mask_teacher", "mask_scratch")]:
         (run,) = MATRIX.runs(variants=[name], seeds=[1])
         alike.setdefault((runs.digest(run), run.variant.needs), []).append(name)
     twice, learning_rate = sorted(found for found in alike.values() if len(found) > 1)

@@ -10,6 +10,7 @@ Shape letters:
 """
 
 import functools
+import math
 from typing import Dict, List, Tuple
 
 import torch
@@ -20,7 +21,15 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qmimic_d2.modeling import QUANTIZER_REGISTRY, Pair, QuantMimicRCNN, QuantRCNN, RoIMimicLoss, UniformQuantizer
+from qmimic_d2.modeling import (
+    QUANTIZER_REGISTRY,
+    ClampQuantizer,
+    Pair,
+    QuantMimicRCNN,
+    QuantRCNN,
+    RoIMimicLoss,
+    UniformQuantizer,
+)
 from qmimic_d2.modeling.attach import attached_mimic
 from qmimic_d2.modeling.quantizer_hook import attached_quantizer
 
@@ -100,6 +109,28 @@ class ChannelUniformQuantizer(UniformQuantizer):
         return super().quantize(x / relative) * relative
 
 
+@QUANTIZER_REGISTRY.register()
+class UnmaskedUniformQuantizer(UniformQuantizer):
+    """The codes of the dictionary, with the identity as gradient."""
+
+    has_gradient_mask = False
+
+
+@QUANTIZER_REGISTRY.register()
+class UnmaskedClampQuantizer(ClampQuantizer):
+    """The clamp at 0, with the identity as gradient."""
+
+    has_gradient_mask = False
+
+
+@QUANTIZER_REGISTRY.register()
+class LeakyUniformQuantizer(UniformQuantizer):
+    """The codes of the dictionary; of the gradient a tenth passes where the ReLU lets nothing pass."""
+
+    def mask_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        return torch.lerp(super().mask_gradient(grad, x), grad, 0.1)
+
+
 class _OtherMimicRCNN(QuantMimicRCNN):
     """Changes its mimic, if there is one; parameters and settings stay."""
 
@@ -149,6 +180,15 @@ class CodesDifferRCNN(_OtherMimicRCNN):
         mimic.distance = functools.partial(_where_codes_differ, mimic)
 
 
+@META_ARCH_REGISTRY.register()
+class UndershootRCNN(_OtherMimicRCNN):
+    """Three times the loss of active entries (r > 0) whose code is below the teacher's."""
+
+    @staticmethod
+    def change(mimic: RoIMimicLoss) -> None:
+        mimic.distance = functools.partial(_undershoot_weighted, mimic)
+
+
 def _pairs_of_codes(
     mimic: RoIMimicLoss, student_maps: Dict[str, Tensor], teacher_maps: Dict[str, Tensor], boxes: List[Boxes]
 ) -> List[Pair]:
@@ -165,6 +205,14 @@ def _where_codes_differ(mimic: RoIMimicLoss, pair: Pair) -> Tensor:
     quantize = mimic.student_quantizer.quantize
     differs = quantize(pair.student) != quantize(pair.teacher)
     return mimic.normalized(torch.where(differs, pair.student, pair.teacher), pair.teacher, pair.num_regions)
+
+
+def _undershoot_weighted(mimic: RoIMimicLoss, pair: Pair, weight: float = 3.0) -> Tensor:
+    target = mimic.teacher_quantizer.quantize(pair.teacher)
+    adapted = mimic.student_quantizer(pair.student)
+    stretched = target + math.sqrt(weight) * (adapted - target)  # whose square is the weighted one
+    is_below = (pair.student > 0.0) & (adapted < target)
+    return mimic.normalized(torch.where(is_below, stretched, adapted), target, pair.num_regions)
 
 
 @META_ARCH_REGISTRY.register()
