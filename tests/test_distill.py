@@ -280,6 +280,13 @@ def test_a_teacher_may_be_a_lazy_config(tmp_path, capsys):
     assert "student:" in shown and "teacher:" not in shown
 
 
+def test_the_plan_of_an_fpn_warns_of_nothing(tmp_path, capsys, caplog):
+    teacher = write_teacher(tmp_path, *RESNET_FPN)
+    assert main(plan_with(tmp_path, teacher.config_file, teacher.weights)) == 0
+    assert "student:" in capsys.readouterr().out
+    assert not [each.message for each in caplog.records if each.levelname == "WARNING"]
+
+
 def test_weights_that_are_not_the_teachers_are_refused_at_once(tmp_path, capsys):
     teacher = write_teacher(tmp_path)
     other = tmp_path / "other.pth"

@@ -189,6 +189,7 @@ def _given_teacher(given: Dict[str, Any]) -> Tuple[GivenTeacher, FrozenTeacher]:
     add_qmimic_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.QMIMIC.TEACHER.CONFIG_FILE, cfg.MODEL.QMIMIC.TEACHER.WEIGHTS = config_file, weights
+    cfg.MODEL.QMIMIC.MIMIC.QUANTIZE_TEACHER = False  # no stride is known yet
     config = load_teacher_config(cfg)
     teacher = GivenTeacher(config.path, weights, config.shapes())
     _, cfg.MODEL.QMIMIC.MIMIC.TEACHER_IN_FEATURES = student_maps(teacher)
