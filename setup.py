@@ -38,7 +38,9 @@ EXTRAS_REQUIRE = {
 }
 
 # What the package reads at run time besides its own code, wherever it stands below qmimic_d2/.
-DATA_SUFFIXES = ("css", "csv", "html", "j2", "jinja", "js", "json", "md", "npz", "onnx", "svg", "txt", "yaml")
+DATA_SUFFIXES = (
+    *("c", "css", "csv", "html", "j2", "jinja", "js", "json", "md", "mjs", "npz", "onnx", "svg", "txt", "yaml"),
+)
 
 
 class BuildWithConfigs(build_py):

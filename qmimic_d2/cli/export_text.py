@@ -9,6 +9,7 @@ from qmimic_d2.cli.printable import printable
 from qmimic_d2.engine.exporting import Exported
 from qmimic_d2.engine.verification import Verification, VerifiedModel
 from qmimic_d2.export import ModelDescription
+from qmimic_d2.export.raw.sources import decoder_sources
 
 __all__ = ["export_text", "human_bytes", "verdict_text", "verification_text"]
 
@@ -16,8 +17,9 @@ __all__ = ["export_text", "human_bytes", "verdict_text", "verification_text"]
 def export_text(exported: Exported, description: ModelDescription) -> str:
     """What was written, and what it takes to run it."""
     preprocessing = description.to_dict()["preprocessing"]
+    others = [description.file_name, *decoder_sources(description)]
     lines = [
-        f"Wrote {printable(exported.path)} ({human_bytes(exported.file_bytes)}) and labels.json",
+        f"Wrote {printable(exported.path)} ({human_bytes(exported.file_bytes)}) and {', '.join(others)}",
         f"Quantizer: {description.quantizer or 'none'}",
         f"Input: {preprocessing['image']}; size {preprocessing['size']}; resize: {preprocessing['resize']}",
     ]

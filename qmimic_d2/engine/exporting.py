@@ -1,6 +1,7 @@
-"""From a training's config and checkpoint to a file that ships, in one of four forms."""
+"""From a training's config and checkpoint to a file that ships, in one of several forms."""
 
 import logging
+import operator
 import os
 import tempfile
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from qmimic_d2.analysis import evenly_spaced
 from qmimic_d2.data.loading import load_dataset_dicts
 from qmimic_d2.engine.average_precision import APEvaluation
 from qmimic_d2.engine.verification import EvaluatorAdapter, read_named_image
-from qmimic_d2.export import ModelDescription, OnnxDetector, build_student, describe_model
+from qmimic_d2.export import ModelDescription, OnnxDetector, build_student, describe_model, describe_raw
 from qmimic_d2.export.description import LABELS_NAME
 from qmimic_d2.export.network import drop_quantizer
 from qmimic_d2.export.onnx.file import export_onnx, import_onnx
 from qmimic_d2.export.onnx.int8 import Int8Trial, import_quantization, quantize_onnx
+from qmimic_d2.export.raw.sources import decoder_sources
 from qmimic_d2.export.student import CONFIG_NAME, WEIGHTS_NAME, StudentExport, export_student
 from qmimic_d2.export.torchscript.file import export_torchscript
 from qmimic_d2.files import check_output_folder, write_text
@@ -82,11 +84,13 @@ class ExportJob:
     """
     Attributes:
         path: of the file that is opened to run the detector; its folder is there.
+        description: what the file tells about itself.
         int8: settings of that form.
         report: told about the search of int8.
     """
 
     path: str
+    description: ModelDescription
     int8: Int8Settings
     report: Callable[[str], None]
 
@@ -100,11 +104,14 @@ class ExportFormat:
         file: name of what is opened to run the detector.
         write: gets the exporter and the job, and writes ``job.path``.
         check_packages: raises ImportError where a package that it takes is not installed; None: it takes none.
+        describe: gets the exporter, and gives what the file tells about itself; raises ValueError if the form cannot
+            hold this detector.
     """
 
     file: str
     write: Callable[["Exporter", ExportJob], Exported]
     check_packages: Optional[Callable[[], object]] = None
+    describe: Callable[["Exporter"], ModelDescription] = operator.attrgetter("description")
 
 
 class Exporter:
@@ -161,6 +168,15 @@ class Exporter:
         """The same detector, eager, with the same input."""
         return Predictor.of_model(self.cfg, self.model, self.description.input_spec)
 
+    def describe(self, form: str) -> ModelDescription:
+        """
+        What a file of a form tells about itself.
+
+        Raises:
+            ValueError: the form cannot hold this detector.
+        """
+        return FORMATS[form].describe(self)
+
     def write(
         self,
         form: str,
@@ -169,7 +185,8 @@ class Exporter:
         report: Callable[[str], None] = logger.info,
     ) -> Exported:
         """
-        Writes one form and ``labels.json``. Every file appears under its name when it is complete.
+        Writes one form, and next to it its description, and for a raw network the sources that decode its outputs.
+        Every file appears under its name when it is complete.
 
         Args:
             form: a key of :data:`FORMATS`.
@@ -182,28 +199,39 @@ class Exporter:
             OSError: the folder cannot be written.
             ValueError: the form cannot hold this detector.
         """
+        description = self.describe(form)
         check_output_folder(folder)
-        job = ExportJob(os.path.join(folder, FORMATS[form].file), int8 or Int8Settings(), report)
+        job = ExportJob(os.path.join(folder, FORMATS[form].file), description, int8 or Int8Settings(), report)
         exported = FORMATS[form].write(self, job)
-        write_text(os.path.join(folder, LABELS_NAME), self.description.to_json() + "\n")
+        texts = {description.file_name: description.to_json() + "\n", **decoder_sources(description)}
+        for name, text in texts.items():
+            write_text(os.path.join(folder, name), text)
         return exported
 
 
-def _write_detectron2(exporter: Exporter, job: ExportJob) -> Exported:
+def _describe_detectron2(exporter: Exporter) -> ModelDescription:
     if exporter.description.input_spec.is_fixed:
         raise ValueError("--fixed-size is for torchscript and onnx; a Detectron2 config has no key for it")
+    return exporter.description
+
+
+def _describe_raw(exporter: Exporter) -> ModelDescription:
+    return describe_raw(exporter.model, exporter.description)
+
+
+def _write_detectron2(exporter: Exporter, job: ExportJob) -> Exported:
     folder = os.path.dirname(job.path)
     student = export_student(exporter.cfg, exporter.model, folder)
     return Exported(job.path, os.path.getsize(os.path.join(folder, WEIGHTS_NAME)), student)
 
 
 def _write_torchscript(exporter: Exporter, job: ExportJob) -> Exported:
-    export_torchscript(exporter.model, exporter.description, job.path)
+    export_torchscript(exporter.model, job.description, job.path)
     return Exported(job.path, os.path.getsize(job.path))
 
 
 def _write_onnx(exporter: Exporter, job: ExportJob) -> Exported:
-    export_onnx(exporter.model, exporter.description, job.path)
+    export_onnx(exporter.model, job.description, job.path)
     return Exported(job.path, os.path.getsize(job.path))
 
 
@@ -212,9 +240,10 @@ def _write_int8(exporter: Exporter, job: ExportJob) -> Exported:
     if not names:
         raise ValueError("DATASETS.TRAIN is empty; int8 is calibrated on training images")
     dicts = evenly_spaced(load_dataset_dicts(names), settings.calibration_images)
-    prepare = exporter.description.input_spec.prepare
+    prepare = job.description.input_spec.prepare
     files = [each["file_name"] for each in dicts]
-    images: List[np.ndarray] = [prepare(read_named_image(each))[0] for each in track(files, "reading images for int8")]
+    pixels = (prepare(read_named_image(each))[0] for each in track(files, "reading images for int8"))
+    images: List[np.ndarray] = [job.description.as_input(each) for each in pixels]
     evaluate = None
     if settings.search_images:
         search = APEvaluation(exporter.cfg, names[0], settings.search_images, mapper=dict)
@@ -226,7 +255,7 @@ def _write_int8(exporter: Exporter, job: ExportJob) -> Exported:
     stride, signed = _uniform_codes(exporter.model)
     with tempfile.TemporaryDirectory(prefix="qmimic_d2_") as folder:
         source = os.path.join(folder, "float.onnx")
-        export_onnx(exporter.model, exporter.description, source)
+        export_onnx(exporter.model, job.description, source)
         trials = quantize_onnx(
             source,
             job.path,
@@ -249,10 +278,12 @@ def _import_int8() -> None:
 # The forms of ``python -m qmimic_d2 export``. Another one is a further entry, and its ending an entry of OPENERS of
 # qmimic_d2.inference.detectors.
 FORMATS: Dict[str, ExportFormat] = {
-    "detectron2": ExportFormat(CONFIG_NAME, _write_detectron2),
+    "detectron2": ExportFormat(CONFIG_NAME, _write_detectron2, describe=_describe_detectron2),
     "torchscript": ExportFormat("model.ts", _write_torchscript),
     "onnx": ExportFormat("model.onnx", _write_onnx, import_onnx),
     "onnx-int8": ExportFormat("model_int8.onnx", _write_int8, _import_int8),
+    "onnx-raw": ExportFormat("model_raw.onnx", _write_onnx, _import_int8, _describe_raw),
+    "onnx-raw-int8": ExportFormat("model_raw_int8.onnx", _write_int8, _import_int8, _describe_raw),
 }
 
 

@@ -10,6 +10,7 @@ import importlib
 from qmimic_d2.export.description import ModelDescription
 from qmimic_d2.export.onnx.detector import OnnxDetector
 from qmimic_d2.export.preprocessing import Detections, InputSpec
+from qmimic_d2.export.raw.decoding import Decoding
 from qmimic_d2.export.torchscript.detector import TorchScriptDetector
 
 # Names whose modules import torch, and those modules.
@@ -17,6 +18,7 @@ _WITH_TORCH = {
     "StudentExport": "student",
     "build_student": "student",
     "describe_model": "network",
+    "describe_raw": "raw.network",
     "export_onnx": "onnx.file",
     "export_student": "student",
     "export_torchscript": "torchscript.file",
@@ -24,6 +26,7 @@ _WITH_TORCH = {
 }
 
 __all__ = [
+    "Decoding",
     "Detections",
     "InputSpec",
     "ModelDescription",

@@ -28,6 +28,7 @@ __all__ = [
     "head_modules",
     "head_node",
     "head_node_key",
+    "head_outputs",
     "head_section",
     "imitates",
     "named_head_features",
@@ -68,6 +69,7 @@ class Family:
         outputs: layers that give logits and box offsets, as paths from the model. A path may end in a ModuleList.
         infer: gives the detections of a batch in pixels of the network's input; None for a family without detections.
         takes_input_format: whether the class has an argument ``input_format``.
+        head_outputs: see :func:`head_outputs`.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Family:
     outputs: Tuple[str, ...]
     infer: Optional[Callable[[nn.Module, List[Dict[str, Any]]], List[Instances]]]
     takes_input_format: bool = True
+    head_outputs: Tuple[str, ...] = ()
 
 
 # A class belongs to the first family that fits.
@@ -89,8 +92,17 @@ FAMILIES = (
         outputs=("proposal_generator.rpn_head", "roi_heads.box_predictor"),
         infer=_infer_rcnn,
     ),
-    Family("RetinaNet", RetinaNet, "RETINANET", ("head",), ("head",), _infer_dense),
-    Family("FCOS", FCOS, "FCOS", ("head",), ("head",), _infer_dense, takes_input_format=False),
+    Family("RetinaNet", RetinaNet, "RETINANET", ("head",), ("head",), _infer_dense, head_outputs=("logits", "deltas")),
+    Family(
+        "FCOS",
+        FCOS,
+        "FCOS",
+        ("head",),
+        ("head",),
+        _infer_dense,
+        takes_input_format=False,
+        head_outputs=("logits", "deltas", "centerness"),
+    ),
     Family("DenseDetector", DenseDetector, "", ("head",), ("head",), _infer_dense),
     Family("ProposalNetwork", ProposalNetwork, "", ("proposal_generator",), ("proposal_generator.rpn_head",), None),
 )
@@ -98,6 +110,12 @@ FAMILIES = (
 # Every name that a family's head module has.
 HEAD_MODULES = tuple(dict.fromkeys(head for family in FAMILIES for head in family.heads))
 _OUTPUTS = tuple(dict.fromkeys(path for family in FAMILIES for path in family.outputs))
+
+# Methods with which a one-stage detector makes detections of what its head gives.
+_DENSE_INFERENCE = (
+    *("preprocess_image", "forward_inference", "inference_single_image", "_transpose_dense_predictions"),
+    *("_decode_multi_level_predictions", "_decode_per_level_predictions"),
+)
 
 # Sources of regions, as MODEL.QMIMIC.MIMIC.ROI_SOURCE names them, that need one of these modules of the detector.
 DETECTOR_REGIONS = {"sampled": ("roi_heads",), "proposals": ("proposal_generator", "roi_heads")}
@@ -204,6 +222,17 @@ def output_layers(model: nn.Module) -> List[nn.Module]:
         found = functools.reduce(lambda owner, name: getattr(owner, name, None), path.split("."), model)
         layers += list(found) if isinstance(found, nn.ModuleList) else [found]
     return [each for each in layers if isinstance(each, nn.Module)]
+
+
+def head_outputs(model: nn.Module) -> Tuple[str, ...]:
+    """
+    What the head gives of every level, in order; () unless the detections are made of it by Detectron2's own methods.
+    """
+    family = family_of(type(model))
+    if family is None or not family.head_outputs:
+        return ()
+    is_stock = all(getattr(type(model), name) is getattr(family.detector, name) for name in _DENSE_INFERENCE)
+    return family.head_outputs if is_stock else ()
 
 
 def own_regions(model: nn.Module) -> List[str]:

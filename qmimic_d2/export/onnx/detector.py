@@ -11,14 +11,13 @@ from qmimic_d2.export.exported_detector import ExportedDetector
 
 __all__ = ["OnnxDetector"]
 
-# Type and number of axes of what the network takes, by name; names of what it gives.
-_INPUTS = {"image": ("tensor(float)", 3)}
+# Names of what the network gives, if it is no raw one.
 _OUTPUTS = ("boxes", "scores", "classes")
 
 
 class OnnxDetector(ExportedDetector):
     """
-    A detector in an ONNX file that ``python -m qmimic_d2 export`` wrote, float or int8::
+    A detector in an ONNX file that ``python -m qmimic_d2 export`` wrote, float or int8, raw or not::
 
         detector = OnnxDetector("model.onnx")
         found = detector(cv2.imread("photo.jpg"))
@@ -56,15 +55,24 @@ class OnnxDetector(ExportedDetector):
             )
             text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "")
             inputs = {each.name: (each.type, len(each.shape)) for each in self._session.get_inputs()}
-            outputs = {each.name for each in self._session.get_outputs()}
+            outputs = {each.name: tuple(each.shape) for each in self._session.get_outputs()}
         except Exception as error:  # onnxruntime has an exception of its own for every kind of damage
             raise ValueError(f"{path!r} is no ONNX file that onnxruntime can run: {one_line(error)}") from error
         super().__init__(path, text, [threads, providers])
-        if inputs != _INPUTS or not outputs.issuperset(_OUTPUTS):
+        decoding = self.description.decoding
+        # Type and number of axes of what the network takes, by name.
+        takes = {"image": ("tensor(float)", 4 if decoding else 3)}
+        if inputs != takes or not outputs.keys() >= set(decoding.output_shapes if decoding else _OUTPUTS):
             raise ValueError(
                 f"{path!r} has the inputs {inputs} and the outputs {sorted(outputs)}; an exported detector has "
-                f"{_INPUTS} and {sorted(_OUTPUTS)}"
+                f"{takes} and {sorted(decoding.output_shapes if decoding else _OUTPUTS)}"
             )
+        for name, shape in decoding.output_shapes.items() if decoding else ():
+            if outputs[name] != shape:
+                raise ValueError(f"{path!r} gives {name!r} of shape {outputs[name]}, and its description says {shape}")
 
     def run_network(self, pixels: np.ndarray) -> Sequence[np.ndarray]:
-        return self._session.run(list(_OUTPUTS), {"image": pixels})
+        decoding = self.description.decoding
+        names = list(decoding.output_shapes if decoding else _OUTPUTS)
+        outputs = self._session.run(names, {"image": self.description.as_input(pixels)})
+        return decoding.decode(outputs) if decoding else outputs

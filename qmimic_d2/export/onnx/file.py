@@ -12,6 +12,8 @@ from torch import nn
 from qmimic_d2.export.description import METADATA_KEY, ModelDescription
 from qmimic_d2.export.network import OUTPUT_NAMES, example_image, traceable
 from qmimic_d2.export.onnx.symbolics import OPSET, project_symbolics
+from qmimic_d2.export.raw.network import RawNetwork
+from qmimic_d2.export.raw.portable import make_portable
 from qmimic_d2.files import whole_file
 
 __all__ = ["check_onnx", "export_onnx", "import_onnx", "prune_opsets"]
@@ -46,6 +48,9 @@ def export_onnx(model: nn.Module, description: ModelDescription, path: str) -> N
     ``description`` has one); its outputs are ``boxes`` (N, 4) in pixels of it, ``scores`` (N,) and
     ``classes`` (N,). Normalization, proposals, RoI pooling and non-maximum suppression are inside.
 
+    With ``description.decoding`` it is the raw network: its input has the shape (1, 3, h, w), its outputs are those of
+    ``decoding.output_shapes``, and only normalization is inside.
+
     Args:
         model: in evaluation mode, with its quantizer kept or dropped.
         description: stored in the file's metadata_props.
@@ -54,31 +59,32 @@ def export_onnx(model: nn.Module, description: ModelDescription, path: str) -> N
     Raises:
         ImportError: onnx is not installed.
         ValueError: the model is of a kind that cannot be exported, or has an operator without a standard
-            ONNX form.
+            ONNX form, or the raw network one that not every runtime has.
     """
     onnx = import_onnx()
-    image = example_image(description.input_spec)
-    adapter = traceable(model, image)
-    options = {
-        "opset_version": OPSET,
-        "input_names": ["image"],
-        "output_names": list(OUTPUT_NAMES),
-        "dynamic_axes": {name: {0: "detections"} for name in OUTPUT_NAMES},
-    }
-    if not description.input_spec.is_fixed:
-        options["dynamic_axes"]["image"] = {1: "height", 2: "width"}
+    is_raw = description.decoding is not None
+    image = description.as_input(example_image(description.input_spec))
+    names = list(description.decoding.output_shapes if is_raw else OUTPUT_NAMES)
+    network = RawNetwork(model) if is_raw else traceable(model, image)
+    options = {"opset_version": OPSET, "input_names": ["image"], "output_names": names}
+    if not is_raw:
+        options["dynamic_axes"] = {name: {0: "detections"} for name in OUTPUT_NAMES}
+        if not description.input_spec.is_fixed:
+            options["dynamic_axes"]["image"] = {1: "height", 2: "width"}
     # The newer exporter (dynamo) specializes the sizes that depend on the picture's content.
     if "dynamo" in inspect.signature(torch.onnx.export).parameters:
         options["dynamo"] = False
     with whole_file(path) as partial:
         with project_symbolics(), _quiet(), torch.no_grad():
             try:
-                torch.onnx.export(adapter, (image,), partial, **options)
+                torch.onnx.export(network, (image,), partial, **options)
             except torch.onnx.errors.UnsupportedOperatorError as error:
                 raise ValueError(
                     f"{type(model).__name__} has an operator without a standard ONNX form ({error}); export it as "
                     "torchscript"
                 ) from error
+        if is_raw:
+            make_portable(partial, type(model).__name__)
         graph = onnx.load(partial)
         describe_onnx(graph, description)
         prune_opsets(graph)
