@@ -4,6 +4,7 @@ import json
 import os
 import sys
 
+import cv2
 import numpy as np
 import onnx
 import pytest
@@ -73,6 +74,18 @@ def test_the_graph_and_what_it_detects(tmp_path, family, options, has_fpn):
     detector, predictor = OnnxDetector(path, threads=1), Predictor.of_model(cfg, model, description.input_spec)
     for size in (SIZE, (50, 33), (100, 300), (480, 640)):
         assert_close(detector(random_image(*size)), predictor.detect(random_image(*size)))
+
+
+@pytest.mark.parametrize("family", ["RetinaNet", "FCOS"])
+def test_another_runtime(tmp_path, family):
+    cfg, model = one_stage(family, QUANTIZER, "Clamp")
+    path, description = written(tmp_path, cfg, model)
+    pixels, placement = description.input_spec.prepare(random_image(50, 60))
+    network = cv2.dnn.readNetFromONNX(path)
+    network.setInput(pixels[None], "image")
+    outputs = network.forward(list(description.decoding.output_shapes))
+    found = placement.restore(*description.decoding.decode(outputs))
+    assert_close(found, OnnxDetector(path)(random_image(50, 60)))
 
 
 def test_detectron2s_own_retinanet(tmp_path):

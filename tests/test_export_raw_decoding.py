@@ -22,11 +22,6 @@ CASES = {
     "FCOS, one map": ("FCOS", (), False),
     "FCOS, FPN": ("FCOS", (), True),
 }
-FEW = tuple(
-    each
-    for node in ("RETINANET", "FCOS")
-    for each in (f"MODEL.{node}.TOPK_CANDIDATES_TEST", 7, "TEST.DETECTIONS_PER_IMAGE", 5)
-)
 PHOTOS = [SIZE, (50, 33), (480, 640), (300, 100), (1, 200), (7, 9)]
 
 
@@ -68,10 +63,12 @@ def test_outputs_of_the_network(decoders):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_best_of_a_level_and_of_an_image(tmp_path, name):
-    decoders = build(tmp_path, name, *FEW)
+@pytest.mark.parametrize("top_k, most", [(7, 100), (1000, 5), (7, 5)])
+def test_the_best_of_a_level_and_of_an_image(tmp_path, name, top_k, most):
+    node = f"MODEL.{CASES[name][0].upper()}"
+    decoders = build(tmp_path, name, f"{node}.TOPK_CANDIDATES_TEST", top_k, "TEST.DETECTIONS_PER_IMAGE", most)
     found = assert_all_close(decoders, decoders.random(2, logits=3.0, deltas=0.5, centerness=3.0))
-    assert len(found) == 5
+    assert len(found) == most or len(found) <= top_k * len(decoders.description.decoding.levels)
 
 
 def test_anchors_are_detectron2s(decoders):
@@ -108,7 +105,10 @@ def test_ties(decoders):
         rows, expected = (sorted(zip(each.classes.tolist(), each.boxes.tolist())) for each in (found, other))
         assert [each for each, _ in rows] == [each for each, _ in expected]
         np.testing.assert_allclose([box for _, box in rows], [box for _, box in expected], atol=1e-4)
-    for outputs in (outputs, decoders.filled(logits=1.0, deltas=0.1, centerness=1.0)):
+    many = decoders.filled(logits=1.0, deltas=0.1, centerness=1.0)
+    for name, each in many.items():  # three scores, of hundreds of candidates
+        each[:] += np.random.default_rng(0).integers(0, 3, each.shape) * name.startswith("logits")
+    for outputs in (outputs, many):
         found, *others = [decode(outputs, SIZE) for decode in decoders.all]
         for other in others:
             assert_close(other, found, boxes=1e-4, scores=1e-6)

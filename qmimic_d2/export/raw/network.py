@@ -1,7 +1,7 @@
 """The network of a one-stage detector without its decoding, and what its decoding needs."""
 
 from dataclasses import replace
-from typing import List
+from typing import List, Tuple
 
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
@@ -65,7 +65,8 @@ def describe_raw(model: nn.Module, description: ModelDescription) -> ModelDescri
     return replace(description, decoding=decoding)
 
 
-def _padded(model: nn.Module, height: int, width: int):
+def _padded(model: nn.Module, height: int, width: int) -> Tuple[int, int]:
+    """Height and width to which Detectron2 pads an image."""
     image = torch.zeros(1, 1, 1).expand(3, height, width)
     return tuple(model.preprocess_image([{"image": image}]).tensor.shape[-2:])
 
@@ -109,5 +110,5 @@ def _decoding(model: nn.Module, image: Tensor, has_centerness: bool) -> Decoding
     return decoding
 
 
-def _tuples(boxes: Tensor):
+def _tuples(boxes: Tensor) -> Tuple[Tuple[float, ...], ...]:
     return tuple(map(tuple, boxes.tolist()))
