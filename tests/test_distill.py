@@ -16,7 +16,7 @@ from qmimic_d2.__main__ import main
 from qmimic_d2.data.sources import Source
 from qmimic_d2.distill.choices import Choice, choose_settings
 from qmimic_d2.distill.data_statistics import measure_data
-from qmimic_d2.distill.outcome import Row, ShippedFile, model_card, table_text
+from qmimic_d2.distill.outcome import Row, ShippedFile, given_teacher, model_card, table_text
 from qmimic_d2.distill.plan import GivenTeacher, config_texts, plan_steps, student_maps
 from qmimic_d2.distill.yaml_text import config_text
 from qmimic_d2.engine import load_config
@@ -187,6 +187,7 @@ def test_the_steps_and_their_order():
 def test_table_and_card():
     rows = [Row("teacher", 50.0, 80.04, 600_000, 88_000_000, 2_400_000, 0.0201)]
     assert "| teacher    | 50.0 |   80.0 |        600 k |    88 M | 20.1 | 2.40 |" in table_text(rows)
+    assert "| teacher    | 50.0 |      – |            – |       – |    – |    – |" in table_text([Row("teacher", 50.0)])
     files = [ShippedFile("model.onnx", 49.97, 1_090_000, 8.12)]
     card = model_card(rows, files, ["cat"], "Trained on x.", "it with seed 1", "python -m qmimic_d2 distill --data x")
     for word in (
@@ -196,6 +197,15 @@ def test_table_and_card():
         "Made by it with seed 1:\n\n    python -m qmimic_d2 distill",
     ):
         assert word in card
+
+
+def test_a_given_teacher_has_the_row_of_the_verification(tmp_path):
+    verified = {"AP": 20.25, "file_bytes": 47_260_000, "milliseconds": 177.5}
+    rows = [{"name": "onnx, quantizer kept", "AP": 1.0, "file_bytes": 1, "milliseconds": 1.0}]
+    (tmp_path / "verification.json").write_text(json.dumps(rows))
+    assert given_teacher(str(tmp_path)) == []
+    (tmp_path / "verification.json").write_text(json.dumps([*rows, {"name": "teacher", **verified}]))
+    assert given_teacher(str(tmp_path)) == [Row("teacher", 20.25, weight_bytes=47_260_000, seconds=0.1775)]
 
 
 # ---------------------------------------------------------------------------------------------- the command

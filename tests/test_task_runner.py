@@ -110,6 +110,10 @@ def test_shown_output_is_the_result_without_warnings(tmp_path, capfd):
     shown = capfd.readouterr().out
     assert "    the table" in shown and "a warning\n" not in shown
     assert (tmp_path / "records" / "logs" / "one.log").read_text() == "a warning\n"
+    again = Task("one", [sys.executable, "-c", "print('another')"], shows_output=True)
+    run_tasks([again], str(tmp_path / "records"), 1, {})
+    shown = capfd.readouterr().out
+    assert "    another" in shown and "the table" not in shown.replace("print('the table')", "")
 
 
 @pytest.fixture
@@ -144,6 +148,7 @@ def test_progress_of_a_training(statuses):
         '{"iteration": 39, "eta_se': " 0/100",  # a line that is being written
         '{"iteration": 39, "total_loss": 1.234, "eta_seconds": 600}\n': " 40/100, loss 1.23, 10 min left",
         '{"iteration": 99}\n': " 100/100, evaluating",
+        '{"iteration": 100}\n': " 100/100, evaluating",  # with the figures of the last evaluation
     }
     damaged = ("{}x\n", "[]\n", '{"iteration": 1e999}\n', '{"iteration": null}\n', "[" * 100_000 + "\n")
     progress.update(dict.fromkeys(damaged, " 0/100"))

@@ -30,7 +30,14 @@ from qmimic_d2.data.loading import load_dataset
 from qmimic_d2.data.sources import Source, guess_sources, sources_config
 from qmimic_d2.distill.choices import STUDENTS, Settings, choose_settings
 from qmimic_d2.distill.data_statistics import DataStatistics, measure_data
-from qmimic_d2.distill.outcome import collect_rows, model_card, shipped_files, table_text, write_model_card
+from qmimic_d2.distill.outcome import (
+    collect_rows,
+    given_teacher,
+    model_card,
+    shipped_files,
+    table_text,
+    write_model_card,
+)
 from qmimic_d2.distill.plan import GivenTeacher, Step, config_texts, plan_steps, student_maps
 from qmimic_d2.distill.step_seconds import measure_step_seconds, measure_teacher_seconds
 from qmimic_d2.engine import load_config
@@ -293,8 +300,8 @@ def _say_outcome(
     output: str, steps: List[Step], data: DataStatistics, sources: Tuple[Source, Source], seed: int
 ) -> None:
     images = [read_bgr_image(each["file_name"]) for each in load_dataset(sources[1].name)[:10]]
-    rows = collect_rows(output, [step.name for step in steps if step.folder], images)
-    device = os.path.join(output, "device")
+    names, device = [step.name for step in steps if step.folder], os.path.join(output, "device")
+    rows = ([] if "teacher" in names else given_teacher(device)) + collect_rows(output, names, images)
     train, test = sources
     images_text = f"{data.num_images:,} images of {train.path} {train.split}"
     text = f"Trained on {images_text}, evaluated on {test.path} {test.split}."

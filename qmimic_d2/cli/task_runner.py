@@ -226,9 +226,9 @@ def _start(task: Task, record: _Record, logs: str, environment: Dict[str, str]) 
     record.write(done=False, seconds=0.0)
     say("$ " + command_text(command))
     log_path = os.path.join(logs, f"{task.name}.log")
-    # what is shown should be the result alone, without other packages' warnings
-    output_path = os.path.join(logs, f"{task.name}.txt") if task.shows_output else log_path
-    with open(log_path, "a", encoding="utf-8") as log, open(output_path, "a", encoding="utf-8") as output:
+    # what is shown should be the result alone, without other packages' warnings and what an earlier run printed
+    output_path, mode = (os.path.join(logs, f"{task.name}.txt"), "w") if task.shows_output else (log_path, "a")
+    with open(log_path, "a", encoding="utf-8") as log, open(output_path, mode, encoding="utf-8") as output:
         process = start_tied(command, stdout=output, stderr=log, env={**os.environ, **environment})
     bar = Row(task.name, task.max_iter, delay=0.0) if is_live() else None
     return _Running(task, process, log_path, output_path, bar)
@@ -321,7 +321,7 @@ class _Progress:
             texts.append(f"AP {float(read_evaluation(task.output_dir)['bbox']['AP']):.1f}")
         with contextlib.suppress(OSError, ValueError, TypeError):
             last = last_metrics_row(os.path.join(task.output_dir, METRICS)) or {}
-            self.done = last.get("iteration", -1) + 1
+            self.done = min(last.get("iteration", -1) + 1, task.max_iter)  # a last evaluation counts as one more
             if self.done >= task.max_iter:
                 texts.append("evaluating")
             else:

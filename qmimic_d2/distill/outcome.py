@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import List, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 from tabulate import tabulate
@@ -15,7 +15,16 @@ from qmimic_d2.inference.prediction import Predictor
 from qmimic_d2.report.cost import image_seconds, run_cost
 from qmimic_d2.run_folder import CONFIG, FINAL_CHECKPOINT, read_evaluation
 
-__all__ = ["Row", "ShippedFile", "collect_rows", "model_card", "shipped_files", "table_text", "write_model_card"]
+__all__ = [
+    "Row",
+    "ShippedFile",
+    "collect_rows",
+    "given_teacher",
+    "model_card",
+    "shipped_files",
+    "table_text",
+    "write_model_card",
+]
 
 _LABELS = {"teacher": "teacher", "student": "student, quantization mimic", "scratch": "student, from scratch"}
 
@@ -23,7 +32,7 @@ _LABELS = {"teacher": "teacher", "student": "student, quantization mimic", "scra
 @dataclass(frozen=True)
 class Row:
     """
-    A trained detector.
+    A trained detector. What is None was not measured.
 
     Attributes:
         label: for people.
@@ -36,11 +45,11 @@ class Row:
 
     label: str
     ap: float
-    ap50: float
-    parameters: int
-    flops: int
-    weight_bytes: int
-    seconds: float
+    ap50: Optional[float] = None
+    parameters: Optional[int] = None
+    flops: Optional[int] = None
+    weight_bytes: Optional[int] = None
+    seconds: Optional[float] = None
 
 
 def collect_rows(output: str, names: Sequence[str], images: Sequence[np.ndarray]) -> List[Row]:
@@ -69,7 +78,7 @@ def collect_rows(output: str, names: Sequence[str], images: Sequence[np.ndarray]
                 figures["AP50"],
                 cost.parameters,
                 cost.flops,
-                cost.weight_bytes or 0,
+                cost.weight_bytes,
                 times[number],
             )
         )
@@ -78,11 +87,18 @@ def collect_rows(output: str, names: Sequence[str], images: Sequence[np.ndarray]
 
 def table_text(rows: Sequence[Row]) -> str:
     """The table that ends a distillation, in Markdown."""
-    lines = [
-        [row.label, f"{row.ap:.1f}", f"{row.ap50:.1f}", f"{row.parameters / 1e3:,.0f} k", f"{row.flops / 1e6:,.0f} M"]
-        + [f"{row.seconds * 1e3:.1f}", f"{row.weight_bytes / 1e6:.2f}"]
-        for row in rows
+    columns = [
+        ["–" if value is None else form.format(value * factor) for value in values]
+        for values, factor, form in (
+            ([row.ap for row in rows], 1.0, "{:.1f}"),
+            ([row.ap50 for row in rows], 1.0, "{:.1f}"),
+            ([row.parameters for row in rows], 1e-3, "{:,.0f} k"),
+            ([row.flops for row in rows], 1e-6, "{:,.0f} M"),
+            ([row.seconds for row in rows], 1e3, "{:.1f}"),
+            ([row.weight_bytes for row in rows], 1e-6, "{:.2f}"),
+        )
     ]
+    lines = list(zip([row.label for row in rows], *columns))
     titles = ["detector", "AP", "AP50", "parameters", "FLOPs", "ms", "MB"]
     return _table(lines, titles)
 
@@ -105,6 +121,25 @@ class ShippedFile:
     milliseconds: float
 
 
+def _verified(folder: str) -> Dict[str, Any]:
+    """Figures of an export, by form."""
+    return {each["name"].partition(",")[0]: each for each in read_json(os.path.join(folder, VERIFICATION_NAME))}
+
+
+def given_teacher(folder: str) -> List[Row]:
+    """
+    The row of a teacher that was not trained here, as an export's verification evaluated it; none where it could not.
+
+    Raises:
+        OSError, ValueError: the export's figures cannot be read.
+    """
+    found = _verified(folder).get("teacher")
+    if found is None:
+        return []
+    weight_bytes, seconds = found["file_bytes"], found["milliseconds"] / 1e3
+    return [Row(_LABELS["teacher"], found["AP"], weight_bytes=weight_bytes, seconds=seconds)]
+
+
 def shipped_files(folder: str) -> List[ShippedFile]:
     """
     The files that an export wrote into a folder and verified there.
@@ -112,8 +147,7 @@ def shipped_files(folder: str) -> List[ShippedFile]:
     Raises:
         OSError, ValueError: the export's figures cannot be read.
     """
-    content = read_json(os.path.join(folder, VERIFICATION_NAME))
-    verified = {each["name"].partition(",")[0]: each for each in content}
+    verified = _verified(folder)
     return [
         ShippedFile(export.file, verified[form]["AP"], verified[form]["file_bytes"], verified[form]["milliseconds"])
         for form, export in FORMATS.items()
