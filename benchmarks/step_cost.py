@@ -42,7 +42,7 @@ from qmimic_d2.data.resumable_loader import build_resumable_train_loader  # noqa
 from qmimic_d2.engine import Trainer, load_config  # noqa: E402
 from qmimic_d2.files import check_writable, write_json  # noqa: E402
 from qmimic_d2.modeling.quantizer import ClampQuantizer, PowerOfTwoQuantizer, UniformQuantizer  # noqa: E402
-from qmimic_d2.modeling.roi_pooling import dense_roi_align  # noqa: E402
+from qmimic_d2.modeling.roi_pooling import SparseRoIAlign, sparse_roi_align  # noqa: E402
 
 TEACHER = "Digits/teacher_vgg_1_8_quant.yaml"
 STUDENTS = {
@@ -119,7 +119,7 @@ def measure_quantizer(repeats: int, shapes: Sequence[Tuple[int, ...]] = QUANTIZE
 def measure_pooling(
     repeats: int, maps: Sequence[Tuple[int, int]] = POOLED_MAPS, num_rois: int = 256
 ) -> List[Row]:
-    """ROIAlign of 8 maps of 32 channels: torchvision's kernel and this project's matrix products."""
+    """ROIAlign of 8 maps of 32 channels: torchvision's kernel and this project's sparse matrix, which is built anew."""
     rows = []
     for (height, width), bins, largest in itertools.product(maps, (7, 4), (0.5, 6.0)):
         generator = torch.Generator().manual_seed(0)
@@ -127,25 +127,28 @@ def measure_pooling(
         most = largest if largest > 1.0 else largest * min(height, width)
         rois = random_rois(num_rois, len(feature), (height, width), (2.0, most), generator)
         kernel = functools.partial(roi_align, boxes=rois, output_size=bins, aligned=True)
-        products = functools.partial(
-            dense_roi_align, rois=rois, size=bins, scale=1.0, sampling_ratio=0, aligned=True
-        )
+        settings = {"rois": rois, "shape": (len(feature), height, width), "size": bins}
+        matrix = functools.partial(SparseRoIAlign, **settings, scale=1.0, sampling_ratio=0, aligned=True)
+
+        def sparse(feature: Tensor, matrix: Callable[[], SparseRoIAlign] = matrix) -> Tensor:
+            return sparse_roi_align(feature, matrix())
+
         times = time_alternately(
             {
                 "kernel": forward_backward(kernel, feature),
-                "products": forward_backward(products, feature),
+                "sparse": forward_backward(sparse, feature),
                 "kernel, forward": functools.partial(kernel, feature),
-                "products, forward": functools.partial(products, feature),
+                "sparse, forward": functools.partial(sparse, feature),
             },
             repeats,
             calls=2,
         )
         row = {"map": _by((height, width)), "cells": height * width, "bins": _by((bins, bins))}
         row["sides, cells"] = f"2 to {most:g}"
-        row.update({f"{name}, ms": _percentile(times[name], 50) for name in ("kernel", "products")})
-        row.update(spread(_ratios(times["products"], times["kernel"]), "products / kernel"))
-        forward = _ratios(times["products, forward"], times["kernel, forward"])
-        row["products / kernel, forward only"] = _percentile(forward, 50)
+        row.update({f"{name}, ms": _percentile(times[name], 50) for name in ("kernel", "sparse")})
+        row.update(spread(_ratios(times["sparse"], times["kernel"]), "sparse / kernel"))
+        forward = _ratios(times["sparse, forward"], times["kernel, forward"])
+        row["sparse / kernel, forward only"] = _percentile(forward, 50)
         rows.append(row)
     return rows
 

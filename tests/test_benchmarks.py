@@ -120,7 +120,7 @@ def test_pooling(step_cost):
     ]
     for row in rows:
         assert (row["map"], row["cells"]) == ("16 x 13", 208)
-        check_spread(row, "products / kernel")
+        check_spread(row, "sparse / kernel")
 
 
 def test_random_rois_lie_inside_the_map_and_in_order(step_cost):
@@ -219,7 +219,7 @@ def test_unwritable_json_is_refused_before_measuring(step_cost, tmp_path):
 def test_last_results_are_in_the_readme(step_cost):
     text = (ROOT / "benchmarks" / "README.md").read_text()
     assert "python benchmarks/step_cost.py" in text
-    for label in [*step_cost.LABELS.values(), "c / (a + b)", "fake_quantize", "products / kernel"]:
+    for label in [*step_cost.LABELS.values(), "c / (a + b)", "fake_quantize", "sparse / kernel"]:
         assert label in text
 
 

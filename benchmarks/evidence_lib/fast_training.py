@@ -7,7 +7,7 @@ rounding, as they do between two processors:
 - images are decoded once and not once per epoch (equal to the last bit);
 - the teacher's maps are computed one image at a time and kept in a cache (MODEL.QMIMIC.TEACHER.CACHE) next to the
   run's folder, which runs with the same teacher and codes share;
-- ROIAlign of the box head is computed with :func:`dense_roi_align` in training;
+- ROIAlign of the box head is computed by :class:`LevelPooler` in training;
 - AdamW updates a parameter in one pass (PyTorch's ``fused``).
 
 Possible only where an image is the same in every epoch, which is checked.
@@ -96,7 +96,7 @@ class CachedMapper:
 
 class TrainingBoxPooler(nn.Module):
     """
-    A box head's ROIAlign of one map: in training as matrix products, in evaluation as it was.
+    A box head's ROIAlign of one map: in training by :class:`LevelPooler`, in evaluation as it was.
 
     Args:
         pooler: Detectron2's, of one level.

@@ -17,7 +17,6 @@ Efficient Network for Object Detection", CVPR 2017, equation 2, which divides by
 of elements as well (``normalize_by="element"``).
 """
 
-from dataclasses import dataclass
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from qmimic_d2.diagnostics.feature_comparison import FeatureComparison, compare_features, write_comparison
 from qmimic_d2.modeling.mimic.adapter import build_adapter
+from qmimic_d2.modeling.mimic.pair import MapPair, Pair, sum_of_squares
 from qmimic_d2.modeling.mimic.region_sources import check_boxes
 from qmimic_d2.modeling.mimic.step_record import check_maps, named
 from qmimic_d2.modeling.quantizer import CodeQuantizer, Quantizer, build_code_quantizer, build_quantizer
@@ -39,25 +39,6 @@ __all__ = ["NORMALIZERS", "Pair", "RoIMimicLoss"]
 
 # Values of MODEL.QMIMIC.MIMIC.NORMALIZE_BY.
 NORMALIZERS = ("roi", "element", "target")
-
-
-@dataclass
-class Pair:
-    """
-    What a loss compares at one level: both sides before any quantizer of the loss.
-
-    Attributes:
-        name: of the student's map.
-        student: r(f_s), shape (M of the level, T, P, P). Without a region it is empty, and its sum still reaches
-            every parameter.
-        teacher: f_t, same shape; no gradient flows back.
-        num_regions: M of all levels.
-    """
-
-    name: str
-    student: Tensor
-    teacher: Tensor
-    num_regions: int
 
 
 class RoIMimicLoss(nn.Module):
@@ -181,12 +162,16 @@ class RoIMimicLoss(nn.Module):
         pairs = []
         for level, rois in enumerate(rois_of_level):
             name = self.student_features[level]
+            maps = (student_maps[name], teacher_maps[self.teacher_features[level]])
+            if MapPair.fits(maps, self.adapters[name], self.pooler, rois):
+                pairs.append(MapPair(name, num_regions, maps, self.adapters[name], self.pooler, level, rois))
+                continue
             with torch.no_grad():
-                target = self.pooler.pool(level, teacher_maps[self.teacher_features[level]], rois)
+                target = self.pooler.pool(level, maps[1], rois)
             if len(rois):
-                student = self.adapters[name](self.pooler.pool(level, student_maps[name], rois))
+                student = self.adapters[name](self.pooler.pool(level, maps[0], rois))
             else:
-                student = self._zero(name, student_maps[name]).expand(target.shape)
+                student = self._zero(name, maps[0]).expand(target.shape)
             pairs.append(Pair(name, student, target, num_regions))
         return pairs
 
@@ -223,12 +208,15 @@ class RoIMimicLoss(nn.Module):
             ``loss_mimic_<map>``. Without a region it is a zero that still reaches every parameter.
         """
         return {
-            f"loss_mimic{self.suffix(pair.name)}": self.distance(pair) if len(pair.student) else pair.student.sum()
+            f"loss_mimic{self.suffix(pair.name)}": pair.student.sum() if pair.is_empty else self.distance(pair)
             for pair in pairs
         }
 
     def mimic_distance(self, pair: Pair) -> Tensor:
         """L_m of one level, divided by the M regions of all levels ("target": by the level's own energy)."""
+        if isinstance(pair, MapPair):
+            squares, energy = pair.squares((self.student_quantizer, self.teacher_quantizer))
+            return self._divided(squares, energy, pair.num_entries, pair.num_regions)
         adapted, target = pair.student, pair.teacher
         if self.teacher_quantizer is not None:
             target = self.teacher_quantizer.quantize(target)
@@ -257,7 +245,7 @@ class RoIMimicLoss(nn.Module):
         """
         if self.code_quantizer is None or not has_event_storage():
             return
-        for name, comparison in self.compare([pair for pair in pairs if len(pair.student)]).items():
+        for name, comparison in self.compare([pair for pair in pairs if not pair.is_empty]).items():
             write_comparison(get_event_storage(), comparison, self.code_quantizer, self.suffix(name))
 
     def zeros(self, student_maps: Dict[str, Tensor]) -> Dict[str, Tensor]:
@@ -306,11 +294,14 @@ class RoIMimicLoss(nn.Module):
         # float32 throughout: a sum of a million squares leaves the range of 16 bits
         target = target.float()
         squares = F.mse_loss(adapted.float(), target, reduction="sum")
+        return self._divided(squares, sum_of_squares(target), target[0].numel(), num_regions)
+
+    def _divided(self, squares: Tensor, energy: Tensor, num_entries: int, num_regions: int) -> Tensor:
+        """``squares``, divided as ``normalize_by`` says: ``energy`` of the target, ``num_entries`` of a region."""
         if self.normalize_by == "roi":
             return squares / (2 * num_regions)
         if self.normalize_by == "element":
-            return squares / (2 * num_regions * target[0].numel())
-        energy = torch.dot(target.flatten(), target.flatten())
+            return squares / (2 * num_regions * num_entries)
         # A teacher that is 0 in every region gives no loss instead of a huge one.
         return squares * torch.where(energy > 0.0, 0.5 / energy, 0.0)
 
