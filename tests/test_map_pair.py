@@ -9,6 +9,7 @@ from mimic_losses import QUANTIZERS, make_loss, maps, measured
 from qmimic_d2.modeling.mimic import pair as pair_module
 from qmimic_d2.modeling.mimic.loss import NORMALIZERS
 from qmimic_d2.modeling.mimic.pair import MapPair, Pair, sum_of_squares
+from qmimic_d2.modeling.quantizer import UniformQuantizer
 
 IMAGES = 4
 
@@ -105,6 +106,19 @@ def test_a_frozen_map_still_trains_the_adapter():
     assert all(each.grad.abs().sum() > 0.0 for each in loss.parameters())
     with torch.no_grad():
         assert not loss(student, teacher, boxes)["loss_mimic"].requires_grad
+
+
+def test_a_quantizer_with_a_gradient_of_its_own_keeps_it():
+    class Doubled(UniformQuantizer):
+        def forward(self, x):
+            return super().forward(x) + 2.0 * (x - x.detach())
+
+    arguments = inputs(dtype=torch.float32)
+    gradients = []
+    for kind in (UniformQuantizer, Doubled):
+        loss = make_loss(student_quantizer=kind(0.5, signed=True))  # its own gradient is 1, the other's 3
+        gradients.append(torch.autograd.grad(loss(*arguments)["loss_mimic"], arguments[0]["f"])[0])
+    torch.testing.assert_close(gradients[1], 3.0 * gradients[0])
 
 
 def test_sides_are_pooled_when_they_are_read():

@@ -214,7 +214,9 @@ class RoIMimicLoss(nn.Module):
 
     def mimic_distance(self, pair: Pair) -> Tensor:
         """L_m of one level, divided by the M regions of all levels ("target": by the level's own energy)."""
-        if isinstance(pair, MapPair):
+        # a quantizer with a forward of its own has a gradient of its own
+        is_straight = getattr(type(self.student_quantizer), "forward", None) in (None, Quantizer.forward)
+        if isinstance(pair, MapPair) and is_straight:
             squares, energy = pair.squares((self.student_quantizer, self.teacher_quantizer))
             return self._divided(squares, energy, pair.num_entries, pair.num_regions)
         adapted, target = pair.student, pair.teacher
