@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qmimic_d2.diagnostics.feature_comparison import FIGURES
 from qmimic_d2.engine import MimicEvaluator, MimicSummary, Trainer, add_mimic_hook
+from qmimic_d2.engine.hooks import TeacherCacheSummary
 
 DATASET = "tiny_heldout"
 IMAGES = "MODEL.QMIMIC.DIAGNOSTICS.EVAL_IMAGES"
@@ -273,7 +274,7 @@ def test_a_training_measures_at_each_evaluation_and_is_the_same_without(tmp_path
     # the writer stands behind the evaluations, so that metrics.json has what was measured in an iteration
     kinds = [type(hook) for hook in trainer._hooks]
     assert kinds.count(hooks.EvalHook) == 2
-    assert kinds[-2:] == [hooks.PeriodicWriter, MimicSummary]
+    assert kinds[-3:] == [hooks.PeriodicWriter, MimicSummary, TeacherCacheSummary]
 
 
 def test_tensorboard_shows_scalars_and_histograms(tmp_path, teacher):

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from qmimic_d2.config_files import changed
 from qmimic_d2.data.resumable_loader import build_resumable_train_loader
 from qmimic_d2.engine import Trainer
-from qmimic_d2.modeling.mimic.cached_teacher import CONSTANT_QUANTIZERS
-from qmimic_d2.modeling.quantizer import build_quantizer
+from qmimic_d2.modeling.quantizer import CONSTANT_QUANTIZERS, build_quantizer
 from qmimic_d2.modeling.roi_pooling import LevelPooler
 
 __all__ = ["CachedMapper", "FastTrainer", "TrainingBoxPooler", "check_images_repeat"]

@@ -27,6 +27,7 @@ from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
 __all__ = [
+    "CONSTANT_QUANTIZERS",
     "QUANTIZER_REGISTRY",
     "ClampQuantizer",
     "CodeQuantizer",
@@ -312,6 +313,10 @@ class ClampQuantizer(Quantizer):
         if not self.has_gradient_mask:
             return x.clone()
         return x.clamp(min=-self.max_value if self.signed else 0.0, max=self.max_value)
+
+
+# Functions of each entry alone, and the same all through a training. A project's own quantizer may be neither.
+CONSTANT_QUANTIZERS = (ClampQuantizer, PowerOfTwoQuantizer, UniformQuantizer)
 
 
 def build_quantizer(cfg: CfgNode) -> Optional[Quantizer]:

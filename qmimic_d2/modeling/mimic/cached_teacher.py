@@ -25,16 +25,9 @@ from torch import Tensor
 from qmimic_d2.modeling.mimic.map_store import MapStore
 from qmimic_d2.modeling.mimic.teacher import FrozenTeacher, stack_maps, teacher_feature_names, teacher_weights
 from qmimic_d2.modeling.mimic.teacher_config import load_teacher_config
-from qmimic_d2.modeling.quantizer import (
-    ClampQuantizer,
-    CodeQuantizer,
-    PowerOfTwoQuantizer,
-    Quantizer,
-    UniformQuantizer,
-    build_quantizer,
-)
+from qmimic_d2.modeling.quantizer import CONSTANT_QUANTIZERS, CodeQuantizer, Quantizer, build_quantizer
 
-__all__ = ["CONSTANT_QUANTIZERS", "CachedTeacher", "Teacher", "build_teacher", "image_key", "teacher_identity"]
+__all__ = ["CachedTeacher", "Teacher", "build_teacher", "image_key", "teacher_identity"]
 
 # Of the way in which maps are computed and kept.
 _VERSION = 1
@@ -42,8 +35,6 @@ _PROPOSALS = "proposals"
 # The smallest type that holds the codes of a map is the first that does.
 _CODE_TYPES = (np.uint8, np.int8, np.uint16, np.int16, np.int32)
 _GIGABYTE = 10**9
-# Their codes depend on the features alone; those of a subclass may depend on the iteration, or be learned.
-CONSTANT_QUANTIZERS = (ClampQuantizer, PowerOfTwoQuantizer, UniformQuantizer)
 
 
 def build_teacher(cfg: CfgNode) -> "Teacher":

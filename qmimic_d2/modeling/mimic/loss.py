@@ -32,7 +32,13 @@ from qmimic_d2.modeling.mimic.adapter import build_adapter
 from qmimic_d2.modeling.mimic.pair import MapPair, Pair, sum_of_squares
 from qmimic_d2.modeling.mimic.region_sources import check_boxes
 from qmimic_d2.modeling.mimic.step_record import check_maps, named
-from qmimic_d2.modeling.quantizer import CodeQuantizer, Quantizer, build_code_quantizer, build_quantizer
+from qmimic_d2.modeling.quantizer import (
+    CONSTANT_QUANTIZERS,
+    CodeQuantizer,
+    Quantizer,
+    build_code_quantizer,
+    build_quantizer,
+)
 from qmimic_d2.modeling.roi_pooling import LevelPooler
 
 __all__ = ["NORMALIZERS", "Pair", "RoIMimicLoss"]
@@ -214,10 +220,10 @@ class RoIMimicLoss(nn.Module):
 
     def mimic_distance(self, pair: Pair) -> Tensor:
         """L_m of one level, divided by the M regions of all levels ("target": by the level's own energy)."""
-        # a quantizer with a forward of its own has a gradient of its own
-        is_straight = getattr(type(self.student_quantizer), "forward", None) in (None, Quantizer.forward)
-        if isinstance(pair, MapPair) and is_straight:
-            squares, energy = pair.squares((self.student_quantizer, self.teacher_quantizer))
+        quantizers = (self.student_quantizer, self.teacher_quantizer)
+        # another quantizer may want whole regions, or have a gradient of its own
+        if isinstance(pair, MapPair) and all(each is None or type(each) in CONSTANT_QUANTIZERS for each in quantizers):
+            squares, energy = pair.squares(quantizers)
             return self._divided(squares, energy, pair.num_entries, pair.num_regions)
         adapted, target = pair.student, pair.teacher
         if self.teacher_quantizer is not None:
