@@ -11,8 +11,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from detectron2.modeling import build_model
 from exported import assert_close, random_image, run_without, spread_model, write_forms
-from helpers import RESNET_C4, RESNET_FPN
+from helpers import RESNET_C4, RESNET_FPN, tiny_cfg
 from PIL import Image
 from torchvision.ops import ps_roi_align, ps_roi_pool
 
@@ -237,6 +238,19 @@ def test_export_restores_the_loggers(tmp_path):
     exported(tmp_path, cfg, model)
     assert logging.getLogger("torch.onnx").level == before
     assert not model.training
+
+
+def test_a_file_tells_no_folder_of_its_maker(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cfg = tiny_cfg("MODEL.WEIGHTS", "/secret/model_final.pth", meta_architecture="GeneralizedRCNN")
+    model = build_model(cfg)
+    for given, shown in (
+        (str(tmp_path / "runs" / "config.yaml"), os.path.join("runs", "config.yaml")),
+        ("configs/student.yaml", "configs/student.yaml"),
+        ("https://host/config.yaml", "https://host/config.yaml"),
+    ):
+        source = describe_model(cfg, model, CLASSES, config_file=given).source
+        assert (source["config_file"], source["weights"]) == (shown, "model_final.pth")
 
 
 # ------------------------------------------------------------------------------ elsewhere

@@ -6,6 +6,7 @@ Shape letters:
     N: number of detections.
 """
 
+import os
 import warnings
 from typing import Any, List, Sequence, Tuple
 
@@ -101,12 +102,21 @@ def describe_model(
         score_threshold=float(head_node(cfg).SCORE_THRESH_TEST),
         quantizer=quantizer_text(model),
         source={
-            "config_file": config_file,
-            "weights": cfg.MODEL.WEIGHTS,
+            "config_file": _shown_path(config_file),
+            "weights": _shown_path(cfg.MODEL.WEIGHTS),
             "meta_architecture": cfg.MODEL.META_ARCHITECTURE,
             "score_threshold_key": f"{head_node_key(cfg)}.SCORE_THRESH_TEST",
         },
     )
+
+
+def _shown_path(path: str) -> str:
+    """Below the working directory, or the file's name: what ships says nothing about the folders of its maker."""
+    if "://" in path or not os.path.isabs(path):
+        return path
+    folder = os.path.join(os.path.realpath(os.curdir), "")
+    real = os.path.realpath(path)
+    return real[len(folder) :] if real.startswith(folder) else os.path.basename(path)
 
 
 def detect(model: nn.Module, image: Tensor) -> List[Tensor]:
