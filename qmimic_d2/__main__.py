@@ -83,11 +83,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         argv: arguments after the program's name; None for those of the process.
 
     Raises:
-        SystemExit: after ``--help``, and with status 2 after a mistake in the arguments or ``--import``.
+        SystemExit: after ``--help``; with status 2 after a mistake in the arguments or ``--import``, or without any.
     """
     hush_libraries()
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
     args = parser.parse_args(arguments)
     if hasattr(args, "opts"):
         args.opts += overrides

@@ -11,7 +11,7 @@ import time
 from typing import Generic, Iterable, Iterator, List, Optional, Sized, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 __all__ = ["Row", "is_live", "seconds_text", "track"]
 
@@ -120,8 +120,9 @@ class _Board:
         for number in list(self._progress.task_ids):
             self._progress.remove_task(number)
         for each in [row for row in self._rows if row.is_due]:
+            count = f"{each.done:,}/{each.total:,}" if each.total else ""
             total = each.total or None
-            self._progress.add_task(each.title, total=total, completed=each.done, text=each.status)
+            self._progress.add_task(each.title, total=total, completed=each.done, count=count, text=each.status)
         self._progress.refresh()
 
 
@@ -178,7 +179,7 @@ def _new_progress() -> Progress:
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=28),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[count]}", markup=False),
         TextColumn("{task.fields[text]}", markup=False),
         console=Console(stderr=True, soft_wrap=True),
         auto_refresh=False,

@@ -43,6 +43,14 @@ def test_as_a_module():
         assert f"\n    {name.replace('_', '-')}" in done.stdout
 
 
+
+def test_without_a_command_it_lists_them(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2
+    shown = capsys.readouterr().err
+    assert all(f"    {name} " in shown for name in ("distill", "export", "predict"))
+
 def test_every_command_has_help(capsys):
     for name in COMMANDS:
         module = importlib.import_module(f"qmimic_d2.cli.{name}")

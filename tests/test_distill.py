@@ -339,6 +339,8 @@ def test_from_nothing_to_a_page_and_again(tmp_path, capsys):
     stride = yaml.safe_load((output / "student" / "config.yaml").read_text())["MODEL"]["QMIMIC"]["QUANTIZER"]
     assert stride["STRIDE"] > 0.0 and stride["RELATIVE_STRIDE"] == 0.0
     labels = json.loads((output / "device" / "labels.json").read_text())
+    card = (output / "device" / "README.md").read_text()
+    assert "images of yolo/data.yaml train, evaluated on yolo/data.yaml val" in card
     assert f"stride={stride['STRIDE']:g}" in labels["quantizer"]
     before = Path(output / "student" / "metrics.json").stat().st_mtime_ns
     main(command)

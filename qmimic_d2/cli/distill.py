@@ -296,15 +296,20 @@ def _note_failure(failed: List[str], name: str, reason: str) -> None:
     failed.append(name)
 
 
+def _shipped_name(source: Source) -> str:
+    """A data set, without the folders of its owner: "VOC2007 trainval", "faces/data.yaml train", "cells/train.json"."""
+    names = source.path.split(os.sep)[-1 if os.path.isdir(source.path) else -2 :]
+    return f"{os.path.join(*names)} {source.split}".strip()
+
+
 def _say_outcome(
     output: str, steps: List[Step], data: DataStatistics, sources: Tuple[Source, Source], seed: int
 ) -> None:
     images = [read_bgr_image(each["file_name"]) for each in load_dataset(sources[1].name)[:10]]
     names, device = [step.name for step in steps if step.folder], os.path.join(output, "device")
     rows = ([] if "teacher" in names else given_teacher(device)) + collect_rows(output, names, images)
-    train, test = sources
-    images_text = f"{data.num_images:,} images of {train.path} {train.split}"
-    text = f"Trained on {images_text}, evaluated on {test.path} {test.split}."
+    train, test = map(_shipped_name, sources)
+    text = f"Trained on {data.num_images:,} images of {train}, evaluated on {test}."
     made_by = f"qmimic_d2 {__version__} with seed {seed}"
     command = command_text([sys.executable, "-m", "qmimic_d2", *sys.argv[1:]])
     card = model_card(rows, shipped_files(device), data.classes, text, made_by, command)

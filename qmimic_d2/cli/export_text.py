@@ -40,7 +40,7 @@ def verification_text(rows: Sequence[VerifiedModel], verification: Verification)
     return "\n".join(
         [
             "",
-            f"On {images}; times: median of one image, {threads}",
+            f"On {images}; boxes and scores: largest difference; times: median of one image, {threads}",
             tabulate(table, headers="keys", disable_numparse=True, stralign="right"),
         ]
     )
@@ -104,8 +104,8 @@ def _row(model: VerifiedModel, reference: VerifiedModel):
         "model": model.name,
         "AP": f"{model.AP:.2f}",
         "change": "" if model is reference else _signed(_change(model.AP, reference.AP)),
-        "boxes differ by": "" if apart is None else f"{apart.boxes:.3f} px",
-        "scores by": "" if apart is None else f"{apart.scores:.4f}",
+        "boxes": "" if apart is None else f"{apart.boxes:.3f} px",
+        "scores": "" if apart is None else f"{apart.scores:.4f}",
         "unmatched": "" if apart is None else f"{apart.unmatched} of {2 * apart.matched + apart.unmatched}",
         "size": human_bytes(model.file_bytes),
         "time": f"{model.milliseconds:.2f} ms",
