@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASET = "digits_det_benchmark_test"
-NUM_STEP_ROWS = 5 + 3  # actions and ratios
+NUM_STEP_ROWS = 6 + 4  # actions and ratios
 
 
 @pytest.fixture(scope="module")

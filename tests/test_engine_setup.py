@@ -354,7 +354,7 @@ class TestLaunch:
         def launched(main, count, **kwargs):
             given.update(kwargs, main=main, count=count)
 
-        monkeypatch.setattr("qmimic_d2.engine.setup.launch", launched)
+        monkeypatch.setattr("qmimic_d2.engine.launching.launch", launched)
         args = arguments("--num-processes", 2, "--num-machines", 3, "--machine-rank", 1, "--dist-url", "tcp://a:1")
         ran = []
         launch_processes(ran.append, args, (1,))
@@ -365,7 +365,7 @@ class TestLaunch:
 
     def test_a_process_leaves_its_group_when_its_work_is_done(self, monkeypatch):
         done = []
-        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+        monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
         monkeypatch.setattr("detectron2.utils.comm.synchronize", lambda: done.append("together"))
         monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: done.append("left"))
         launch_processes(done.append, arguments(), ("work",))
@@ -382,7 +382,7 @@ class TestLaunch:
                 patch.setattr("os.kill", lambda pid, number: sent.append((pid, number)))
                 signal.raise_signal(signal.SIGINT)
 
-        monkeypatch.setattr("qmimic_d2.engine.setup.launch", launched)
+        monkeypatch.setattr("qmimic_d2.engine.launching.launch", launched)
         with pytest.raises(SystemExit) as stopped:
             launch_processes(print, arguments("--num-processes", 2), ())
         assert stopped.value.code == 130
@@ -393,7 +393,7 @@ class TestLaunch:
         def launched(*args, **kwargs):
             raise torch.multiprocessing.ProcessExitedException("died", 0, 11, 1)
 
-        monkeypatch.setattr("qmimic_d2.engine.setup.launch", launched)
+        monkeypatch.setattr("qmimic_d2.engine.launching.launch", launched)
         with pytest.raises(torch.multiprocessing.ProcessExitedException):
             launch_processes(print, arguments("--num-processes", 2), ())
 
@@ -406,7 +406,7 @@ class TestLaunch:
             launch_processes(fails, arguments(), ())
         assert stopped.value.code == f"{kind.__name__}: go on with --resume"
         # in a child, which says it and whose status says that it did
-        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+        monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
         with pytest.raises(SystemExit) as stopped:
             launch_processes(fails, arguments(), ())
         assert capfd.readouterr().err == f"{kind.__name__}: go on with --resume\n"
@@ -414,13 +414,13 @@ class TestLaunch:
         def launched(*args, **kwargs):
             raise torch.multiprocessing.ProcessExitedException("died", 0, 11, stopped.value.code)
 
-        monkeypatch.setattr("qmimic_d2.engine.setup.launch", launched)
+        monkeypatch.setattr("qmimic_d2.engine.launching.launch", launched)
         with pytest.raises(SystemExit) as launcher:
             launch_processes(print, arguments("--num-processes", 2), ())
         assert launcher.value.code == 1
 
     def test_without_children_nothing_is_sent(self, monkeypatch):
-        monkeypatch.setattr("qmimic_d2.engine.setup.launch", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+        monkeypatch.setattr("qmimic_d2.engine.launching.launch", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(SystemExit) as stopped:
             launch_processes(print, arguments("--num-processes", 2), ())
         assert stopped.value.code == 128 + signal.SIGTERM

@@ -1,4 +1,4 @@
-"""Processes that torchrun starts, on one machine and as two: the weights are those of Detectron2's launcher."""
+"""Processes that torchrun starts, here as two machines: the weights are those of Detectron2's launcher."""
 
 import signal
 import socket
@@ -8,11 +8,10 @@ import torch
 from helpers import write_teacher
 from tiny_training import BUILTIN_DATASET, Run, training_cfg, write_builtin_data
 
-pytestmark = [pytest.mark.slow, pytest.mark.ddp]
+from qmimic_d2.engine import argument_parser, is_first_of_machine, num_processes
 
 # Iterations: one machine is killed in the second.
-LENGTH = 30
-STANDALONE = ("--standalone", "--nproc-per-node=2")
+LENGTH = 20
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +56,8 @@ def assert_equal(weights, others):
     assert all(torch.equal(each, others[name]) for name, each in weights.items())
 
 
-def test_torchrun_trains_as_the_launcher_does(project, expected, tmp_path):
-    finished(project, tmp_path / "output", launcher=STANDALONE)
-    assert_equal(trained_weights(tmp_path / "output"), expected)
-    assert (tmp_path / "output" / "log.txt.rank1").exists()
-
-
+@pytest.mark.slow
+@pytest.mark.ddp
 def test_one_of_two_machines_is_killed_and_both_resume(project, expected, tmp_path):
     output = tmp_path / "output"
 
@@ -85,12 +80,21 @@ def test_one_of_two_machines_is_killed_and_both_resume(project, expected, tmp_pa
     with first, second:
         assert [first.finish(), second.finish()] == [0, 0], (first.texts(), second.texts())
     assert_equal(trained_weights(output), expected)
+    assert (output / "log.txt.rank1").exists()
 
 
-def test_two_ways_to_start_processes_are_one_too_many(project, tmp_path):
-    output = tmp_path / "output"
-    with train_net(project, output, "--num-processes=2", launcher=STANDALONE) as process:
-        assert process.finish() == 1
-        printed = "".join(process.texts())
-    assert "ValueError: torchrun has started the processes of this run; leave out --num-processes" in printed
-    assert not output.exists()
+@pytest.mark.parametrize("flags", [["--num-processes=2"], ["--num-gpus=2"], ["--num-machines=2"]])
+def test_two_ways_to_start_processes_are_one_too_many(monkeypatch, flags):
+    assert num_processes(argument_parser().parse_args([])) == 1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert num_processes(argument_parser().parse_args([])) == 6
+    with pytest.raises(ValueError, match="torchrun has started the processes of this run; leave out --num-processes"):
+        num_processes(argument_parser().parse_args(flags))
+
+
+def test_one_process_of_a_machine_speaks(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert is_first_of_machine()  # a variable of somebody else's
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    assert not is_first_of_machine()

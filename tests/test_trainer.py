@@ -24,6 +24,7 @@ from qmimic_d2.engine.hooks import (
     ResumableLossNormalizer,
     SaveOnInterrupt,
     SeedEachIteration,
+    TeacherCacheSummary,
 )
 from qmimic_d2.engine.metrics_file import WriteMetrics
 from qmimic_d2.evaluation import PascalVOCEvaluator
@@ -259,6 +260,7 @@ class TestHooks:
             WriteMetrics,
             hooks.PeriodicWriter,
             MimicSummary,
+            TeacherCacheSummary,
         ]
 
     def test_without_evaluation_no_best(self, tmp_path, data):
