@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import difflib
 import importlib
 import importlib.util
 import sys
@@ -42,7 +43,11 @@ class _CommandParser(_Parser):
                 module = importlib.import_module(self._module)
             module.add_arguments(self)
             self.set_defaults(run=module.run)
-        return super().parse_known_args(args, namespace)
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # told with the usage of this command, not with that of all
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{f'; near options are {near}' if near else ''}")
+        return namespace, unknown
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -44,6 +44,13 @@ def test_as_a_module():
 
 
 
+
+def test_an_unknown_option_is_told_by_its_command(capsys):
+    assert status_of("predict", "--model", "x.onnx", "--input", "a.png", "--score-treshold", 0.2) == 2
+    shown = capsys.readouterr().err
+    assert "usage: python -m qmimic_d2 predict " in shown
+    assert "unrecognized arguments: --score-treshold; near options are ['--score-threshold']" in shown
+
 def test_without_a_command_it_lists_them(capsys):
     with pytest.raises(SystemExit) as stopped:
         main([])

@@ -224,6 +224,7 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "data: 3 images, 3 boxes (cat 2, dog 1)" in shown and "5 iterations" in shown and "student:" in shown
     assert "all of it, with evaluation  # about" in shown
+    assert " pixels: so a quarter of the boxes is smaller than " in shown
     assert not output.exists()
 
 

@@ -261,13 +261,15 @@ def _say_plan(
     height, width = settings.input_size
     say(f"data: {data.num_images:,} images, {sum(data.num_boxes):,} boxes ({counts})")
     say(f"input: {width} x {height} pixels; {settings.iterations:,} iterations of {settings.batch} images on {device}")
+    say(f"  {width} pixels: {printable(settings.why_size)}")
     for step in steps:
         about = f"  # about {seconds_text(seconds[step.name])}" if step.name in seconds else ""
         say(f"  {step.name}: {command_text(step.command)}{about}")
     total = seconds_text(sum(seconds.values()) / _SHARE_OF_STEPS)
     say(f"  all of it, with evaluation  # about {total}")
     if device == "cpu":
-        say("A GPU would allow a larger input and a wider teacher; there is none here, or --device says so.")
+        reason = "--device is cpu" if torch.cuda.is_available() else "PyTorch sees none here"
+        say(f"A GPU would allow a larger input and a wider teacher; {reason}.")
 
 
 def _tasks(steps: List[Step], output: str) -> List[Task]:

@@ -48,6 +48,7 @@ class Settings:
         iterations: length of a training.
         batch: images of an iteration.
         input_size: (height, width) in pixels of a usual image as the network sees it.
+        why_size: the reason for it.
     """
 
     shared: Tuple[Choice, ...]
@@ -56,6 +57,7 @@ class Settings:
     iterations: int
     batch: int
     input_size: Tuple[int, int]
+    why_size: str
 
 
 def choose_settings(
@@ -116,7 +118,7 @@ def choose_settings(
         )
     ]
     own = [Choice("MODEL.VGG.WIDTH_DIVISOR", STUDENTS[student], f"--student {student}")]
-    return Settings(tuple(shared), tuple(teacher), tuple(own), length, batch, (short_side, long_side))
+    return Settings(tuple(shared), tuple(teacher), tuple(own), length, batch, (short_side, long_side), why_size)
 
 
 def _long_side(data: DataStatistics, device: str) -> Tuple[int, str]:
